@@ -1,0 +1,337 @@
+"""Sound and motion in: load_audio, log-mel features, the toy talker, datasets of windows; and the scripts' flags.
+
+Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
+"""
+import subprocess
+import sys
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from moda import EXP, ROT, SCALE, M
+from renderer import FACE
+
+RATE, HOP = 16000, 640                             # samples per second, samples per video frame
+BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
+
+
+# -------------------------------------------------------------------------------------------------------------- sound
+
+def audio_blocks(path):
+    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0",
+               "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+        try:
+            while data := ffmpeg.stdout.read(4 * BLOCK * HOP):
+                block = np.frombuffer(data, np.float32)
+                if not np.isfinite(block).all():
+                    raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+                yield block
+            reason = ffmpeg.stderr.read().decode(errors="replace").strip()
+            if ffmpeg.wait():
+                raise ValueError(f"{path}: no sound could be read ({(reason or 'ffmpeg failed').splitlines()[-1]})")
+        finally:
+            ffmpeg.kill()
+
+
+def load_audio(path):
+    """Any sound file, or the sound of a video -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
+    wav = np.concatenate([np.zeros(0, np.float32), *audio_blocks(path)])
+    if not len(wav):
+        raise ValueError(f"{path}: the sound is empty")
+    return wav
+
+
+def mel_filters(n_mels, n_fft, low=60.0, high=7600.0):
+    """Triangles equally spaced on the mel scale, (n_fft / 2 + 1, n_mels)."""
+    mel = lambda hz: 2595 * np.log10(1 + hz / 700)
+    edges = 700 * (10 ** (np.linspace(mel(low), mel(high), n_mels + 2) / 2595) - 1)
+    hz = np.fft.rfftfreq(n_fft, 1 / RATE)[:, None]
+    rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
+    return np.clip(np.minimum(rise, fall), 0, None)
+
+
+MEL = mel_filters(40, 512)
+
+
+def regroup(pieces, size):
+    """Cut a stream of arrays (n,) into arrays of exactly `size` samples; the last may be shorter."""
+    held = np.zeros(0, np.float32)
+    for piece in pieces:
+        held = np.concatenate([held, piece])
+        while len(held) >= size:
+            yield held[:size]
+            held = held[size:]
+    if len(held):
+        yield held
+
+
+def log_mel_blocks(pieces):
+    """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), as soon as they are known.
+
+    Four 40-band spectra of 25 ms per frame; 0 is silence. A window reaches back, never ahead, and blocks have one size,
+    so that the features of a sound are the same to the bit however it was cut.
+    """
+    step, width = HOP // 4, 400
+    past, taper = np.zeros(width - step, np.float32), np.hanning(width)
+    for block in regroup(pieces, BLOCK * HOP):
+        wav = np.concatenate([past, block, np.zeros(BLOCK * HOP - len(block), np.float32)])
+        windows = np.lib.stride_tricks.sliding_window_view(wav, width)[::step] * taper
+        power = np.abs(np.fft.rfft(windows, 512)) ** 2 / taper.sum() ** 2
+        mel = np.log1p(1e5 * power @ MEL) / 4
+        yield torch.from_numpy(mel.astype(np.float32)).reshape(BLOCK, 1, -1)[:-(-len(block) // HOP)]
+        past = wav[-len(past):]
+
+
+def log_mel(wav, n_frames):
+    """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
+    wav = np.pad(wav, (0, max(0, n_frames * HOP - len(wav))))
+    return torch.cat(list(log_mel_blocks([wav])))[:n_frames]
+
+
+# ------------------------------------------------------------------------------------------------------ the toy talker
+
+# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening
+CONTROLS = {
+    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4},
+    "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
+    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4},
+    "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
+              (3, 1): -3.5e-3, (7, 1): -3.5e-3},
+    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
+    "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
+    "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},       # for brow < 0
+    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4},
+    "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3},
+    "side": {(19, 0): 1e-3},
+}
+
+
+def expression(**controls):
+    """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
+    delta = 0
+    for name, value in controls.items():
+        row = np.zeros(63)
+        for (point, axis), step in CONTROLS[name].items():
+            row[3 * point + axis] = step
+        delta = delta + np.multiply.outer(value, row)
+    return delta
+
+
+# F1 F2 F3 in Hz | voice, hiss (0..1) | hiss centre in kHz | seconds | jaw, spread, round (-1..1)
+PHONES = {
+    "a": (750, 1250, 2500, 1.0, 0.00, 3, 0.17, 1.00, 0.1, 0.0), "e": (520, 1850, 2550, 1.0, 0.00, 3, 0.15, 0.50, 0.6, 0.0),
+    "i": (300, 2250, 2950, 0.9, 0.00, 3, 0.14, 0.20, 1.0, 0.0), "o": (480, 900, 2400, 1.0, 0.00, 3, 0.16, 0.55, 0.0, 0.8),
+    "u": (320, 800, 2250, 0.9, 0.00, 3, 0.15, 0.15, 0.0, 1.0), "@": (520, 1450, 2500, 0.8, 0.00, 3, 0.10, 0.40, 0.1, 0.1),
+    "m": (260, 1000, 2250, 0.3, 0.00, 3, 0.09, -0.30, 0.0, 0.1), "b": (220, 900, 2200, 0.06, 0.00, 3, 0.08, -0.35, 0.0, 0.0),
+    "p": (220, 900, 2200, 0.0, 0.03, 2, 0.09, -0.35, 0.0, 0.0), "n": (280, 1600, 2500, 0.3, 0.00, 3, 0.07, 0.10, 0.2, 0.0),
+    "d": (260, 1750, 2600, 0.1, 0.03, 5, 0.06, 0.10, 0.2, 0.0), "t": (300, 1800, 2700, 0.0, 0.15, 5, 0.07, 0.10, 0.2, 0.0),
+    "k": (300, 2000, 2400, 0.0, 0.10, 2, 0.07, 0.15, 0.0, 0.0), "s": (300, 1700, 2600, 0.0, 0.35, 6, 0.10, 0.02, 0.5, 0.0),
+    "S": (300, 1800, 2400, 0.0, 0.35, 3, 0.10, 0.05, 0.0, 0.6), "f": (300, 1200, 2300, 0.0, 0.12, 7, 0.09, -0.15, 0.1, 0.0),
+    "l": (380, 1300, 2700, 0.5, 0.00, 3, 0.07, 0.25, 0.1, 0.0), "w": (300, 650, 2200, 0.5, 0.00, 3, 0.08, 0.05, 0.0, 1.0),
+    "j": (280, 2200, 3000, 0.5, 0.00, 3, 0.07, 0.10, 0.8, 0.0), " ": (480, 1450, 2500, 0.0, 0.00, 3, 0.30, 0.00, 0.0, 0.0),
+}
+VOWELS, CONSONANTS = list("aeiou@"), list("mbpndtksSflwj")
+# smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
+MOODS = np.array([
+    (-0.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (0.25, 2, 0, -10, -4, 0.9, 0.7, 0.8, 0.9),
+    (-0.3, 0, -5, -12, -2, 0.85, 0.9, 0.9, 0.85), (-0.25, 10, -4, 4, 2, 1.3, 1.0, 0.8, 1.2),
+    (1.0, 4, 0, -2, 3, 1.2, 1.5, 1.2, 1.1), (0, 0, 0, 0, 0, 1, 1, 1, 1),
+    (-0.3, 5, -2, -9, -3, 0.9, 0.6, 0.6, 0.8), (0.1, 14, 0, 5, 10, 1.3, 1.6, 1.1, 1.0)])
+
+
+def toy_prototypes():
+    """The expression that each of the eight emotions holds, (8, 63)."""
+    smile, brow, frown, blink = MOODS.T[:4]
+    return expression(smile=smile, brow=brow, frown=frown, blink=blink)
+
+
+def smooth(track, width):
+    """Gaussian average along the first axis; width (standard deviation) in samples."""
+    kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
+    padded = np.pad(track, [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
+
+
+def toy_clip(seed, T):
+    """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
+    rng, n = np.random.default_rng(seed), 4 * T                            # articulators move at 100 Hz
+    emotion = int(rng.integers(8))
+    mood = MOODS[emotion] * np.append(rng.uniform(0.8, 1.2, 5), np.ones(4))
+
+    # identity: the proportions of the face; wide mouths also move further
+    build = rng.uniform(-1, 1, 6)
+    identity = FACE * (1 + 0.12 * build[0], 1 + 0.08 * build[1], 1)
+    identity[[14, 20], 0] *= 1 + 0.2 * build[2]
+    identity[[11, 13, 15, 16], 0] *= 1 + 0.08 * build[3]
+    identity[[11, 15], 1] -= 0.008 * build[4]
+    identity[[1, 2], 1] -= 0.015 * build[5]
+    reach = 1 + 0.35 * build[2]
+
+    # phonemes: phrases of syllables, then a pause; each a row of targets, held for its seconds
+    rows = []
+    while sum(row[6] for row in rows) < T / 25 + 1:
+        for _ in range(rng.integers(2, 10)):
+            stress = rng.uniform(0.75, 1.25)
+            onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
+            for phone in onset * (rng.random() < 0.9) + vowel + coda * (rng.random() < 0.25):
+                row = np.array([*PHONES[phone], 0.0])
+                row[6] *= rng.uniform(0.8, 1.25) / mood[8]
+                if phone == vowel:
+                    row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
+                rows.append(row)
+        rows.append(np.array([*PHONES[" "], 0.0]))
+        rows[-1][6] *= rng.uniform(0.5, 3)
+    ends = np.cumsum([row[6] for row in rows])
+    target = np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+
+    def wander(width, size):                                               # smooth noise of unit variance
+        white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
+        return (white * (4 * np.pi * width ** 2) ** 0.25).T
+
+    # face: jaw and lips follow the phonemes, the mood holds the rest, blinks and gaze come by themselves
+    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * reach
+    speaking = smooth((target[:, 7] != 0).astype(float), 10)
+    shut = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
+    smile, brow, frown, lids = mood[:4, None] * (1 + 0.12 * wander(80, 4))
+    look = np.repeat(rng.standard_normal((n // 100 + 1, 2)), 100, 0)[:n] * 3
+    motion = np.zeros((n, M))
+    motion[:, EXP] = expression(
+        aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile, brow=brow, frown=frown,
+        blink=np.clip(lids - 22 * shut, -20, 5), side=8.0 * (emotion == 1) * np.ones(n),
+        gaze_x=smooth(look, 2)[:, 0], gaze_y=smooth(look, 2)[:, 1])
+
+    # head: it drifts and nods with the stress
+    drift = wander(60, 6).T
+    motion[:, SCALE] = rng.uniform(1.2, 1.4) + 0.006 * drift[:, :1]
+    motion[:, 64:66] = rng.normal(0, 0.02, 2) + (0, 0.1) + drift[:, 1:3] * (0.012, 0.006)
+    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:6] * (2.5, 5, 2)
+    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)
+    wav = toy_voice(rng, target, mood, rng.uniform(0.85, 1.2), rng.uniform(90, 230))
+    return wav, motion[2::4].astype(np.float32), emotion, identity.ravel()
+
+
+def toy_voice(rng, target, mood, tract, low):
+    """Source and filter: glottal pulses and noise through moving formants; target (n, 10) at 100 Hz -> (n * 160,)."""
+    n, step = len(target), HOP // 4
+    voiced, hiss = smooth(target[:, 3:5], 2).T
+    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 3], 15)
+    pitch = low * mood[5] * 2 ** (0.25 * mood[6] * melody)
+    upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
+    angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
+    r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
+    pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
+    breath = rng.uniform(0.02, 0.1) * rng.standard_normal(n * step)
+    source = upsample(voiced) * (pulses + breath)
+    white = upsample(hiss) * rng.standard_normal(n * step)
+
+    hz = np.fft.rfftfreq(HOP, 1 / RATE)
+    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * tract
+    gain = (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0) * np.ones((n, 1))   # microphones differ
+    for f, width in zip(formants.T[:, :, None], (80, 100, 140, 250)):
+        gain *= f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)
+    band = np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
+    stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
+    spectrum = lambda x: torch.stft(torch.from_numpy(x), **stft, return_complex=True)[:, :n]
+    shaped = spectrum(source) * torch.from_numpy(gain.T) + 6 * spectrum(white) * torch.from_numpy(band.T)
+    wav = torch.istft(F.pad(shaped, (0, 1)), **stft).numpy()
+    echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
+    wet = np.fft.irfft(np.fft.rfft(wav, 2 * len(wav)) * np.fft.rfft(echo, 2 * len(wav)))[:len(wav)]
+    wav = wav + rng.uniform(0, 0.7) * wav.std() / wet.std() * wet
+    level = mood[7] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
+    beat = smooth(rng.standard_normal((n + 60, 3)), 10)[30:-30].clip(0).T
+    music = sum(upsample(b) * np.sin(2 * np.pi * rng.uniform(40, 400) * np.arange(n * step) / RATE) for b in beat)
+    hum = rng.standard_normal(n * step)
+    hum[1:] += rng.uniform(0, 0.9) * hum[:-1]
+    wav = level * (wav / wav.std() + rng.choice([0, 0, 1.5]) * rng.random() * music + 10 ** rng.uniform(-3, -1) * hum)
+    return np.clip(wav, -1, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+class Clips(torch.utils.data.Dataset):
+    """Windows of 1 + 80 consecutive frames from clips that lie end to end in two long arrays.
+
+    An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
+    mask (80,), false where a clip was too short and the window is filled up.
+    """
+    frames = 80                                    # Sec. 4.1.2
+
+    def __init__(self, motion, audio, length, emotion, identity):
+        self.motion, self.audio, self.emotion, self.identity = motion, audio, emotion, identity
+        self.length, self.start = length, np.cumsum(length) - length
+        self.end = np.cumsum(np.maximum(length - self.frames, 1))          # windows up to and with each clip
+
+    def __len__(self):
+        return int(self.end[-1])
+
+    def __getitem__(self, i):
+        k = np.searchsorted(self.end, i, side="right")
+        first = self.start[k] + 1 + i - (self.end[k - 1] if k else 0)
+        n = min(self.frames, self.start[k] + self.length[k] - first)
+        fill = lambda x: np.concatenate([x, np.zeros((self.frames - n, *x.shape[1:]), x.dtype)])
+        return dict(motion=fill(self.motion[first:first + n]), prev=self.motion[first - 1],
+                    audio=fill(self.audio[first:first + n]), emotion=self.emotion[k], identity=self.identity[k],
+                    mask=np.arange(self.frames) < n)
+
+    def statistics(self):
+        """Mean and standard deviation of the motion, (70,) each."""
+        return self.motion.mean(0, dtype=np.float64), self.motion.std(0, dtype=np.float64)
+
+    def clip(self, k):
+        """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
+        part = slice(self.start[k], self.start[k] + self.length[k])
+        return self.motion[part], self.audio[part], int(self.emotion[k]), self.identity[k]
+
+
+class ToyTalker(Clips):
+    """The embedded data set: `clips` made-up clips of 8 s; clip k of a split never changes."""
+    T = 200
+
+    def __init__(self, split="train", clips=300):
+        self.seeds = [(split != "train", k) for k in range(clips)]
+        made = [toy_clip(seed, self.T) for seed in tqdm(self.seeds, f"toy talker, {split}", leave=False)]
+        wavs, motion, emotion, identity = zip(*made)
+        self.wavs = wavs if split != "train" else None
+        super().__init__(np.concatenate(motion), np.concatenate([log_mel(wav, self.T).numpy() for wav in wavs]),
+                         np.full(clips, self.T), np.array(emotion), np.stack(identity).astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------- the scripts
+
+def parse_flags(doc, knobs, argv):
+    """A dict of knobs, overridden by --key=value, cast to the type of its default; a bare --key switches a bool on."""
+    knobs = dict(knobs)
+    for arg in argv:
+        key, _, value = arg.removeprefix("--").partition("=")
+        if arg in ("-h", "--help"):
+            print(doc, *(f"  --{k}={v}" for k, v in knobs.items()), sep="\n")
+            sys.exit()
+        if not arg.startswith("--") or key not in knobs:
+            raise UsageError(f"unknown flag {arg}; known: {', '.join(knobs)}")
+        kind = type(knobs[key])
+        try:
+            knobs[key] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{key}={knobs[key]}") from None
+    return knobs
+
+
+class UsageError(Exception):
+    """A flag that makes no sense: exit code 2."""
+
+
+def run(main):
+    """Call a script's main(argv); a user's mistake ends in one line on stderr and exit code 1, or 2 for a wrong flag."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
