@@ -2,16 +2,21 @@
 
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
+import itertools
+import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moda import EXP, ROT, SCALE, M
+from moda import EXP, ROT, SCALE, M, load_strictly, read_tensors
 from renderer import FACE
 
 RATE, HOP = 16000, 640                             # samples per second, samples per video frame
@@ -92,6 +97,128 @@ def log_mel(wav, n_frames):
     """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
     wav = np.pad(wav, (0, max(0, n_frames * HOP - len(wav))))
     return torch.cat(list(log_mel_blocks([wav])))[:n_frames]
+
+
+# --------------------------------------------------------------------------------------------------- the audio encoder
+
+KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+# public names -> names of the modules below, replaced from top to bottom
+RENAMED = {
+    "encoder.pos_conv_embed.conv": "position", "feature_extractor.conv_layers.0.layer_norm": "group_norm",
+    "feature_extractor.conv_layers": "convs", ".conv.": ".", "feature_projection.layer_norm": "feature_norm",
+    "feature_projection.": "", "encoder.layer_norm": "norm", "encoder.layers": "layers", "attention.out_proj": "self_attn.out_proj",
+    "feed_forward.intermediate_dense": "linear1", "feed_forward.output_dense": "linear2",
+    ".final_layer_norm": ".norm2", ".layer_norm": ".norm1"}
+UNUSED = ("masked_spec_embed", "mask_time_emb_vector", "lm_head", "quantizer", "project_", "final_proj",
+          "label_embs_concat", "adapter")
+ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
+
+
+def read_safetensors(path):
+    """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
+    dtypes, data = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, bytearray(path.read_bytes())
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        return {name: torch.frombuffer(data, dtype=dtypes[entry["dtype"]], count=math.prod(entry["shape"]),
+                                       offset=start + entry["data_offsets"][0]).reshape(entry["shape"])
+                for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:     # frombuffer refuses what lies past the end
+        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
+
+
+def encoder_tensors(tensors):
+    """Tensors of a public file under the names of AudioEncoder's modules, and the sizes they show."""
+    state = {key.removeprefix("wav2vec2.").removeprefix("hubert."): value.float() for key, value in tensors.items()}
+    conv = "encoder.pos_conv_embed.conv"
+    old = f"{conv}.weight_g" in state              # torch spells weight norm differently since 2.1
+    spelling = ("weight_g", "weight_v") if old else ("parametrizations.weight.original0", "parametrizations.weight.original1")
+    g, v = (state.pop(f"{conv}.{name}") for name in spelling)
+    state[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
+    layers = sum(key.endswith("q_proj.bias") for key in state)
+    for i, kind in itertools.product(range(layers), ("weight", "bias")):
+        qkv = [state.pop(f"encoder.layers.{i}.attention.{x}_proj.{kind}") for x in "qkv"]
+        state[f"layers.{i}.self_attn.in_proj_{kind}"] = torch.cat(qkv)
+    for theirs, ours in RENAMED.items():
+        state = {key.replace(theirs, ours): value for key, value in state.items() if not key.startswith(UNUSED)}
+    width, channels = state["projection.weight"].shape
+    return state, dict(channels=channels, width=width, hidden=len(state["layers.0.linear1.bias"]), layers=layers,
+                       groups=width // v.size(1))
+
+
+class AudioEncoder(nn.Module):
+    """wav2vec 2.0 or HuBERT of BASE size: sound -> the outputs of all its layers, at 25 frames per second.
+
+    As the released MoDA listens: the 50 Hz features of the convolutions are brought to 25 Hz before the transformer.
+    GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then.
+    """
+
+    def __init__(self, channels, width, hidden, layers, groups, heads):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(channels if i else 1, channels, kernel, stride, bias=False)
+                                   for i, (kernel, stride) in enumerate(zip(KERNELS, STRIDES)))
+        self.group_norm = nn.GroupNorm(channels, channels)
+        self.feature_norm, self.projection = nn.LayerNorm(channels), nn.Linear(channels, width)
+        self.position = nn.Conv1d(width, width, 128, padding=64, groups=groups)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, heads, hidden, 0, "gelu", batch_first=True)
+                                    for _ in range(layers))
+        self.normalise = True                      # the sound to mean 0 and variance 1
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
+        path, settings = Path(path), {}
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            path /= "model.safetensors" if (path / "model.safetensors").exists() else "pytorch_model.bin"
+        for beside in ("config.json", "preprocessor_config.json"):
+            if (folder / beside).exists():
+                settings |= json.loads((folder / beside).read_text())
+        safe = path.suffix == ".safetensors" and path.exists()
+        tensors = read_safetensors(path) if safe else read_tensors(path, ENCODERS)
+        try:
+            state, sizes = encoder_tensors(tensors)
+        except (KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT ({error} is missing); {ENCODERS}") from None
+        if sizes["width"] > 768:
+            raise ValueError(f"{path}: a large model; MoDA listens to the base size; {ENCODERS}")
+        encoder = cls(**sizes, heads=settings.get("num_attention_heads", 12))
+        load_strictly(encoder, state, path)
+        encoder.normalise = settings.get("do_normalize", True)
+        return encoder.eval()
+
+    def forward(self, wav, n_frames=None):
+        """wav (N,) at 16 kHz -> (T, L, width); T = N // 640 but at least 1, or n_frames: the last frame is repeated."""
+        features = torch.cat(list(self.blocks([np.asarray(wav)])))
+        n = max(1, len(wav) // HOP) if n_frames is None else n_frames
+        return features[torch.arange(n).clamp(max=len(features) - 1)]
+
+    def blocks(self, pieces):
+        """Sound in pieces of any length -> features (n, L, width) of every started frame, minute by minute."""
+        for wav in regroup(pieces, 60 * RATE):
+            features = self.encode(torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.norm.weight))
+            yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)]
+
+    @torch.inference_mode()
+    def encode(self, wav):
+        """At most a minute of sound (n,) -> (n // 640, L, width)."""
+        x = (wav - wav.mean()) / (wav.var(correction=0) + 1e-7).sqrt() if self.normalise else wav
+        T = len(x) // HOP
+        x = x[None, None, :T * HOP]
+        for _ in range(2):                                                 # as released: not the same as 40 at once
+            x = F.pad(x, (20, 20), mode="reflect")
+        for i, conv in enumerate(self.convs):
+            x = F.gelu(conv(x) if i else self.group_norm(conv(x)))         # (1, C, 2T)
+        x = F.interpolate(x, T, mode="linear", align_corners=True)         # 50 -> 25 frames per second
+        x = self.projection(self.feature_norm(x.mT))                       # (1, T, width)
+        h = self.norm(x + F.gelu(self.position(x.mT)[..., :-1]).mT)
+        outputs = []
+        for layer in self.layers:
+            h = layer(h)
+            outputs.append(h)
+        return torch.stack(outputs, 2)[0]
 
 
 # ------------------------------------------------------------------------------------------------------ the toy talker

@@ -484,7 +484,7 @@ def read_tensors(path, advice="fetch it again"):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {advice}") from None
     except Exception as error:                                             # truncated, foreign, or a pickle with code
-        reason = str(error).strip().splitlines()[0][:100]
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); {advice}") from None
 
 
