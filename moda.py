@@ -168,16 +168,25 @@ class MotionModel(nn.Module):
         self.register_buffer("mean", torch.zeros(M))
         self.register_buffer("std", torch.ones(M))
 
-    def normalise(self, motion):
+    def size(self, portrait):
+        """How large a face is against the average of the training data: portrait (..., 70) -> (..., 1)."""
+        return (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+
+    def normalise(self, motion, size=1.0):
+        """(..., 70) in LivePortrait units -> the network's; with `size`, as if the face were of average size."""
+        motion = torch.cat([motion[..., EXP], motion[..., 63:67] / size, motion[..., ROT]], -1)
         return (motion - self.mean) / (self.std + 1e-5)                    # some channels never move: std 0
 
-    def denormalise(self, z):
-        return z * (self.std + 1e-5) + self.mean
+    def denormalise(self, z, size=1.0):
+        motion = z * (self.std + 1e-5) + self.mean
+        return torch.cat([motion[..., EXP], motion[..., 63:67] * size, motion[..., ROT]], -1)
 
     @classmethod
     def from_pretrained(cls, path):
-        """Load a checkpoint written by `save`, ready for inference; ValueError with the reason if it does not fit."""
+        """Load a checkpoint of ours or the released net-200.pth, ready for inference; ValueError if it does not fit."""
         state = read_tensors(path)
+        if cls is MoDA and any(key.endswith("motion_embedder.mlp.0.weight") for key in state):
+            return from_released(state, path).eval()
         if state.get("kind") != cls.__name__:
             raise ValueError(f"{path}: holds {state.get('kind', 'no checkpoint of ours')}, not {cls.__name__}")
         known = {field.name for field in fields(Config)}
@@ -403,7 +412,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     if not 0 <= overlap < chunk:
         raise ValueError(f"overlap must lie between 0 and chunk - 1 = {chunk - 1}, not {overlap}")
     noise = frame_noise(chunk, overlap, seed) if noise is None else iter(noise)
-    parts = chunks(window_sampler(model, emotion, steps, guidance), audio, identity.flatten(), prev.flatten(),
+    pieces = iter([audio] if torch.is_tensor(audio) else audio)
+    parts = chunks(window_sampler(model, emotion, steps, guidance), pieces, identity.flatten(), prev.flatten(),
                    chunk, overlap, noise, smooth)
     yield from smoothed(parts) if smooth else parts
 
@@ -423,27 +433,26 @@ def frame_noise(chunk, overlap, seed):
         noise = noise[chunk - overlap:]
 
 
-def chunks(sample_window, audio, identity, prev, chunk, overlap, noise, smooth):
+def chunks(sample_window, pieces, identity, prev, chunk, overlap, noise, smooth):
     """The loop of `stream`: sample a chunk, fade it in, hand out what no later chunk will touch."""
-    pieces = iter([audio] if torch.is_tensor(audio) else audio)
-    stride, tail, heard = chunk - overlap, None, None
+    stride, tail, waiting = chunk - overlap, None, None
     fade = torch.arange(overlap)[:, None] / max(overlap, 1)                # 0, 1/16 .. 15/16: the weight of the new
     while True:
-        while (heard is None or len(heard) < chunk) and (piece := next(pieces, None)) is not None:
-            heard = piece if heard is None else torch.cat([heard, piece])
-        if heard is None or len(heard) <= (0 if tail is None else len(tail)):
+        while (waiting is None or len(waiting) < chunk) and (piece := next(pieces, None)) is not None:
+            waiting = piece if waiting is None else torch.cat([waiting, piece])
+        if waiting is None or len(waiting) <= (0 if tail is None else overlap):
             break                                                          # the tail was all that is left
-        window = F.pad(heard[:chunk], (0, 0, 0, 0, 0, max(0, chunk - len(heard))))
-        motion = sample_window(next(noise), window, identity, prev)[:len(heard)].cpu()
+        window = F.pad(waiting[:chunk], (0, 0, 0, 0, 0, max(0, chunk - len(waiting))))
+        motion = sample_window(next(noise), window, identity, prev).cpu()
         motion = smooth_pose(motion) if smooth else motion
         if tail is not None:
             motion[:overlap] = tail * (1 - fade) + motion[:overlap] * fade
-        yield motion[:stride]
-        prev, tail, heard = motion[stride - 1:stride].flatten(), motion[stride:], heard[stride:]
+        yield motion[:stride][:len(waiting)]
+        prev, tail, waiting = motion[stride - 1], motion[stride:], waiting[stride:]
     if tail is None:
         raise ValueError("the audio has no frames")
-    if len(tail):
-        yield tail
+    if len(waiting):
+        yield tail[:len(waiting)]
 
 
 def smooth_pose(motion):
@@ -454,13 +463,12 @@ def smooth_pose(motion):
 
 def smoothed(parts):
     """`smooth_pose` of joined parts: one frame is held back until its right neighbour is known."""
-    held = next(parts)
-    yield smooth_pose(held)[:-1]
+    held = torch.empty(0, M)
     for part in parts:
-        joined = torch.cat([held[-2:], part])
-        yield smooth_pose(joined)[len(held[-2:]) - 1:-1]
-        held = joined
-    yield smooth_pose(held[-2:])[-1:]
+        joined = torch.cat([held, part])
+        yield smooth_pose(joined)[max(0, len(held) - 1):-1]
+        held = joined[-2:]
+    yield smooth_pose(held)[-1:]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -486,6 +494,87 @@ def read_tensors(path, advice="fetch it again"):
     except Exception as error:                                             # truncated, foreign, or a pickle with code
         reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); {advice}") from None
+
+
+def released_layers(model):
+    """Every tensor of the released file by name, as the parts of our parameters that its rows fill, in order.
+
+    Streams are called xs (motion) and au or au1..3 (audio, emotion, identity); "audio" where a name is long.
+    """
+    layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
+              "final_layer.linear": model.head}
+    layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
+    mlps = {"motion": model.motion_in, "identity": model.identity_in, "time": model.time_in}
+    layers |= {f"{name}_embedder.mlp.{i}": net[i] for name, net in mlps.items() for i in (0, 2)}
+    modulated = []                                 # in the order of our one large matrix
+    joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
+    joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
+    for name, block, numbers in joint:
+        for s, (stream, n) in enumerate(zip(block.streams, numbers)):
+            short, long = ("au", "audio") if s else ("xs", "xs")
+            layers |= {f"{name}.attn1.qkv_{short}{n}": stream.qkv, f"{name}.attn1.{short}_proj{n}": stream.out,
+                       f"{name}.attn1.{short}_q_norm{n}": stream.heads.q_norm,
+                       f"{name}.attn1.{short}_k_norm{n}": stream.heads.k_norm,
+                       f"{name}.{long}_mlp{n}.fc1": stream.mlp[0], f"{name}.{long}_mlp{n}.fc2": stream.mlp[2]}
+            modulated.append((f"{name}.adaLN_modulation_{long}{n}.1", 6))
+    for i, block in enumerate(model.one):
+        layers |= {f"blocks.{i}.linear2": block.out, f"blocks.{i}.attn1.xs_q_norm": block.heads.q_norm,
+                   f"blocks.{i}.attn1.xs_k_norm": block.heads.k_norm}
+        modulated.append((f"blocks.{i}.adaLN_modulation_xs.1", 3))
+    modulated.append(("final_layer.adaLN_modulation.1", 2))
+
+    parts, D = {f"{name}.{p}": [value] for name, layer in layers.items() for p, value in layer.named_parameters()}, model.cfg.width
+    for p in ("weight", "bias"):
+        sizes = [n * D for _, n in modulated]
+        rows = getattr(model.modulation, p).split(sizes)
+        parts |= {f"{name}.{p}": [value] for (name, _), value in zip(modulated, rows)}
+        for i, block in enumerate(model.one):      # theirs holds q, k, v, mlp
+            q, mlp = getattr(block.q_mlp, p).split([D, 4 * D])
+            parts[f"blocks.{i}.qkv_xs.{p}"] = [q, getattr(block.kv, p), mlp]
+    return parts
+
+
+@torch.no_grad()
+def from_released(state, path):
+    """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
+    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items()}
+    ignored = [key for key in ("scheduler.sigmas", "null_motion_feat") if state.pop(key, None) is not None]
+    null = state.pop("null_audio_feat", None)
+    count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
+    try:
+        width, n_audio = len(state["time_embedder.mlp.2.bias"]), state["audio_embedder.proj1.weight"].shape[-1]
+        heads = width // len(state["blocks.0.attn1.xs_q_norm.weight"])
+        with torch.device("meta"):
+            model = MoDA(Config(width, heads, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
+                                audio_layers=12, audio_dim=n_audio // 12))
+        model.to_empty(device="cpu")
+        for key, parts in released_layers(model).items():
+            shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+            if state[key].shape != shape:
+                raise ValueError(f"{path}: {key} has shape {tuple(state[key].shape)}, not {shape}")
+            for part, rows in zip(parts, state.pop(key).split([len(part) for part in parts])):
+                part.copy_(rows)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing; fetch lixinyizju/moda from huggingface.co again") from None
+    for key in state:
+        raise ValueError(f"{path}: {key} is unknown; fetch lixinyizju/moda from huggingface.co again")
+    model.mean.zero_(), model.std.fill_(1)
+    print(f"{path}: released MoDA; not used: {', '.join(ignored) or 'nothing'}")
+    if null is None:       # the authors' Parameter(...).to("cuda") was no parameter: never trained, never saved
+        null = torch.randn(model.cfg.audio_dim, generator=torch.Generator().manual_seed(42))
+        print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, as the authors' does of another")
+    model.null_audio.copy_(null.flatten())
+    return model
+
+
+def load_statistics(model, path):
+    """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
+    state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
+    for name in ("mean", "std"):
+        value = torch.as_tensor(state[name]).flatten() if name in state else torch.empty(0)
+        if value.shape != (M,) or not value.isfinite().all():
+            raise ValueError(f"{path}: {name} should be {M} finite numbers")
+        getattr(model, name).copy_(value)
 
 
 def load_strictly(module, tensors, path):
