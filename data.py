@@ -2,9 +2,11 @@
 
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
+import ast
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +167,7 @@ class AudioEncoder(nn.Module):
         self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, heads, hidden, 0, "gelu", batch_first=True)
                                     for _ in range(layers))
         self.normalise = True                      # the sound to mean 0 and variance 1
+        self.shape = layers, width                 # L x A
 
     @classmethod
     def from_pretrained(cls, path):
@@ -391,6 +394,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, motion, audio, length, emotion, identity):
         self.motion, self.audio, self.emotion, self.identity = motion, audio, emotion, identity
+        self.audio_shape = tuple(audio.shape[1:])
         self.length, self.start = length, np.cumsum(length) - length
         self.end = np.cumsum(np.maximum(length - self.frames, 1))          # windows up to and with each clip
 
@@ -431,22 +435,30 @@ class ToyTalker(Clips):
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
 
-def parse_flags(doc, knobs, argv):
-    """A dict of knobs, overridden by --key=value, cast to the type of its default; a bare --key switches a bool on."""
-    knobs = dict(knobs)
-    for arg in argv:
-        key, _, value = arg.removeprefix("--").partition("=")
-        if arg in ("-h", "--help"):
-            print(doc, *(f"  --{k}={v}" for k, v in knobs.items()), sep="\n")
-            sys.exit()
-        if not arg.startswith("--") or key not in knobs:
-            raise UsageError(f"unknown flag {arg}; known: {', '.join(knobs)}")
-        kind = type(knobs[key])
+def parse_flags(doc, argv, defaults={}):
+    """The flags that a script's docstring lists as `--name=default`, other `defaults`, and what argv says instead.
+
+    A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong.
+    """
+    def literal(text):
         try:
-            knobs[key] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    flags = {name: literal(text) for name, text in re.findall(r"^ +--(\w+)=(\S*)", doc, re.M)} | defaults
+    if {"-h", "--help"} & set(argv):
+        print(doc)
+        sys.exit()
+    for arg in argv:
+        name, _, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in flags:
+            raise UsageError(f"unknown flag {arg}; known: {', '.join(flags)}")
+        kind = type(flags[name])
+        try:
+            flags[name] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{key}={knobs[key]}") from None
-    return knobs
+            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{name}={flags[name]}") from None
+    return flags
 
 
 class UsageError(Exception):
