@@ -238,7 +238,6 @@ CONTROLS = {
     "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},       # for brow < 0
     "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4},
     "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3},
-    "side": {(19, 0): 1e-3},
 }
 
 
@@ -290,95 +289,84 @@ def smooth(track, width):
 
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
-    rng, n = np.random.default_rng(seed), 4 * T                            # articulators move at 100 Hz
+    rng = np.random.default_rng(seed)
     emotion = int(rng.integers(8))
     mood = MOODS[emotion] * np.append(rng.uniform(0.8, 1.2, 5), np.ones(4))
+    target = toy_articulation(rng, mood, 4 * T)                            # articulators move at 100 Hz
+    motion, identity = toy_face(rng, mood, target)
+    return toy_voice(rng, mood, target), motion[2::4].astype(np.float32), emotion, identity
 
-    # identity: the proportions of the face; wide mouths also move further
-    build = rng.uniform(-1, 1, 6)
+
+def toy_articulation(rng, mood, n):
+    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 11)."""
+    rows = []
+    while sum(row[6] for row in rows) < n / 100 + 1:
+        stress = rng.uniform(0.75, 1.25)
+        onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
+        for phone, odds in ((onset, 0.9), (vowel, 1.0), (coda, 0.25), (" ", 0.17)):
+            row = np.append(PHONES[phone], 0.0)
+            row[6] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
+            if phone == vowel:
+                row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
+            if rng.random() < odds:
+                rows.append(row)
+    ends = np.cumsum([row[6] for row in rows])
+    return np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+
+
+def toy_face(rng, mood, target):
+    """Motion (n, 70) at 100 Hz and identity (63,): lips follow the voice, the mood holds the rest, the head drifts."""
+    n, build = len(target), rng.uniform(-1, 1, 4)                          # the proportions of this face
     identity = FACE * (1 + 0.12 * build[0], 1 + 0.08 * build[1], 1)
     identity[[14, 20], 0] *= 1 + 0.2 * build[2]
-    identity[[11, 13, 15, 16], 0] *= 1 + 0.08 * build[3]
-    identity[[11, 15], 1] -= 0.008 * build[4]
-    identity[[1, 2], 1] -= 0.015 * build[5]
-    reach = 1 + 0.35 * build[2]
-
-    # phonemes: phrases of syllables, then a pause; each a row of targets, held for its seconds
-    rows = []
-    while sum(row[6] for row in rows) < T / 25 + 1:
-        for _ in range(rng.integers(2, 10)):
-            stress = rng.uniform(0.75, 1.25)
-            onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
-            for phone in onset * (rng.random() < 0.9) + vowel + coda * (rng.random() < 0.25):
-                row = np.array([*PHONES[phone], 0.0])
-                row[6] *= rng.uniform(0.8, 1.25) / mood[8]
-                if phone == vowel:
-                    row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
-                rows.append(row)
-        rows.append(np.array([*PHONES[" "], 0.0]))
-        rows[-1][6] *= rng.uniform(0.5, 3)
-    ends = np.cumsum([row[6] for row in rows])
-    target = np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+    identity[[1, 2], 1] -= 0.015 * build[3]
 
     def wander(width, size):                                               # smooth noise of unit variance
         white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
         return (white * (4 * np.pi * width ** 2) ** 0.25).T
-
-    # face: jaw and lips follow the phonemes, the mood holds the rest, blinks and gaze come by themselves
-    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * reach
+    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
     speaking = smooth((target[:, 7] != 0).astype(float), 10)
-    shut = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
     smile, brow, frown, lids = mood[:4, None] * (1 + 0.12 * wander(80, 4))
-    look = np.repeat(rng.standard_normal((n // 100 + 1, 2)), 100, 0)[:n] * 3
-    motion = np.zeros((n, M))
-    motion[:, EXP] = expression(
-        aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile, brow=brow, frown=frown,
-        blink=np.clip(lids - 22 * shut, -20, 5), side=8.0 * (emotion == 1) * np.ones(n),
-        gaze_x=smooth(look, 2)[:, 0], gaze_y=smooth(look, 2)[:, 1])
-
-    # head: it drifts and nods with the stress
-    drift = wander(60, 6).T
+    blinks = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
+    motion, drift = np.zeros((n, M)), wander(60, 6).T
+    motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
+                                brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5), gaze_x=3 * wander(40, 1)[0])
     motion[:, SCALE] = rng.uniform(1.2, 1.4) + 0.006 * drift[:, :1]
     motion[:, 64:66] = rng.normal(0, 0.02, 2) + (0, 0.1) + drift[:, 1:3] * (0.012, 0.006)
     motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:6] * (2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)
-    wav = toy_voice(rng, target, mood, rng.uniform(0.85, 1.2), rng.uniform(90, 230))
-    return wav, motion[2::4].astype(np.float32), emotion, identity.ravel()
+    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)                 # it nods with the stress
+    return motion, identity.ravel()
 
 
-def toy_voice(rng, target, mood, tract, low):
-    """Source and filter: glottal pulses and noise through moving formants; target (n, 10) at 100 Hz -> (n * 160,)."""
+def toy_voice(rng, mood, target):
+    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 11) -> (n * 160,)."""
     n, step = len(target), HOP // 4
+    upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
+    noise = lambda: rng.standard_normal(n * step)
     voiced, hiss = smooth(target[:, 3:5], 2).T
     melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 3], 15)
-    pitch = low * mood[5] * 2 ** (0.25 * mood[6] * melody)
-    upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
+    pitch = rng.uniform(90, 230) * mood[5] * 2 ** (0.25 * mood[6] * melody)
     angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
     r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
     pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
-    breath = rng.uniform(0.02, 0.1) * rng.standard_normal(n * step)
-    source = upsample(voiced) * (pulses + breath)
-    white = upsample(hiss) * rng.standard_normal(n * step)
+    source, white = upsample(voiced) * (pulses + rng.uniform(0.02, 0.1) * noise()), upsample(hiss) * noise()
 
     hz = np.fft.rfftfreq(HOP, 1 / RATE)
-    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * tract
+    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * rng.uniform(0.85, 1.2)
     gain = (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0) * np.ones((n, 1))   # microphones differ
     for f, width in zip(formants.T[:, :, None], (80, 100, 140, 250)):
         gain *= f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)
-    band = np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
+    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
-    spectrum = lambda x: torch.stft(torch.from_numpy(x), **stft, return_complex=True)[:, :n]
-    shaped = spectrum(source) * torch.from_numpy(gain.T) + 6 * spectrum(white) * torch.from_numpy(band.T)
-    wav = torch.istft(F.pad(shaped, (0, 1)), **stft).numpy()
+    spectrum = lambda x, filter: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] * torch.tensor(filter.T)
+    wav = torch.istft(F.pad(spectrum(source, gain) + spectrum(white, band), (0, 1)), **stft).numpy()
+
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
     wet = np.fft.irfft(np.fft.rfft(wav, 2 * len(wav)) * np.fft.rfft(echo, 2 * len(wav)))[:len(wav)]
-    wav = wav + rng.uniform(0, 0.7) * wav.std() / wet.std() * wet
-    level = mood[7] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
-    beat = smooth(rng.standard_normal((n + 60, 3)), 10)[30:-30].clip(0).T
+    beat = smooth(rng.standard_normal((n, 3)), 10).clip(0).T
     music = sum(upsample(b) * np.sin(2 * np.pi * rng.uniform(40, 400) * np.arange(n * step) / RATE) for b in beat)
-    hum = rng.standard_normal(n * step)
-    hum[1:] += rng.uniform(0, 0.9) * hum[:-1]
-    wav = level * (wav / wav.std() + rng.choice([0, 0, 1.5]) * rng.random() * music + 10 ** rng.uniform(-3, -1) * hum)
+    wav = wav / wav.std() + rng.uniform(0, 0.7) * wet / wet.std() + rng.choice([0, 0, 1.5]) * rng.random() * music
+    wav = mood[7] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9) * (wav + 10 ** rng.uniform(-3, -1) * noise())
     return np.clip(wav, -1, 1).astype(np.float32)
 
 
