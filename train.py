@@ -12,8 +12,8 @@ Flags and what they are without being given; every field of moda.Config, such as
     --data_dir=              a data set prepared by data.py; the toy talker without one
     --clips=300              how many clips the toy talker makes, 8 s each
     --out_dir=               checkpoints, log.csv, samples; out/<preset> without one
-    --init_from=scratch      scratch, resume, or a checkpoint to start from, the released net-200.pth too
-    --stats=                 file with the motion's mean and std; those of the data without one
+    --init_from=scratch      scratch, resume, or a checkpoint to start from, the released net-200.pth too: its Config holds
+    --stats=                 file with the motion's mean and std, as net-200.pth needs; those of the data without one
     --alse=                  checkpoint of a lip-sync expert that supervises MoDA
     --tau=0.4                Eq. 7: its loss counts only below this
     --steps=1200
@@ -27,224 +27,208 @@ Flags and what they are without being given; every field of moda.Config, such as
     --bf16=False             bfloat16 where autocast knows it to be safe
     --compile=False          torch.compile the model
     --checkpointing=False    recompute activations in the backward pass: slower, but the full model fits a 24 GB card
-    --save_every=250         steps; the last two checkpoints are kept
+    --save_every=250         steps; the last two checkpoints are kept, ckpt.pt and previous.pt
     --eval_clips=16          unseen toy clips for the table and the film at the end; 0 = neither
     --seed=1
     --device=                cuda if there is one
     --workers=0              processes that read windows
 
 All chance in step k, windows, times, noise and dropped conditions, is drawn for the whole batch from (seed, k): a
-resumed run equals an uninterrupted one, and any number of processes sees the same batch.
+resumed run equals an uninterrupted one, and any number of processes sees the same batch. SIGTERM ends the run with a
+checkpoint.
 """
-import contextlib
 import os
 import signal
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
 from data import Clips, ToyTalker, UsageError, parse_flags, run
-from moda import ALSE, PRESETS, Config, M, MoDA, draw, load_statistics, load_strictly, losses, read_tensors, save
+from moda import ALSE, PRESETS, Config, MoDA, draw, load_statistics, losses, read_tensors, save
 
-TRAINING = {                 # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
-    "toy": {},
-    "moda": dict(steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, bf16=True, workers=4),
-}
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+MODELS = {"moda": MoDA, "alse": ALSE}
+TRAINING = {"toy": {}, "moda": dict(               # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
+    steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, bf16=True, workers=4, save_every=1000)}
+AT_LEAST_ONE = {"steps", "batch_size", "clips", "save_every", "width", "heads"}
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}       # FLOP/s without sparsity
 
 
 def settings(argv):
-    """Flags of the run and Config of the network: the preset's, overridden by flags."""
-    preset = parse_flags(__doc__, argv, asdict(Config()))["preset"]
-    if preset not in PRESETS:
-        raise UsageError(f"--preset={preset}: known are {', '.join(PRESETS)}")
+    """Flags of the run and Config of the network: the preset's, overridden by flags. UsageError if they make no sense."""
+    chosen = parse_flags(__doc__, argv, asdict(Config()))
+    preset, kind = chosen["preset"], chosen["model"]
+    if preset not in PRESETS or kind not in MODELS:
+        raise UsageError(f"--preset={preset} --model={kind}: known are {', '.join(PRESETS)} and {', '.join(MODELS)}")
     flags = parse_flags(__doc__, argv, TRAINING[preset] | asdict(Config(**PRESETS[preset])))
-    cfg = Config(**{field.name: flags.pop(field.name) for field in fields(Config)})
-    flags["out_dir"] = Path(flags["out_dir"] or f"out/{preset if flags['model'] == 'moda' else flags['model']}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if flags["batch_size"] % (world * max(1, flags["micro_batch"])):
-        raise UsageError(f"--batch_size={flags['batch_size']} does not divide into {world} processes' micro-batches")
-    return flags, cfg
-
-
-def chance(seed, step, use):
-    """The random numbers of one step and use: 0 windows, 1 noise."""
-    return torch.Generator().manual_seed((2 * seed + use) * 10**9 + step)
-
-
-def batches(n_windows, flags, first_step, rank, share, micro):
-    """Indices of this process's windows, one micro-batch at a time."""
-    for step in range(first_step, flags["steps"]):
-        index = torch.randint(n_windows, (flags["batch_size"],), generator=chance(flags["seed"], step, 0))
-        yield from index[rank * share:(rank + 1) * share].split(micro)
-
-
-def learning_rate(step, flags):
-    """Linear warm-up, constant, linear cool-down."""
-    left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])
-    return flags["learning_rate"] * min(1, (step + 1) / flags["warmup"], left)
-
-
-def flops_per_window(cfg, N):
-    """Multiplications and additions of one training step, per window: the backward pass costs two forward ones."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        number = torch.zeros(1, dtype=torch.long)
-        audio = torch.zeros(1, N, cfg.audio_layers, cfg.audio_dim)
-        MoDA(cfg)(torch.zeros(1, N, M), torch.zeros(1), audio, number, torch.zeros(1, 63), torch.zeros(1, M))
-    return 3 * counter.get_total_flops()
-
-
-class Objective(nn.Module):
-    """The losses as one module, so that DistributedDataParallel sees one forward pass."""
-
-    def __init__(self, model, expert, tau):
-        super().__init__()
-        self.model, self.expert, self.tau = model, expert, tau
-
-    def forward(self, batch, drawn):
-        z0, zero = self.model.normalise(batch["motion"]), drawn["t"].new_zeros(())
-        if isinstance(self.model, ALSE):
-            shift = int(3 + 27 * drawn["t"][0])                            # frames
-            return self.model.pretraining_loss(batch["audio"], z0, batch["mask"], shift), zero, zero
-        prev = self.model.normalise(batch["prev"])
-        return losses(self.model, z0, batch["audio"], batch["emotion"], batch["identity"], prev, batch["mask"],
-                      **drawn, expert=self.expert, tau=self.tau)
+    for name, value in flags.items():
+        if type(value) in (int, float) and value < (name in AT_LEAST_ONE):
+            raise UsageError(f"--{name}={value}: should be {int(name in AT_LEAST_ONE)} or more")
+    micro = flags["micro_batch"] or flags["batch_size"] // WORLD
+    flags["passes"], rest = divmod(flags["batch_size"], max(1, micro) * WORLD)
+    if rest:
+        raise UsageError(f"--batch_size={flags['batch_size']} does not divide into {WORLD} x --micro_batch={micro}")
+    flags["out_dir"] = Path(flags["out_dir"] or f"out/{preset if kind == 'moda' else kind}")
+    return flags, Config(**{name: flags.pop(name) for name in asdict(Config())})
 
 
 def build(flags, cfg, data, device):
-    """The model to train, and what a checkpoint holds of it and of its training."""
+    """What a checkpoint holds by name: the model, the optimizer and, with --ema, the running average of the weights."""
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
-    kind, source = {"moda": MoDA, "alse": ALSE}[flags["model"]], flags["init_from"]
+    kind, source = MODELS[flags["model"]], flags["init_from"]
     model = kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source).train()
     if (model.cfg.audio_layers, model.cfg.audio_dim) != data.audio_shape:
         raise ValueError(f"{source}: hears other features than the data set holds, {data.audio_shape}")
     if flags["stats"]:
         load_statistics(model, flags["stats"])
-    elif source in ("scratch", "resume"):
+    elif model.std.eq(1).all():                                            # it has none yet
         model.mean[:], model.std[:] = (torch.as_tensor(x) for x in data.statistics())
-    model.checkpointing = flags["checkpointing"]
-    model.to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(flags["ema"])) if flags["ema"] else None
-    optimizer = torch.optim.Adam(model.parameters(), flags["learning_rate"], betas=(0.9, 0.99), fused=True)
-    return model, average, optimizer
+    model.to(device).checkpointing = flags["checkpointing"]
+    parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
+    if flags["ema"]:
+        average = parts["average"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(flags["ema"]))
+        parts["optimizer"].register_step_post_hook(lambda *_: average.update_parameters(model))
+    return parts
 
 
-def resume(flags, path, model, average, optimizer):
-    """Continue as if never stopped: weights, average, optimizer and log of the last complete checkpoint -> its step."""
-    path = path if path.exists() else path.with_name("previous.pt")
-    state = read_tensors(path, "there is nothing to resume")
-    load_strictly(model, state["model"], path)
-    if average:
-        load_strictly(average, state["average"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    log = path.with_name("log.csv")
-    rows = log.read_text().splitlines()[:state["step"] + 1]                # the header, and the steps that are kept
-    log.write_text("\n".join(rows) + "\n")
+def resume(path, parts):
+    """Continue as if never stopped from the last complete checkpoint -> its step."""
+    path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
+    state, model = read_tensors(path, "nothing to resume"), parts["model"]
+    same = (state.get("kind"), state.get("config")) == (type(model).__name__, asdict(model.cfg))
+    if not same or not parts.keys() <= state.keys():
+        raise ValueError(f"{path}: was trained with other settings: {state.get('kind')} {state.get('config')}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["step"]
+
+
+def micro_batch(i, data, cfg, flags):
+    """What this process learns from in its pass i: windows, and the times, noise and dropped conditions they meet."""
+    step, k = divmod(i, flags["passes"])
+    generator = torch.Generator().manual_seed(flags["seed"] * 10**9 + step)
+    index = torch.randint(len(data), (flags["batch_size"],), generator=generator)
+    drawn = draw(cfg, flags["batch_size"], data.frames, generator)
+    mine = lambda x: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k]
+    return default_collate([data[i] for i in mine(index).tolist()]) | {name: mine(x) for name, x in drawn.items()}
+
+
+def outlive_sigterm(worker):
+    """A preempted node signals workers too: let them serve the step at hand; a minute later none is needed."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def objective(net, expert, tau, motion, prev, **batch):
+    """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: a model, or DDP around it."""
+    model = getattr(net, "module", net)
+    z0, first = model.normalise(motion), motion.new_tensor([1, 0, 0])
+    if isinstance(model, ALSE):
+        shift = int(3 + 27 * batch["t"][0])                                # frames
+        return first * ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift)
+    return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
+
+
+def flops_per_window(cfg, batch):
+    """Additions and multiplications of one training step of MoDA: the backward pass costs two forward ones."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        objective(MoDA(cfg), None, 0, **{name: x[:1].to("meta") for name, x in batch.items()})
+    return 3 * counter.get_total_flops()
+
+
+def learning_rate(step, flags):
+    """Linear warm-up, constant, linear cool-down."""
+    left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])
+    return flags["learning_rate"] * min(1, (step + 1) / max(1, flags["warmup"]), left)
+
+
+def gradients(net, expert, loader, flags, device):
+    """Gradients of one step, summed over its passes -> mean losses (3,)."""
+    total = torch.zeros(3, device=device)
+    for k in range(flags["passes"]):
+        batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
+        net.require_backward_grad_sync = k + 1 == flags["passes"]          # DDP's no_sync() in a line
+        with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
+            part = objective(net, expert, flags["tau"], **batch) / flags["passes"]
+        part.sum().backward()
+        total += part.detach()
+    return total
+
+
+def train(flags, data, parts, first_step, log, device):
+    """The loop over steps."""
+    model, optimizer, path, signals = parts["model"], parts["optimizer"], flags["out_dir"] / "ckpt.pt", []
+    signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+    expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
+    if flags["compile"]:
+        model.compile()                                                    # in place: names in checkpoints stay
+    idle = model.cfg.fusion == "four"                                      # its last block has parts that nobody hears
+    net = DistributedDataParallel(model, find_unused_parameters=idle) if WORLD > 1 else model
+    fetch, clock = partial(micro_batch, data=data, cfg=model.cfg, flags=flags), {}
+    loader = sample.timed("data", DataLoader(
+        range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
+        num_workers=flags["workers"], worker_init_fn=outlive_sigterm, pin_memory=device.type == "cuda"), clock)
+    work = flops_per_window(model.cfg, fetch(0)) * flags["batch_size"] / WORLD if flags["model"] == "moda" else 0
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((peak for name, peak in BF16_PEAK.items() if name in card), float("inf"))
+
+    for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
+        began, clock["data"] = time.perf_counter(), 0.0
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, flags)
+        means = gradients(net, expert, loader, flags, device)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])
+        means = torch.cat([means, norm[None], means.new_tensor([len(signals)])])
+        if WORLD > 1:
+            dist.all_reduce(means)
+        rf, vel, sync, norm, stop = (means / WORLD).tolist()
+        if not means.isfinite().all():
+            raise ValueError(f"step {step + 1}: the loss is {rf + vel + sync}, the gradient {norm}; the last good checkpoint "
+                             f"is {path if path.exists() else 'not there yet'}; try a lower --learning_rate")
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, seconds = rf + vel + sync, time.perf_counter() - began
+        print(step, loss, rf, vel, sync, norm, rate, seconds, clock["data"], sep=",", file=log, flush=True)
+        bar.set_postfix_str(f"loss {loss:.3f}, {flags['batch_size'] / seconds:.0f} windows/s, "
+                            f"{clock['data'] / seconds:.0%} waiting, MFU {work / seconds / peak:.0%}")
+        if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]):
+            about = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step + 1)
+            save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
+        if stop:
+            raise SystemExit                                               # with code 0
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(argv):
     flags, cfg = settings(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    flags["out_dir"].mkdir(parents=True, exist_ok=True)
     device = torch.device(flags["device"] or sample.default_device())
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        path = train(flags, cfg, device, rank, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-    if path and rank == 0 and flags["eval_clips"] and not flags["data_dir"] and flags["model"] == "moda":
-        sample.after_training(path, flags["out_dir"], flags["eval_clips"])
-
-
-def train(flags, cfg, device, rank, world):
-    """The training loop of one process -> path of the last checkpoint, None if SIGTERM ended it."""
+    if WORLD > 1:
+        dist.init_process_group()
+    if WORLD > 1 and device.type == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
     torch.manual_seed(flags["seed"])
     torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
     data = Clips.open(flags["data_dir"], "train") if flags["data_dir"] else ToyTalker("train", flags["clips"])
-    model, average, optimizer = build(flags, cfg, data, device)
-    expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
-    path, first_step = flags["out_dir"] / "ckpt.pt", 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if flags["init_from"] == "resume":
-        first_step = resume(flags, path, model, average, optimizer)
-    if flags["compile"]:
-        model.compile()                                                    # in place: names in checkpoints stay
-    net = Objective(model, expert, flags["tau"])
-    net = DistributedDataParallel(net) if world > 1 else net
-
-    share = flags["batch_size"] // world
-    micro = flags["micro_batch"] or share
-    loader = iter(DataLoader(data, batch_sampler=batches(len(data), flags, first_step, rank, share, micro),
-                             num_workers=flags["workers"], pin_memory=device.type == "cuda"))
-    log = open(path.with_name("log.csv"), "a" if first_step else "w") if rank == 0 else None
-    if rank == 0 and not first_step:
-        print("step,loss,rf,vel,sync,learning_rate,samples_per_second,waiting", file=log)
-    work = flops_per_window(model.cfg, data.frames) if flags["model"] == "moda" else 0
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((peak for card, peak in BF16_PEAK.items() if card in name), 0)
-    asked = []                                                             # to stop, by SIGTERM
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-
-    bar = tqdm(range(first_step, flags["steps"]), "training", disable=rank > 0)
-    for step in bar:
-        began, waited = time.perf_counter(), 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, flags)
-        drawn = draw(model.cfg, flags["batch_size"], data.frames, chance(flags["seed"], step, 1))
-        parts = torch.zeros(4, device=device)
-        for first in range(rank * share, (rank + 1) * share, micro):
-            asking = time.perf_counter()
-            batch = {key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
-            waited += time.perf_counter() - asking
-            some = {key: value[first:first + micro].to(device) for key, value in drawn.items()}
-            last = first + micro >= (rank + 1) * share
-            with contextlib.nullcontext() if last or world == 1 else net.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
-                    rf_vel_sync = net(batch, some)
-                (sum(rf_vel_sync) * micro / share).backward()
-            parts[:3] += torch.stack(rf_vel_sync).detach() * micro / share
-        parts[3] = len(asked)
-        if world > 1:
-            dist.all_reduce(parts)
-        *losses_, stop = parts.tolist()
-        rf, vel, sync = (x / world for x in losses_)
-        loss = rf + vel + sync
-        if not abs(loss) < float("inf"):
-            raise ValueError(f"step {step}: the loss is {loss}; lower --learning_rate and --init_from=resume, which "
-                             f"goes on from {path}")
-        nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            average.update_parameters(model)
-        if rank == 0:
-            seconds = time.perf_counter() - began
-            rate, lr = flags["batch_size"] / seconds, optimizer.param_groups[0]["lr"]
-            print(step, loss, rf, vel, sync, lr, rate, waited / seconds, sep=",", file=log, flush=True)
-            mfu = f", MFU {work * rate / peak / world:.0%}" if peak else f", {work * rate / 1e9:.0f} GFLOP/s"
-            bar.set_postfix_str(f"loss {loss:.3f}, rate {lr:.1e}, {rate:.0f} samples/s{mfu}")
-            if stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]:
-                state = dict(kind=type(model).__name__, config=asdict(model.cfg), model=model.state_dict(),
-                             optimizer=optimizer.state_dict(), step=step + 1)
-                save(path, state | ({"average": average.state_dict()} if average else {}), keep="previous.pt")
-        if stop:
-            return print(f"stopped by SIGTERM after step {step + 1}; go on with --init_from=resume") if rank == 0 else None
-    return path
+    parts = build(flags, cfg, data, device)
+    first_step = resume(flags["out_dir"] / "ckpt.pt", parts) if flags["init_from"] == "resume" else 0
+    path = flags["out_dir"] / "log.csv"
+    rows = path.read_text().splitlines()[1:first_step + 1] if first_step and path.exists() else []
+    with open(path if RANK == 0 else os.devnull, "w") as log:
+        print("step,loss,rf,vel,sync,grad_norm,learning_rate,seconds,waiting", *rows, sep="\n", file=log, flush=True)
+        train(flags, data, parts, first_step, log, device)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK == 0 and flags["eval_clips"] and not flags["data_dir"] and flags["model"] == "moda":
+        sample.after_training(flags["out_dir"] / "ckpt.pt", flags["out_dir"], flags["eval_clips"])
 
 
 if __name__ == "__main__":
