@@ -90,7 +90,7 @@ def without(key):
 @pytest.mark.parametrize("tensors, reason", [
     (without("encoder.layers.1.attention.k_proj.bias"), "encoder.layers.1.attention.k_proj.bias is missing"),
     (without("encoder.layer_norm.weight"), "encoder.layer_norm.weight is missing"),
-    (without(CONV + "weight_g"), "weight.original0' is missing"),
+    (without(CONV + "weight_g"), "conv.weight_g' is missing"),
     (SMALL | {"feature_extractor.conv_layers.3.conv.bias": torch.zeros(32)}, "conv_layers.3.conv.bias does not belong"),
     (SMALL | {"feature_projection.projection.weight": torch.zeros(1024, 32)}, "a large model"),
     (SMALL | {"encoder.layers.0.attention.out_proj.bias": torch.zeros(9)}, "is .9,., expected .48,."),
