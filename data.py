@@ -55,11 +55,8 @@ def load_audio(path):
 def mel_filters(n_mels, n_fft, low=60.0, high=7600.0):
     """Triangles equally spaced on the mel scale, (n_fft / 2 + 1, n_mels)."""
     mel = lambda hz: 2595 * np.log10(1 + hz / 700)
-    edges = 700 * (10 ** (np.linspace(mel(low), mel(high), n_mels + 2) / 2595) - 1)
-    hz = np.fft.rfftfreq(n_fft, 1 / RATE)[:, None]
-    rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
-    return np.clip(np.minimum(rise, fall), 0, None)
+    place = (mel(np.fft.rfftfreq(n_fft, 1 / RATE)) - mel(low)) / (mel(high) - mel(low)) * (n_mels + 1)
+    return np.clip(1 - np.abs(place[:, None] - np.arange(1, n_mels + 1)), 0, None)
 
 
 MEL = mel_filters(40, 512)
@@ -211,19 +208,15 @@ class AudioEncoder:
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
-# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening
+# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
 CONTROLS = {
-    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4},
-    "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
+    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
     "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4},
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
               (3, 1): -3.5e-3, (7, 1): -3.5e-3},
     "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
-    "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},       # for brow < 0
-    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4},
-    "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3},
-}
+    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
+    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4}, "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3}}
 
 
 def expression(**controls):
@@ -237,20 +230,18 @@ def expression(**controls):
     return delta
 
 
-# F1 F2 F3 in Hz | voice, hiss (0..1) | hiss centre in kHz | seconds | jaw, spread, round (-1..1)
+# first two formants in Hz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
 PHONES = {
-    "a": (750, 1250, 2500, 1.0, 0.00, 3, .17, 1.00, .1, .0), "e": (520, 1850, 2550, 1.0, 0.00, 3, .15, 0.50, .6, .0),
-    "i": (300, 2250, 2950, 0.9, 0.00, 3, .14, 0.20, 1., .0), "o": (480, 900, 2400, 1.0, 0.00, 3, .16, 0.55, .0, .8),
-    "u": (320, 800, 2250, 0.9, 0.00, 3, .15, 0.15, .0, 1.), "@": (520, 1450, 2500, 0.8, 0.00, 3, .10, 0.40, .1, .1),
-    "m": (260, 1000, 2250, 0.3, 0.00, 3, .09, -.30, .0, .1), "b": (220, 900, 2200, .06, 0.00, 3, .08, -.35, .0, .0),
-    "p": (220, 900, 2200, 0.0, 0.03, 2, .09, -.35, .0, .0), "n": (280, 1600, 2500, 0.3, 0.00, 3, .07, 0.10, .2, .0),
-    "d": (260, 1750, 2600, 0.1, 0.03, 5, .06, 0.10, .2, .0), "t": (300, 1800, 2700, 0.0, 0.15, 5, .07, 0.10, .2, .0),
-    "k": (300, 2000, 2400, 0.0, 0.10, 2, .07, 0.15, .0, .0), "s": (300, 1700, 2600, 0.0, 0.35, 6, .10, 0.02, .5, .0),
-    "S": (300, 1800, 2400, 0.0, 0.35, 3, .10, 0.05, .0, .6), "f": (300, 1200, 2300, 0.0, 0.12, 7, .09, -.15, .1, .0),
-    "l": (380, 1300, 2700, 0.5, 0.00, 3, .07, 0.25, .1, .0), "w": (300, 650, 2200, 0.5, 0.00, 3, .08, 0.05, .0, 1.),
-    "j": (280, 2200, 3000, 0.5, 0.00, 3, .07, 0.10, .8, .0), " ": (480, 1450, 2500, 0.0, 0.00, 3, .30, 0.00, .0, .0),
-}
-VOWELS, CONSONANTS = list("aeiou@"), list("mbpndtksSflwj")
+    "a": (750, 1250, 1.0, 0, 3, .17, 1.0, .1, 0), "e": (520, 1850, 1.0, 0, 3, .15, .50, .6, 0),
+    "i": (300, 2250, 0.9, 0, 3, .14, 0.2, 1., 0), "o": (480, 900, 1.0, 0, 3, .16, .55, 0., .8),
+    "u": (320, 800, 0.9, 0, 3, .15, 0.15, 0, 1.), "@": (520, 1450, 0.8, 0, 3, .10, .40, .1, .1),
+    "m": (260, 1000, .3, 0, 3, .09, -.3, 0, .1), "b": (220, 900, .06, .01, 2, .08, -.35, 0, 0),
+    "n": (280, 1600, .3, 0, 3, .07, .1, .2, 0), "t": (300, 1800, 0, .15, 5, .07, 0.1, .2, 0),
+    "k": (300, 2000, 0, .1, 2, .07, .15, 0, 0), "s": (300, 1700, 0, .35, 6, .1, 0.02, .5, 0),
+    "S": (300, 1800, 0, .35, 3, .1, .05, 0, .6), "f": (300, 1200, 0, .12, 7, .09, -.15, .1, 0),
+    "l": (380, 1300, .5, 0, 3, .07, .25, .1, 0), "w": (300, 650, .5, 0, 3, .08, .05, 0, 1.),
+    "j": (280, 2200, .5, 0, 3, .07, .1, .8, 0), " ": (480, 1450, 0, 0, 3, .3, 0.00, 0, 0.)}
+VOWELS, CONSONANTS = list("aeiou@"), list("mbntksSflwj")
 # smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
 MOODS = np.array([
     (-0.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (0.25, 2, 0, -10, -4, 0.9, 0.7, 0.8, 0.9),
@@ -268,7 +259,7 @@ def toy_prototypes():
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
     kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
-    padded = np.pad(track, [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
+    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
     return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
 
 
@@ -283,19 +274,20 @@ def toy_clip(seed, T):
 
 
 def toy_articulation(rng, mood, n):
-    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 11)."""
-    rows = []
-    while sum(row[6] for row in rows) < n / 100 + 1:
+    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 10)."""
+    rows, seconds = [], 0
+    while seconds < n / 100 + 1:
         stress = rng.uniform(0.75, 1.25)
         onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
         for phone, odds in ((onset, 0.9), (vowel, 1.0), (coda, 0.25), (" ", 0.17)):
             row = np.append(PHONES[phone], 0.0)
-            row[6] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
+            row[5] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
             if phone == vowel:
-                row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
+                row[[2, 6, 9]] = row[2] * stress, row[6] * stress, max(0, stress - 1)
             if rng.random() < odds:
                 rows.append(row)
-    ends = np.cumsum([row[6] for row in rows])
+                seconds += row[5]
+    ends = np.cumsum([row[5] for row in rows])
     return np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
 
 
@@ -308,40 +300,38 @@ def toy_face(rng, mood, target):
 
     def wander(width, size):                                               # smooth noise of unit variance
         white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
-        return (white * (4 * np.pi * width ** 2) ** 0.25).T
-    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
-    speaking = smooth((target[:, 7] != 0).astype(float), 10)
-    smile, brow, frown, lids = mood[:4, None] * (1 + 0.12 * wander(80, 4))
-    blinks = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
-    motion, drift = np.zeros((n, M)), wander(60, 6).T
+        return white * (4 * np.pi * width ** 2) ** 0.25
+    jaw, spread, rounding = smooth(target[:, 6:9], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
+    speaking, blinks = smooth(target[:, 6] != 0, 10), 10 * smooth(rng.random(n) < 0.003, 4)
+    smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(80, 4))).T
+    motion, drift = np.zeros((n, M)), wander(60, 6)
     motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
                                 brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
-    motion[:, SCALE] = rng.uniform(1.2, 1.4) + 0.006 * drift[:, :1]
-    motion[:, 64:66] = rng.normal(0, 0.02, 2) + (0, 0.1) + drift[:, 1:3] * (0.012, 0.006)
-    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:6] * (2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)                 # it nods with the stress
+    rest = rng.uniform(1.2, 1.4), rng.normal(0, 0.02), rng.normal(0.1, 0.02)
+    motion[:, 63:66] = rest + drift[:, :3] * (0.006, 0.012, 0.006)         # scale, t_x, t_y
+    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:] * (2.5, 5, 2)
+    motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
     return motion, identity.ravel()
 
 
 def toy_voice(rng, mood, target):
-    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 11) -> (n * 160,)."""
+    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
     n, step = len(target), HOP // 4
     upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
     noise = lambda: rng.standard_normal(n * step)
-    voiced, hiss = smooth(target[:, 3:5], 2).T
-    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 3], 15)
+    voiced, hiss = smooth(target[:, 2:4], 2).T
+    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[5] * 2 ** (0.25 * mood[6] * melody)
     angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
     r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
     pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
     source, white = upsample(voiced) * (pulses + rng.uniform(0.02, 0.1) * noise()), upsample(hiss) * noise()
 
-    hz = np.fft.rfftfreq(HOP, 1 / RATE)
-    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * rng.uniform(0.85, 1.2)
-    gain = (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0) * np.ones((n, 1))   # microphones differ
-    for f, width in zip(formants.T[:, :, None], (80, 100, 140, 250)):
-        gain *= f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)
-    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
+    hz, width = np.fft.rfftfreq(HOP, 1 / RATE), np.array([[80], [100], [140], [250]])
+    f = np.hstack([smooth(target[:, :2], 3), np.tile((2550, 3600), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
+    gain = (f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)).prod(1)
+    gain *= (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0)                    # microphones differ
+    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 4:5]) / 1200) ** 2)
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
     spectrum = lambda x: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n]
     shaped = spectrum(source) * torch.tensor(gain.T) + spectrum(white) * torch.tensor(band.T)
