@@ -48,13 +48,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
 from data import Clips, ToyTalker, UsageError, parse_flags, run
-from moda import ALSE, PRESETS, Config, MoDA, draw, load_statistics, losses, read_tensors, save
+from moda import (ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors,
+                  save)
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 MODELS = {"moda": MoDA, "alse": ALSE}
@@ -93,7 +95,10 @@ def build(flags, cfg, data, device):
         load_statistics(model, flags["stats"])
     elif model.std.eq(1).all():                                            # it has none yet
         model.mean[:], model.std[:] = (torch.as_tensor(x) for x in data.statistics())
-    model.to(device).checkpointing = flags["checkpointing"]
+    for block in model.modules():
+        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    model.to(device)
     parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
     if flags["ema"]:
         average = parts["average"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(flags["ema"]))
@@ -191,7 +196,7 @@ def train(flags, data, parts, first_step, log, device):
             dist.all_reduce(means)
         rf, vel, sync, norm, stop = (means / WORLD).tolist()
         if not means.isfinite().all():
-            raise ValueError(f"step {step + 1}: the loss is {rf + vel + sync}, the gradient {norm}; the last good checkpoint "
+            raise ValueError(f"step {step}: the loss is {rf + vel + sync}, the gradient {norm}; the last good checkpoint "
                              f"is {path if path.exists() else 'not there yet'}; try a lower --learning_rate")
         optimizer.step()
         optimizer.zero_grad()

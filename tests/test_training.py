@@ -1,0 +1,177 @@
+"""Training survives whatever happens to it: a killed run goes on to the bit, any number of processes follows the same
+curve, and what stops it leaves a checkpoint that loads."""
+import csv
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import moda
+import train
+from data import UsageError
+from moda import MoDA, read_tensors
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--width=32", "--heads=1", "--clips=4", "--eval_clips=0", "--device=cpu", "--warmup=5"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that are started here: sums then have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(out, *flags, ranks=1):
+    """A training in processes of its own, as torchrun starts them; each leads its group of data workers."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+    command = [sys.executable, "train.py", *TINY, f"--out_dir={out}", *flags]
+    return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+                             env=os.environ | {name: str(value) for name, value in (env | {"RANK": rank}).items()})
+            for rank in range(ranks)]
+
+
+def finish(run):
+    for process in run:
+        printed = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, printed
+
+
+def send(run, number):
+    for process in run:
+        os.killpg(process.pid, number)
+
+
+def train_here(out, *flags):
+    train.main([*TINY, f"--out_dir={out}", *flags])
+    return curve(out)
+
+
+def curve(out):
+    """The loss columns of the log, step by step."""
+    with open(out / "log.csv") as file:
+        return [[row[name] for name in ("step", "loss", "rf", "vel", "grad_norm")] for row in csv.DictReader(file)]
+
+
+def wait_for(out, step, run):
+    """Until the log shows that `step` is done."""
+    while not (out / "log.csv").exists() or f"\n{step}," not in (out / "log.csv").read_text():
+        assert run[0].poll() is None, run[0].communicate()[0]
+        time.sleep(0.01)
+
+
+def assert_same(a, b):
+    """Two files of nested tensors and numbers hold the same bits."""
+    flat_a, flat_b = (torch.utils._pytree.tree_flatten(read_tensors(path)) for path in (a, b))
+    assert flat_a[1] == flat_b[1]
+    for x, y in zip(flat_a[0], flat_b[0]):
+        assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_goes_on_to_the_bit(tmp_path, ranks):
+    flags = ["--steps=10", "--batch_size=2", "--save_every=3", "--ema=0.9", f"--workers={ranks - 1}"]
+    run = lambda out, *more: finish(start(out, *flags, *more, ranks=ranks)) if ranks > 1 else train_here(out, *flags, *more)
+    broken = start(tmp_path / "broken", *flags, ranks=ranks)
+    wait_for(tmp_path / "broken", 3 + os.getpid() % 5, broken)                 # any step will do
+    send(broken, signal.SIGKILL)
+    run(tmp_path / "broken", "--init_from=resume")
+    run(tmp_path / "whole")
+    assert len(curve(tmp_path / "whole")) == 10 and curve(tmp_path / "whole") == curve(tmp_path / "broken")
+    assert_same(tmp_path / "whole/ckpt.pt", tmp_path / "broken/ckpt.pt")
+
+
+def test_two_processes_and_micro_batches_follow_one_process(tmp_path):
+    flags = ["--steps=20", "--batch_size=4", "--learning_rate=2e-3"]
+    finish(start(tmp_path / "two", *flags, "--micro_batch=1", ranks=2))
+    one = train_here(tmp_path / "one", *flags)
+    for row, other in zip(one, curve(tmp_path / "two"), strict=True):
+        assert abs(float(row[1]) - float(other[1])) < 1e-5
+    assert float(one[-1][1]) < float(one[0][1]) - 0.1
+
+
+def test_sigterm_ends_with_a_checkpoint(tmp_path):
+    run = start(tmp_path, "--steps=100000", "--batch_size=2", "--workers=2", "--eval_clips=4")
+    wait_for(tmp_path, 2, run)
+    send(run, signal.SIGTERM)                                                  # the workers hear it too
+    finish(run)
+    step = read_tensors(tmp_path / "ckpt.pt")["step"]
+    assert step == len(curve(tmp_path)) > 2 and not (tmp_path / "sample.mp4").exists()
+    assert train_here(tmp_path, f"--steps={step + 1}", "--batch_size=2", "--init_from=resume")[-1][0] == str(step)
+
+
+def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
+    def draw(cfg, B, N, generator):
+        drawn = moda.draw(cfg, B, N, generator)
+        return drawn | {"eps": drawn["eps"] * (math.nan if generator.initial_seed() % 10**9 == 5 else 1)}
+    monkeypatch.setattr(train, "draw", draw)
+    with pytest.raises(ValueError, match="step 5: the loss is nan.* the last good checkpoint is .*ckpt.pt;"):
+        train_here(tmp_path, "--steps=9", "--batch_size=2", "--save_every=2")
+    assert len(curve(tmp_path)) == 5 and read_tensors(tmp_path / "ckpt.pt")["step"] == 4
+    assert all(p.isfinite().all() for p in MoDA.from_pretrained(tmp_path / "ckpt.pt").parameters())
+
+
+def test_the_last_two_checkpoints_are_kept_and_either_can_be_resumed(tmp_path):
+    flags = ["--steps=6", "--batch_size=2", "--save_every=2"]
+    whole = train_here(tmp_path, *flags)
+    last = tmp_path / "last.pt"
+    (tmp_path / "ckpt.pt").rename(last)                                        # as if killed between two renames
+    assert read_tensors(tmp_path / "previous.pt")["step"] == 4
+    assert train_here(tmp_path, *flags, "--init_from=resume") == whole
+    assert_same(tmp_path / "ckpt.pt", last)
+
+
+def test_sampling_uses_the_average_of_the_weights(tmp_path):
+    train_here(tmp_path, "--steps=3", "--batch_size=2", "--ema=0.5", "--save_every=1")
+    before, after = (read_tensors(tmp_path / name) for name in ("previous.pt", "ckpt.pt"))
+    loaded = MoDA.from_pretrained(tmp_path / "ckpt.pt").state_dict()
+    for name, weight in after["model"].items():
+        expected = torch.lerp(before["average"][f"module.{name}"], weight, 0.5)
+        assert torch.allclose(loaded[name], expected, atol=1e-7)
+    assert not torch.equal(loaded["head.weight"], after["model"]["head.weight"])
+
+
+def test_recomputed_activations_change_no_bit(tmp_path):
+    flags = ["--steps=3", "--batch_size=2"]
+    assert train_here(tmp_path / "a", *flags) == train_here(tmp_path / "b", *flags, "--checkpointing")
+    assert_same(tmp_path / "a/ckpt.pt", tmp_path / "b/ckpt.pt")
+
+
+def test_a_checkpoint_is_a_start_for_another_run(tmp_path):
+    for model in ("moda", "alse"):
+        flags = [f"--model={model}", "--batch_size=2", "--warmup=0", "--bf16", "--cooldown=0"]
+        train_here(tmp_path / "first", *flags, "--steps=2")
+        train_here(tmp_path / "second", *flags, "--steps=1", f"--init_from={tmp_path}/first/ckpt.pt", "--width=64")
+        assert read_tensors(tmp_path / "second/ckpt.pt")["config"]["width"] == 32
+
+
+@pytest.mark.parametrize("flag", ["--steps=0", "--batch_size=-2", "--save_every=0", "--clips=0", "--warmup=-1", "--heads=0",
+                                  "--micro_batch=3", "--model=gan", "--preset=huge", "--learning_rate=-1"])
+def test_a_flag_that_makes_no_sense_is_named(tmp_path, flag):
+    with pytest.raises(UsageError, match=flag.split("=")[0]):
+        train_here(tmp_path, flag)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path):
+    resume = ["--steps=2", "--batch_size=2", "--init_from=resume"]
+    with pytest.raises(ValueError, match="ckpt.pt: no such file; nothing to resume"):
+        train_here(tmp_path, *resume)
+    train_here(tmp_path, "--steps=1", "--batch_size=2")
+    for other in ("--width=64", "--model=alse", "--ema=0.9", "--p_drop_audio=0.1"):
+        with pytest.raises(ValueError, match="ckpt.pt: was trained with other settings: MoDA") as error:
+            train_here(tmp_path, *resume, other)
+        assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="ckpt.pt"):
+        train_here(tmp_path / "ckpt.pt", "--steps=1")                          # no place for a folder
