@@ -52,7 +52,7 @@ def relative(motion, portrait, neutral):
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
     motion = torch.as_tensor(motion)
-    if motion.ndim != 2 or motion.size(1) != M or not motion.isfinite().all():
+    if motion.ndim != 2 or motion.size(1) != M or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
     return motion.float()
 
