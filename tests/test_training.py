@@ -3,6 +3,7 @@ curve, and what stops it leaves a checkpoint that loads."""
 import csv
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--width=32", "--heads=1", "--clips=4", "--eval_clips=0", "--device=cpu", "--warmup=5"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """As in the processes that are started here: sums then have one order."""
     threads = torch.get_num_threads()
@@ -79,26 +80,45 @@ def assert_same(a, b):
         assert torch.equal(x, y) if torch.is_tensor(x) else x == y
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_goes_on_to_the_bit(tmp_path, ranks):
-    flags = ["--steps=10", "--batch_size=2", "--save_every=3", "--ema=0.9", f"--workers={ranks - 1}"]
-    run = lambda out, *more: finish(start(out, *flags, *more, ranks=ranks)) if ranks > 1 else train_here(out, *flags, *more)
-    broken = start(tmp_path / "broken", *flags, ranks=ranks)
-    wait_for(tmp_path / "broken", 3 + os.getpid() % 5, broken)                 # any step will do
-    send(broken, signal.SIGKILL)
-    run(tmp_path / "broken", "--init_from=resume")
-    run(tmp_path / "whole")
-    assert len(curve(tmp_path / "whole")) == 10 and curve(tmp_path / "whole") == curve(tmp_path / "broken")
-    assert_same(tmp_path / "whole/ckpt.pt", tmp_path / "broken/ckpt.pt")
+FLAGS = ["--steps=20", "--batch_size=4", "--save_every=3", "--ema=0.9"]
+SPLIT = ["--micro_batch=1", "--workers=1"]
 
 
-def test_two_processes_and_micro_batches_follow_one_process(tmp_path):
-    flags = ["--steps=20", "--batch_size=4", "--learning_rate=2e-3"]
-    finish(start(tmp_path / "two", *flags, "--micro_batch=1", ranks=2))
-    one = train_here(tmp_path / "one", *flags)
-    for row, other in zip(one, curve(tmp_path / "two"), strict=True):
-        assert abs(float(row[1]) - float(other[1])) < 1e-5
-    assert float(one[-1][1]) < float(one[0][1]) - 0.1
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    train_here(out, *FLAGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    finish(start(out, *FLAGS, *SPLIT, ranks=2))
+    return out
+
+
+def test_a_killed_run_goes_on_to_the_bit(one_process, tmp_path):
+    run = start(tmp_path, *FLAGS)
+    wait_for(tmp_path, random.randrange(3, 16), run)
+    send(run, signal.SIGKILL)
+    assert train_here(tmp_path, *FLAGS, "--init_from=resume") == curve(one_process)
+    assert_same(tmp_path / "ckpt.pt", one_process / "ckpt.pt")
+
+
+def test_two_killed_processes_go_on_to_the_bit(two_processes, tmp_path):
+    run = start(tmp_path, *FLAGS, *SPLIT, ranks=2)
+    wait_for(tmp_path, random.randrange(3, 16), run)
+    send(run, signal.SIGKILL)
+    finish(start(tmp_path, *FLAGS, *SPLIT, "--init_from=resume", ranks=2))
+    assert curve(tmp_path) == curve(two_processes)
+    assert_same(tmp_path / "ckpt.pt", two_processes / "ckpt.pt")
+
+
+def test_two_processes_and_micro_batches_follow_one_process(one_process, two_processes):
+    one, two = (torch.tensor([[float(x) for x in row[:4]] for row in curve(out)]) for out in (one_process, two_processes))
+    assert one.shape == (20, 4) and (one - two).abs().max() < 1e-5
+    assert one[-1, 1] < one[0, 1] - 0.1
 
 
 def test_sigterm_ends_with_a_checkpoint(tmp_path):
