@@ -12,7 +12,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --data_dir=              a data set prepared by data.py; the toy talker without one
     --clips=300              how many clips the toy talker makes, 8 s each
     --out_dir=               checkpoints, log.csv, samples; out/<preset> without one
-    --init_from=scratch      scratch, resume, or a checkpoint to start from, the released net-200.pth too: its Config holds
+    --init_from=scratch      scratch, resume, or a checkpoint to start from, with its Config; net-200.pth too
     --stats=                 file with the motion's mean and std, as net-200.pth needs; those of the data without one
     --alse=                  checkpoint of a lip-sync expert that supervises MoDA
     --tau=0.4                Eq. 7: its loss counts only below this
@@ -55,19 +55,18 @@ from tqdm import tqdm
 
 import sample
 from data import Clips, ToyTalker, UsageError, parse_flags, run
-from moda import (ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors,
-                  save)
+from moda import ALSE, PRESETS, Config, MoDA, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 MODELS = {"moda": MoDA, "alse": ALSE}
 TRAINING = {"toy": {}, "moda": dict(               # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
-    steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, bf16=True, workers=4, save_every=1000)}
+    steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=1000)}
 AT_LEAST_ONE = {"steps", "batch_size", "clips", "save_every", "width", "heads"}
 BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}       # FLOP/s without sparsity
 
 
 def settings(argv):
-    """Flags of the run and Config of the network: the preset's, overridden by flags. UsageError if they make no sense."""
+    """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
     chosen = parse_flags(__doc__, argv, asdict(Config()))
     preset, kind = chosen["preset"], chosen["model"]
     if preset not in PRESETS or kind not in MODELS:
@@ -88,7 +87,7 @@ def build(flags, cfg, data, device):
     """What a checkpoint holds by name: the model, the optimizer and, with --ema, the running average of the weights."""
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
     kind, source = MODELS[flags["model"]], flags["init_from"]
-    model = kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source).train()
+    model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(device).train()
     if (model.cfg.audio_layers, model.cfg.audio_dim) != data.audio_shape:
         raise ValueError(f"{source}: hears other features than the data set holds, {data.audio_shape}")
     if flags["stats"]:
@@ -96,9 +95,8 @@ def build(flags, cfg, data, device):
     elif model.std.eq(1).all():                                            # it has none yet
         model.mean[:], model.std[:] = (torch.as_tensor(x) for x in data.statistics())
     for block in model.modules():
-        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
+        if flags["checkpointing"] and hasattr(block, "n_mod"):          # a transformer block
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    model.to(device)
     parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
     if flags["ema"]:
         average = parts["average"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(flags["ema"]))
@@ -110,11 +108,10 @@ def resume(path, parts):
     """Continue as if never stopped from the last complete checkpoint -> its step."""
     path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
     state, model = read_tensors(path, "nothing to resume"), parts["model"]
-    same = (state.get("kind"), state.get("config")) == (type(model).__name__, asdict(model.cfg))
-    if not same or not parts.keys() <= state.keys():
+    if (state.get("kind"), state.get("config")) != (type(model).__name__, asdict(model.cfg)):
         raise ValueError(f"{path}: was trained with other settings: {state.get('kind')} {state.get('config')}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    for name in parts.keys() & state.keys():                               # an average may begin here
+        parts[name].load_state_dict(state[name])
     return state["step"]
 
 
@@ -134,7 +131,7 @@ def outlive_sigterm(worker):
 
 
 def objective(net, expert, tau, motion, prev, **batch):
-    """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: a model, or DDP around it."""
+    """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: a model or DDP around it."""
     model = getattr(net, "module", net)
     z0, first = model.normalise(motion), motion.new_tensor([1, 0, 0])
     if isinstance(model, ALSE):
@@ -176,8 +173,8 @@ def train(flags, data, parts, first_step, log, device):
     expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
     if flags["compile"]:
         model.compile()                                                    # in place: names in checkpoints stay
-    idle = model.cfg.fusion == "four"                                      # its last block has parts that nobody hears
-    net = DistributedDataParallel(model, find_unused_parameters=idle) if WORLD > 1 else model
+    # the last block of an all four-stream network has parts that nobody hears
+    net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
     fetch, clock = partial(micro_batch, data=data, cfg=model.cfg, flags=flags), {}
     loader = sample.timed("data", DataLoader(
         range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
@@ -196,8 +193,8 @@ def train(flags, data, parts, first_step, log, device):
             dist.all_reduce(means)
         rf, vel, sync, norm, stop = (means / WORLD).tolist()
         if not means.isfinite().all():
-            raise ValueError(f"step {step}: the loss is {rf + vel + sync}, the gradient {norm}; the last good checkpoint "
-                             f"is {path if path.exists() else 'not there yet'}; try a lower --learning_rate")
+            good = path if path.exists() else "not written yet"
+            raise ValueError(f"step {step}: the loss is {rf + vel + sync}; the last good checkpoint is {good}")
         optimizer.step()
         optimizer.zero_grad()
         loss, seconds = rf + vel + sync, time.perf_counter() - began
