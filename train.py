@@ -67,11 +67,11 @@ BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}    
 
 def settings(argv):
     """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
-    chosen = parse_flags(__doc__, argv, asdict(Config()))
-    preset, kind = chosen["preset"], chosen["model"]
-    if preset not in PRESETS or kind not in MODELS:
-        raise UsageError(f"--preset={preset} --model={kind}: known are {', '.join(PRESETS)} and {', '.join(MODELS)}")
-    flags = parse_flags(__doc__, argv, TRAINING[preset] | asdict(Config(**PRESETS[preset])))
+    flags = parse_flags(__doc__, argv, asdict(Config()))
+    for name, known in ("preset", PRESETS), ("model", MODELS), ("fusion", ("c2f", "four", "cross")):
+        if flags[name] not in known:
+            raise UsageError(f"--{name}={flags[name]}: known are {', '.join(known)}")
+    flags = parse_flags(__doc__, argv, TRAINING[flags["preset"]] | asdict(Config(**PRESETS[flags["preset"]])))
     for name, value in flags.items():
         if type(value) in (int, float) and value < (name in AT_LEAST_ONE):
             raise UsageError(f"--{name}={value}: should be {int(name in AT_LEAST_ONE)} or more")
@@ -79,7 +79,7 @@ def settings(argv):
     flags["passes"], rest = divmod(flags["batch_size"], max(1, micro) * WORLD)
     if rest:
         raise UsageError(f"--batch_size={flags['batch_size']} does not divide into {WORLD} x --micro_batch={micro}")
-    flags["out_dir"] = Path(flags["out_dir"] or f"out/{preset if kind == 'moda' else kind}")
+    flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
     return flags, Config(**{name: flags.pop(name) for name in asdict(Config())})
 
 
