@@ -118,14 +118,18 @@ def talk(flags, model, source, features):
 
 
 def write_video(path, frames, audio_path):
-    """Encode frames (H, W, 3) as they come, with their sound: H.264 and AAC, 25 fps. `path` appears when complete."""
+    """Encode a generator of frames (H, W, 3) as they come, with their sound: H.264 and AAC, 25 fps.
+
+    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away.
+    """
     pictures = "-v error -f image2pipe -c:v ppm -framerate 25 -i -".split()
     coding = "-map 0:v -map 1:a:0 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -c:a aac".split()
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), *pictures, "-i", f"file:{audio_path}", *coding]
     with tempfile.TemporaryFile("w+", errors="replace") as log, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder, path.name)
         encoder = subprocess.Popen([*ffmpeg, f"file:{part}"], stdin=subprocess.PIPE, stderr=log)
-        with contextlib.suppress(BrokenPipeError), encoder:                # when it breaks, ffmpeg has said why
+        # when the pipe breaks, ffmpeg has said why
+        with contextlib.suppress(BrokenPipeError), contextlib.closing(frames), encoder:
             for frame in frames:
                 encoder.stdin.write(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes())
         if encoder.returncode:
@@ -196,6 +200,8 @@ def sync_scores(expert, audio, z):
 def evaluate(flags, model, talker):
     """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
     expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
+    if (model.cfg.audio_layers, model.cfg.audio_dim) != talker.audio_shape:
+        raise ValueError(f"{flags['ckpt']}: does not hear the log-mel features that the toy talker comes with")
     clips = zip(*[talker.clip(k) for k in range(len(talker.length))])
     motion, audio, emotion, identity = (torch.as_tensor(np.stack(column)) for column in clips)
     truth, audio = model.normalise(motion), audio[:, 1:]                   # (K, T, 70); the first frame is prev
@@ -209,7 +215,7 @@ def evaluate(flags, model, talker):
     table = {}
     for name, z in rows.items():
         mouths, mood = zip(z[..., MOUTH], truth[:, 1:, MOUTH]), torch.cdist(z[..., still].mean(1), moods).argmin(1)
-        table[name] = {"mouth corr": np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths]),
+        table[name] = {"mouth corr": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths])),
                        **(sync_scores(expert, audio, z) if expert else {}),
                        "emotion": (mood == emotion).float().mean().item(),
                        "jerk": z.diff(n=3, dim=1).abs().mean().item()}
