@@ -134,8 +134,7 @@ def write_video(path, frames, audio_path):
                 encoder.stdin.write(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes())
         if encoder.returncode:
             log.seek(0)
-            reason = " ".join(log.read().replace(str(part), path.name).split())
-            raise OSError(f"{path}: could not be written ({reason[-400:]})")
+            raise OSError(f"{path}: could not be written ({' '.join(log.read().split())[-300:]})")
         part.replace(path)
 
 
@@ -236,7 +235,7 @@ def film_strip(path, frames, wav, true, made):
     wave, mouth = 55 / np.abs(wav).max(), 110 / max(true.max(), made.max())
     for curve, zoom, base, colour in ((wav[::40], wave, 220, "#7896aa"), (true, mouth, 405, "#969696"),
                                       (made, mouth, 405, "#c83c3c")):
-        brush.line(list(zip(np.linspace(0, 1280, len(curve)), base - zoom * curve)), colour, 2)
+        brush.line(list(zip(np.linspace(0, 1280, len(curve)), np.asarray(base - zoom * curve))), colour, 2)
     brush.text((8, 282), "mouth opening: grey true, red generated", "#505050", font_size=14)
     image.save(path)
 
@@ -252,8 +251,7 @@ def after_training(ckpt, out, clips):
     face = Sketch()
     source = face.source(x_c=identity)._replace(motion=motion[:1])
     made = main(argv, (face, source, iter))
-    mouths = motion[:, MOUTH].numpy(), made[:, MOUTH].numpy()
-    film_strip(out / "sample.png", face.frames(source, made[::25]), talker.wavs[0], *mouths)
+    film_strip(out / "sample.png", face.frames(source, made[::25]), talker.wavs[0], motion[:, MOUTH], made[:, MOUTH])
 
 
 if __name__ == "__main__":
