@@ -115,7 +115,7 @@ def main(argv):
     torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
 
     data = Clips.open(knobs["data_dir"], "train") if knobs["data_dir"] else ToyTalker("train", knobs["clips"])
-    cfg.audio_layers, cfg.audio_dim = data.audio.shape[1:]
+    cfg.audio_layers, cfg.audio_dim = data.audio_shape
     model = {"moda": MoDA, "alse": ALSE}[knobs["model"]](cfg).to(device)
     model.mean[:], model.std[:] = (torch.as_tensor(x, device=device) for x in data.statistics())
     expert = ALSE.from_pretrained(knobs["alse"]).to(device).requires_grad_(False) if knobs["alse"] else None
