@@ -162,27 +162,28 @@ def test_other_settings_than_those_begun_with_are_refused(stand_in, videos, prep
 
 
 def test_the_network_sees_the_crop_at_25_frames_per_second(tmp_path, monkeypatch):
-    file = "base_models/motion_extractor.pth"
-    torch.save(build.tensors(build.fill(build.manifest("liveportrait")["files"][file], 1)), tmp_path / "M.pth")
-    net = Weights(tmp_path / "M.pth", None, torch.device("cpu"), torch.float32)
-    face = types.SimpleNamespace(device=torch.device("cpu"), M=net)
     (tmp_path / "v").mkdir()
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=640x480:r=25", "-f", "lavfi", "-i", "sine=f=300", "-t", "0.24", "-crf", "5", tmp_path / "v/a.mp4")
-    monkeypatch.setattr(data, "LivePortrait", lambda *args: face)
-    monkeypatch.setattr(Clips, "frames", 4)
+    path = tmp_path / "v/a.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=640x480:r=25", "-f", "lavfi", "-i", "sine=f=300", "-t", "0.24", "-crf", "5", path)
+    frame = Image.fromarray(imageio.get_reader(path).get_data(3))
     for crop in ("", "101,11,300"):
-        prepare(tmp_path / "v", tmp_path / f"set{crop}", *([f"--crop={crop}"] if crop else []))
-        motion, _, _, identity = Clips.open(tmp_path / f"set{crop}").clip(0)
-        shown = torch.cat(list(data.pictures(tmp_path / "v/a.mp4", crop)))
-        frame = Image.fromarray(imageio.get_reader(tmp_path / "v/a.mp4").get_data(3))
+        shown = torch.cat(list(data.pictures(path, crop)))
         x, y, size = crop_box(frame, crop)
         small = np.array(frame.crop((x, y, x + size, y + size)).resize((256, 256), Image.BOX))
         apart = np.abs(shown.numpy().astype(float) - small).mean((1, 2, 3))
-        assert len(shown) == 6 and apart.argmin() == 3 and apart[3] < 4       # grey levels
-        with torch.inference_mode():
-            heads = motion_heads(net, shown.movedim(-1, 1) / 255)
-        assert np.allclose(motion, to_motion(heads), atol=1e-3)
-        assert np.allclose(identity, heads["kp"].mean(0), atol=1e-3)
+        assert len(shown) == 6 and apart.argmin() == 3 and apart[3] < 4      # grey levels
+
+    file = "base_models/motion_extractor.pth"
+    torch.save(build.tensors(build.fill(build.manifest("liveportrait")["files"][file], 1)), tmp_path / "M.pth")
+    face = types.SimpleNamespace(device=torch.device("cpu"), M=Weights(tmp_path / "M.pth", None, torch.device("cpu"), torch.float32))
+    with torch.inference_mode():
+        heads = motion_heads(face.M, shown.movedim(-1, 1) / 255)
+    monkeypatch.setattr(data, "LivePortrait", lambda *args: face)
+    monkeypatch.setattr(Clips, "frames", 4)
+    prepare(tmp_path / "v", tmp_path / "set", f"--crop={crop}")
+    motion, _, _, identity = Clips.open(tmp_path / "set").clip(0)
+    assert np.allclose(motion, to_motion(heads), atol=1e-3)
+    assert np.allclose(identity, heads["kp"].mean(0), atol=1e-3)
 
 
 def test_bad_videos_are_named_and_harm_no_other(stand_in, tmp_path, capsys):
