@@ -3,8 +3,21 @@
     python data.py --videos=DIR --data_dir=data/mine --weights=pretrained_weights     talking videos -> a training set
     python data.py --data_dir=data/mine --check          its hours, emotions and motion; clips whose sound is shifted
 
+Flags and what they are without being given:
+
+    --videos=                folder of talking videos, one face each; its subfolders are searched too
+    --data_dir=              the data set, for train.py --data_dir
+    --weights=               folder of LivePortrait's weights
+    --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT; log-mel features without one
+    --crop=                  the square around the face: x,y,size in pixels; the largest in the centre without
+    --labels=                csv file that begins with the line clip,emotion
+    --emotion=               hsemotion: that classifier labels what neither the csv file nor a folder's name does
+    --check=False            look at the data set
+    --device=                cuda if there is one
+
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
+import ast
 import csv
 import itertools
 import json
@@ -174,6 +187,7 @@ class AudioEncoder(nn.Module):
         self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, heads, hidden, 0, "gelu", batch_first=True)
                                     for _ in range(layers))
         self.normalise = True                      # the sound to mean 0 and variance 1
+        self.shape = layers, width                 # L x A
 
     @classmethod
     def from_pretrained(cls, path):
@@ -244,7 +258,6 @@ CONTROLS = {
     "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},       # for brow < 0
     "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4},
     "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3},
-    "side": {(19, 0): 1e-3},
 }
 
 
@@ -296,95 +309,84 @@ def smooth(track, width):
 
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
-    rng, n = np.random.default_rng(seed), 4 * T                            # articulators move at 100 Hz
+    rng = np.random.default_rng(seed)
     emotion = int(rng.integers(8))
     mood = MOODS[emotion] * np.append(rng.uniform(0.8, 1.2, 5), np.ones(4))
+    target = toy_articulation(rng, mood, 4 * T)                            # articulators move at 100 Hz
+    motion, identity = toy_face(rng, mood, target)
+    return toy_voice(rng, mood, target), motion[2::4].astype(np.float32), emotion, identity
 
-    # identity: the proportions of the face; wide mouths also move further
-    build = rng.uniform(-1, 1, 6)
+
+def toy_articulation(rng, mood, n):
+    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 11)."""
+    rows = []
+    while sum(row[6] for row in rows) < n / 100 + 1:
+        stress = rng.uniform(0.75, 1.25)
+        onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
+        for phone, odds in ((onset, 0.9), (vowel, 1.0), (coda, 0.25), (" ", 0.17)):
+            row = np.append(PHONES[phone], 0.0)
+            row[6] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
+            if phone == vowel:
+                row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
+            if rng.random() < odds:
+                rows.append(row)
+    ends = np.cumsum([row[6] for row in rows])
+    return np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+
+
+def toy_face(rng, mood, target):
+    """Motion (n, 70) at 100 Hz and identity (63,): lips follow the voice, the mood holds the rest, the head drifts."""
+    n, build = len(target), rng.uniform(-1, 1, 4)                          # the proportions of this face
     identity = FACE * (1 + 0.12 * build[0], 1 + 0.08 * build[1], 1)
     identity[[14, 20], 0] *= 1 + 0.2 * build[2]
-    identity[[11, 13, 15, 16], 0] *= 1 + 0.08 * build[3]
-    identity[[11, 15], 1] -= 0.008 * build[4]
-    identity[[1, 2], 1] -= 0.015 * build[5]
-    reach = 1 + 0.35 * build[2]
-
-    # phonemes: phrases of syllables, then a pause; each a row of targets, held for its seconds
-    rows = []
-    while sum(row[6] for row in rows) < T / 25 + 1:
-        for _ in range(rng.integers(2, 10)):
-            stress = rng.uniform(0.75, 1.25)
-            onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
-            for phone in onset * (rng.random() < 0.9) + vowel + coda * (rng.random() < 0.25):
-                row = np.array([*PHONES[phone], 0.0])
-                row[6] *= rng.uniform(0.8, 1.25) / mood[8]
-                if phone == vowel:
-                    row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
-                rows.append(row)
-        rows.append(np.array([*PHONES[" "], 0.0]))
-        rows[-1][6] *= rng.uniform(0.5, 3)
-    ends = np.cumsum([row[6] for row in rows])
-    target = np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+    identity[[1, 2], 1] -= 0.015 * build[3]
 
     def wander(width, size):                                               # smooth noise of unit variance
         white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
         return (white * (4 * np.pi * width ** 2) ** 0.25).T
-
-    # face: jaw and lips follow the phonemes, the mood holds the rest, blinks and gaze come by themselves
-    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * reach
+    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
     speaking = smooth((target[:, 7] != 0).astype(float), 10)
-    shut = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
     smile, brow, frown, lids = mood[:4, None] * (1 + 0.12 * wander(80, 4))
-    look = np.repeat(rng.standard_normal((n // 100 + 1, 2)), 100, 0)[:n] * 3
-    motion = np.zeros((n, M))
-    motion[:, EXP] = expression(
-        aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile, brow=brow, frown=frown,
-        blink=np.clip(lids - 22 * shut, -20, 5), side=8.0 * (emotion == 1) * np.ones(n),
-        gaze_x=smooth(look, 2)[:, 0], gaze_y=smooth(look, 2)[:, 1])
-
-    # head: it drifts and nods with the stress
-    drift = wander(60, 6).T
+    blinks = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
+    motion, drift = np.zeros((n, M)), wander(60, 6).T
+    motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
+                                brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5), gaze_x=3 * wander(40, 1)[0])
     motion[:, SCALE] = rng.uniform(1.2, 1.4) + 0.006 * drift[:, :1]
     motion[:, 64:66] = rng.normal(0, 0.02, 2) + (0, 0.1) + drift[:, 1:3] * (0.012, 0.006)
     motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:6] * (2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)
-    wav = toy_voice(rng, target, mood, rng.uniform(0.85, 1.2), rng.uniform(90, 230))
-    return wav, motion[2::4].astype(np.float32), emotion, identity.ravel()
+    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)                 # it nods with the stress
+    return motion, identity.ravel()
 
 
-def toy_voice(rng, target, mood, tract, low):
-    """Source and filter: glottal pulses and noise through moving formants; target (n, 10) at 100 Hz -> (n * 160,)."""
+def toy_voice(rng, mood, target):
+    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 11) -> (n * 160,)."""
     n, step = len(target), HOP // 4
+    upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
+    noise = lambda: rng.standard_normal(n * step)
     voiced, hiss = smooth(target[:, 3:5], 2).T
     melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 3], 15)
-    pitch = low * mood[5] * 2 ** (0.25 * mood[6] * melody)
-    upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
+    pitch = rng.uniform(90, 230) * mood[5] * 2 ** (0.25 * mood[6] * melody)
     angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
     r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
     pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
-    breath = rng.uniform(0.02, 0.1) * rng.standard_normal(n * step)
-    source = upsample(voiced) * (pulses + breath)
-    white = upsample(hiss) * rng.standard_normal(n * step)
+    source, white = upsample(voiced) * (pulses + rng.uniform(0.02, 0.1) * noise()), upsample(hiss) * noise()
 
     hz = np.fft.rfftfreq(HOP, 1 / RATE)
-    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * tract
+    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * rng.uniform(0.85, 1.2)
     gain = (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0) * np.ones((n, 1))   # microphones differ
     for f, width in zip(formants.T[:, :, None], (80, 100, 140, 250)):
         gain *= f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)
-    band = np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
+    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
-    spectrum = lambda x: torch.stft(torch.from_numpy(x), **stft, return_complex=True)[:, :n]
-    shaped = spectrum(source) * torch.from_numpy(gain.T) + 6 * spectrum(white) * torch.from_numpy(band.T)
-    wav = torch.istft(F.pad(shaped, (0, 1)), **stft).numpy()
+    spectrum = lambda x, filter: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] * torch.tensor(filter.T)
+    wav = torch.istft(F.pad(spectrum(source, gain) + spectrum(white, band), (0, 1)), **stft).numpy()
+
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
     wet = np.fft.irfft(np.fft.rfft(wav, 2 * len(wav)) * np.fft.rfft(echo, 2 * len(wav)))[:len(wav)]
-    wav = wav + rng.uniform(0, 0.7) * wav.std() / wet.std() * wet
-    level = mood[7] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
-    beat = smooth(rng.standard_normal((n + 60, 3)), 10)[30:-30].clip(0).T
+    beat = smooth(rng.standard_normal((n, 3)), 10).clip(0).T
     music = sum(upsample(b) * np.sin(2 * np.pi * rng.uniform(40, 400) * np.arange(n * step) / RATE) for b in beat)
-    hum = rng.standard_normal(n * step)
-    hum[1:] += rng.uniform(0, 0.9) * hum[:-1]
-    wav = level * (wav / wav.std() + rng.choice([0, 0, 1.5]) * rng.random() * music + 10 ** rng.uniform(-3, -1) * hum)
+    wav = wav / wav.std() + rng.uniform(0, 0.7) * wet / wet.std() + rng.choice([0, 0, 1.5]) * rng.random() * music
+    wav = mood[7] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9) * (wav + 10 ** rng.uniform(-3, -1) * noise())
     return np.clip(wav, -1, 1).astype(np.float32)
 
 
@@ -496,17 +498,6 @@ class ToyTalker(Clips):
 # A data set is clips/VIDEO/ with motion.npy (T, 70), audio.npy (T, L, A) float16, loudness.npy (T,) and clip.json, for
 # every video, and manifest.json: settings, clips, statistics. Each gets its name when it is complete.
 
-KNOBS = dict(
-    videos="",               # folder of talking videos, one face each; its subfolders are searched too
-    data_dir="",             # the data set
-    weights="",              # folder of LivePortrait's weights
-    audio_encoder="",        # weights of wav2vec 2.0 or HuBERT base; log-mel features without
-    crop="",                 # the square around the face: x,y,size in pixels; the largest in the centre without
-    labels="",               # csv file that begins with the line clip,emotion
-    emotion="",              # hsemotion: that classifier labels what neither the csv file nor a folder's name does
-    check=False,             # look at the data set
-    device="",
-)
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts"}
 # our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
 LABELS = {name: k for k, emotion in enumerate(EMOTIONS) for name in (emotion, str(k))}
@@ -599,23 +590,23 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 
-def prepare(knobs):
+def prepare(flags):
     """Talking videos -> a data set for Clips.open. A run that was cut off goes on; broken videos are told at the end."""
-    root, folder = Path(knobs["videos"]), Path(knobs["data_dir"])
+    root, folder = Path(flags["videos"]), Path(flags["data_dir"])
     videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
     if not videos:
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
-    labels = read_labels(knobs["labels"]) if knobs["labels"] else {}
-    classify = hsemotion() if knobs["emotion"] else None
-    settings = {key: value for key, value in knobs.items() if key not in ("data_dir", "check", "device")}
+    labels = read_labels(flags["labels"]) if flags["labels"] else {}
+    classify = hsemotion() if flags["emotion"] else None
+    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device")}
     settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
     begun = folder / "settings.json"
     if begun.exists() and (old := json.loads(begun.read_text())) != settings:
         new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
         raise ValueError(f"{folder}: was begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
-    device = knobs["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    face = LivePortrait(knobs["weights"], device)
-    encoder = AudioEncoder.from_pretrained(knobs["audio_encoder"]).to(device) if knobs["audio_encoder"] else None
+    device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    face = LivePortrait(flags["weights"], device)
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"]).to(device) if flags["audio_encoder"] else None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(begun, settings)
 
@@ -624,7 +615,7 @@ def prepare(knobs):
         clip = folder / "clips" / name
         try:
             if not clip.exists():
-                arrays, about = extract(root / name, face, encoder, knobs["crop"], classify)
+                arrays, about = extract(root / name, face, encoder, flags["crop"], classify)
                 part = clip.with_name(f"{clip.name}.part")
                 part.mkdir(parents=True, exist_ok=True)
                 for key, array in arrays.items():
@@ -681,32 +672,40 @@ def check(folder):
 
 
 def main(argv):
-    knobs = parse_flags(__doc__, KNOBS, argv)
-    if not knobs["data_dir"] or bool(knobs["videos"]) == knobs["check"]:
+    flags = parse_flags(__doc__, argv)
+    if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
         raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
-    if knobs["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", knobs["crop"]):
+    if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
         raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
-    check(knobs["data_dir"]) if knobs["check"] else prepare(knobs)
+    check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
 
-def parse_flags(doc, knobs, argv):
-    """A dict of knobs, overridden by --key=value, cast to the type of its default; a bare --key switches a bool on."""
-    knobs = dict(knobs)
-    for arg in argv:
-        key, _, value = arg.removeprefix("--").partition("=")
-        if arg in ("-h", "--help"):
-            print(doc, *(f"  --{k}={v}" for k, v in knobs.items()), sep="\n")
-            sys.exit()
-        if not arg.startswith("--") or key not in knobs:
-            raise UsageError(f"unknown flag {arg}; known: {', '.join(knobs)}")
-        kind = type(knobs[key])
+def parse_flags(doc, argv, defaults={}):
+    """The flags that a script's docstring lists as `--name=default`, other `defaults`, and what argv says instead.
+
+    A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong.
+    """
+    def literal(text):
         try:
-            knobs[key] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    flags = {name: literal(text) for name, text in re.findall(r"^ +--(\w+)=(\S*)", doc, re.M)} | defaults
+    if {"-h", "--help"} & set(argv):
+        print(doc)
+        sys.exit()
+    for arg in argv:
+        name, _, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in flags:
+            raise UsageError(f"unknown flag {arg}; known: {', '.join(flags)}")
+        kind = type(flags[name])
+        try:
+            flags[name] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{key}={knobs[key]}") from None
-    return knobs
+            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{name}={flags[name]}") from None
+    return flags
 
 
 class UsageError(Exception):

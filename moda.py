@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 M = 70                                             # motion numbers per frame, in the released order:
 EXP, SCALE, TRANS, ROT = slice(0, 63), slice(63, 64), slice(64, 67), slice(67, 70)
@@ -32,6 +33,7 @@ class Config:
     rope_streams: int = 4        # streams rotated in the four-stream stage: 4 in the paper, 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
     audio_dim: int = 768
+    emotion_adaln: bool = True   # emotion joins the timestep in AdaLN; without, it is a stream only
     p_drop_audio: float = 0.5    # Sec. 4.1.2: condition dropout, what makes guidance (Eq. 8) possible
     p_drop_emotion: float = 0.1
 
@@ -193,12 +195,14 @@ class MotionModel(nn.Module):
         for name in set(state["config"]) - known:
             raise ValueError(f"{path}: written by a newer version (its setting {name} is unknown here); update moda")
         model = cls(Config(**state["config"]))
-        load_strictly(model, state["model"], path)
+        averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
+        load_strictly(model, averaged or state["model"], path)
         return model.eval()
 
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
+    checkpointing = False                          # recompute each block in the backward pass, to save memory
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -247,13 +251,18 @@ class MoDA(MotionModel):
         """Shifts, scales and gates of all blocks from timestep plus emotion: t (B,), emotion (B,) -> (K, B, 1, D)."""
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angle = 1000 * t[:, None] * freqs
-        c = self.time_in(torch.cat([angle.cos(), angle.sin()], -1)) + self.emotion_in(emotion)
+        c = self.time_in(torch.cat([angle.cos(), angle.sin()], -1))
+        if self.cfg.emotion_adaln:
+            c = c + self.emotion_in(emotion)
         return self.modulation(F.silu(c)).unflatten(-1, (-1, self.cfg.width)).transpose(0, 1)[:, :, None]
 
     def fuse(self, z, conditions, mods, mask=None):
         """The three fusion stages, coarse to fine (Sec. 3.2.3); z (B, N, 70), mask (B, N) -> v (B, N, 70)."""
         prev, a, e, i, table = conditions
         N, mods = z.size(1), iter(mods.split(self.n_mods))
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        run = (lambda block, *args: checkpoint(block, *args, use_reentrant=False)) if checkpointing else (
+            lambda block, *args: block(*args))
         count = z.new_ones(1, N) if mask is None else mask.type_as(z)
         alone = [count if x.size(1) == N else count.sum(1, keepdim=True) for x in (a, a, e, i)]
         bias = None if mask is None else key_bias(*4 * [count])
@@ -262,16 +271,16 @@ class MoDA(MotionModel):
         m = self.motion_in(torch.cat([prev, z], -1))                       # (B, N, 2M) -> (B, N, D), prev first
         rotated = [table if s < self.cfg.rope_streams else None for s in range(4)]
         for block in self.four:                                            # every modality has its own weights
-            m, a, e, i = block([m, a, e, i], next(mods), rotated, bias if e.size(1) == N else key_bias(*alone))
+            m, a, e, i = run(block, [m, a, e, i], next(mods), rotated, bias if e.size(1) == N else key_bias(*alone))
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
         for own, ask in zip(self.cross[::2], self.cross[1::2]):            # w/ CABA: to itself, then to the conditions
-            m, = own([m], next(mods), [table], key_bias(count))
-            m = ask(torch.cat([m, cond], 1), next(mods), table4, key_bias(0 * count, count, count, count), N)
+            m, = run(own, [m], next(mods), [table], key_bias(count))
+            m = run(ask, torch.cat([m, cond], 1), next(mods), table4, key_bias(0 * count, count, count, count), N)
         for block in self.two:
-            m, cond = block([m, cond], next(mods), [table, table3], bias)
+            m, cond = run(block, [m, cond], next(mods), [table, table3], bias)
         x = torch.cat([m, cond], 1)                                        # (B, 4N, D) all merge
         for block in self.one:
-            x = block(x, next(mods), table4, bias, N if block is self.one[-1] else None)
+            x = run(block, x, next(mods), table4, bias, N if block is self.one[-1] else None)
         shift, scale = next(mods)
         return self.head(modulate(x[:, :N], shift, scale))
 
@@ -473,13 +482,15 @@ def smoothed(parts):
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
-def save(path, state):
-    """Write a checkpoint so that a crash or a full disk never harms the one already there."""
+def save(path, state, keep=""):
+    """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, os.path.join(os.path.dirname(path), keep))
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None

@@ -1,9 +1,39 @@
 """Make a face talk: voice, portrait and emotion in, video out.
 
     python sample.py --audio_path=voice.wav --emotion=happiness --output_path=out.mp4
+    python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
     python sample.py --eval                              a table of metrics on toy clips the model never saw
 
 The voice may be any sound file, or a video with sound. The film is as long as the voice: ceil(25 x seconds) frames.
+Flags and what they are without being given:
+
+    --audio_path=            the voice: any sound, or a video with sound
+    --output_path=out.mp4
+    --image_path=            the portrait, and which square of it: x,y,size; the largest in the centre without
+    --crop=
+    --weights=               folder of LivePortrait's weights; a drawn face without
+    --paste_back=False       put the moving square back into the whole picture
+    --stitch=True            LivePortrait's correction for a seamless square
+    --relative=False         motion relative to the portrait's own pose and expression; so it is by default,
+    --absolute=False         or as the model makes it, which is the default for the released checkpoint
+    --ckpt=out/toy/ckpt.pt   MoDA's weights, ours or the released net-200.pth
+    --stats=                 the mean.pt that belongs to net-200.pth
+    --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT, for models that hear it instead of log-mel
+    --emotion=none           anger contempt disgust fear happiness neutral sadness surprise none, or their number
+    --seed=1                 another seed, another head motion
+    --steps=10               Euler steps
+    --cfg_audio=1.0          guidance (Eq. 8), condition by condition,
+    --cfg_emotion=0.0
+    --cfg_both=0.0           and both dropped together; the released checkpoint's is 0.2, and its cfg_audio 0
+    --chunk=100              frames sampled at once, of which `overlap` fade into the next; 80 for the released one
+    --overlap=16
+    --smooth=False           average the pose over three frames, twice; True for the released one
+    --pose_scale=1.0         exaggerate or calm the head, around the portrait's pose
+    --exp_scale=1.0          the same for the expression
+    --save_motion=           also write the (T, 70) motion as .npy
+    --eval=False
+    --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
+    --device=
 """
 import contextlib
 import itertools
@@ -21,35 +51,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import moda
-from data import RATE, ToyTalker, UsageError, audio_blocks, log_mel_blocks, parse_flags, run, toy_prototypes
-from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, M, MoDA, stream
+from data import (MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, log_mel_blocks, parse_flags, run,
+                  toy_prototypes)
+from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, M, MoDA, load_statistics, stream
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
 
-KNOBS = dict(
-    audio_path="",           # the voice: any sound, or a video with sound
-    output_path="out.mp4",
-    image_path="",           # the portrait, and which square of it: x,y,size; the largest in the centre without
-    crop="",
-    weights="",              # folder of LivePortrait's weights; a drawn face without
-    paste_back=False,        # put the moving square back into the whole picture
-    stitch=True,             # LivePortrait's correction for a seamless square
-    relative=False,          # (default) motion relative to the portrait's own pose and expression
-    absolute=False,          # or as the model makes it
-    ckpt="out/toy/ckpt.pt",  # MoDA's weights
-    emotion="none",          # anger contempt disgust fear happiness neutral sadness surprise none, or their number
-    seed=1,                  # another seed, another head motion
-    steps=10,                # Euler steps
-    cfg_audio=1.0,           # guidance (Eq. 8), condition by condition
-    cfg_emotion=0.0,
-    chunk=100,               # frames sampled at once, of which `overlap` fade into the next chunk
-    overlap=16,
-    pose_scale=1.0,          # exaggerate or calm the head, around the portrait's pose
-    exp_scale=1.0,           # the same for the expression
-    save_motion="",          # also write the (T, 70) motion as .npy
-    eval=False,
-    alse="out/alse/ckpt.pt",  # lip-sync expert, for the Sync columns of --eval
-    device="",
-)
+RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
 
 
 def emotion_label(name):
@@ -98,42 +105,55 @@ def write_video(path, frames, audio_path):
         Path(part).unlink(missing_ok=True)
 
 
-def open_face(knobs):
+def open_face(flags, device):
     """The face to animate, its Source, and a function that puts frames where they belong."""
-    if not knobs["weights"]:
+    if not flags["weights"]:
         face = Sketch()
         return face, face.source(), iter
-    image = read_image(knobs["image_path"])
-    box = crop_box(image, knobs["crop"])
-    x, y, size = box
+    image = read_image(flags["image_path"])
+    x, y, size = box = crop_box(image, flags["crop"])
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
-    crop.save(f"{knobs['output_path']}.crop.png")
-    face = LivePortrait(knobs["weights"], knobs["device"] or default_device())
-    place = (lambda frames: paste_back(frames, image, box)) if knobs["paste_back"] else iter
+    crop.save(f"{flags['output_path']}.crop.png")
+    face = LivePortrait(flags["weights"], device)
+    place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
     return face, face.source(np.asarray(crop)), place
 
 
-def talk(knobs, model, face, source, clock):
+def listen(flags, model):
+    """What the model hears of --audio_path, piece by piece (n, L, A)."""
+    hears, sound = (model.cfg.audio_layers, model.cfg.audio_dim), audio_blocks(flags["audio_path"])
+    if not flags["audio_encoder"]:
+        if hears != (1, MEL.shape[1] * 4):
+            raise ValueError(f"{flags['ckpt']} hears {hears[0]} x {hears[1]} features: name their --audio_encoder")
+        return log_mel_blocks(sound)
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"]).to(model.mean.device)
+    if encoder.shape != hears:
+        raise ValueError(f"{flags['audio_encoder']} gives {encoder.shape} features, but {flags['ckpt']} hears {hears}")
+    return encoder.blocks(sound)
+
+
+def guidance(flags):
+    return {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
+
+
+def talk(flags, model, face, source, features, clock):
     """Frames of the face speaking, made while they are asked for; with --save_motion, the motion is written too."""
-    rest = source.motion[0]
+    portrait, absolute = source.motion[0], flags["absolute"]
     # a generator's neutral is the mean of its motion; as LivePortrait moves a portrait relative to the driver's neutral
-    neutral = rest if knobs["absolute"] else model.mean.cpu()
+    neutral, size = (portrait, model.size(portrait)) if absolute else (model.mean, 1.0)
     scale = torch.ones(M)
-    scale[EXP], scale[ROT] = knobs["exp_scale"], knobs["pose_scale"]
-    features = timed("features", log_mel_blocks(audio_blocks(knobs["audio_path"])), clock)
+    scale[EXP], scale[ROT] = flags["exp_scale"], flags["pose_scale"]
     parts = timed("motion", stream(
-        model, features, source.x_c, model.normalise(neutral), emotion_label(knobs["emotion"]), knobs["steps"],
-        {"audio": knobs["cfg_audio"], "emotion": knobs["cfg_emotion"]}, knobs["chunk"], knobs["overlap"],
-        knobs["seed"]), clock)
+        model, timed("features", features, clock), source.x_c, model.normalise(neutral, size),
+        emotion_label(flags["emotion"]), flags["steps"], guidance(flags), flags["chunk"], flags["overlap"],
+        flags["seed"], smooth=flags["smooth"]), clock)
     made = []
     for z in parts:
-        motion = model.denormalise(z)
-        motion = neutral + scale * (motion - neutral)
-        motion = motion if knobs["absolute"] else relative(motion, rest, neutral)
-        made.append(motion)
-        yield from face.frames(source, motion, stitch=knobs["stitch"])
-    if knobs["save_motion"]:
-        np.save(knobs["save_motion"], torch.cat(made).numpy())
+        motion = neutral + scale * (model.denormalise(z, size) - neutral)
+        made.append(motion if absolute else relative(motion, portrait, neutral))
+        yield from face.frames(source, made[-1], stitch=flags["stitch"])
+    if flags["save_motion"]:
+        np.save(flags["save_motion"], torch.cat(made).numpy())
 
 
 def film_strip(path, frames, wav, generated, true):
@@ -166,9 +186,9 @@ def sync_scores(expert, audio, z):
 
 
 @torch.inference_mode()
-def evaluate(knobs, model, talker):
+def evaluate(flags, model, talker):
     """Print one table for the talker's clips: truth, the model, and the model given another clip's voice."""
-    expert = ALSE.from_pretrained(knobs["alse"]) if Path(knobs["alse"]).exists() else None
+    expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
     still = [c for c in range(63) if c not in LIPS and model.std[c] > 1e-6]
     moods = model.normalise(torch.from_numpy(np.pad(toy_prototypes(), ((0, 0), (0, 7)))).float())[:, still]
     rows = {"truth": [], "model": [], "shuffled audio": []}
@@ -176,8 +196,8 @@ def evaluate(knobs, model, talker):
         motion, audio, emotion, identity = talker.clip(k)
         truth, audio = model.normalise(torch.from_numpy(motion)), torch.from_numpy(audio)[1:]
         foreign = torch.from_numpy(talker.clip(k - 1)[1])[1:]
-        options = dict(identity=torch.from_numpy(identity), prev=truth[0], emotion=emotion, steps=knobs["steps"],
-                       guidance={"audio": knobs["cfg_audio"], "emotion": knobs["cfg_emotion"]})
+        options = dict(identity=torch.from_numpy(identity), prev=truth[0], emotion=emotion, steps=flags["steps"],
+                       guidance=guidance(flags))
         made = {"truth": [truth[1:]], "model": [moda.sample(model, audio, seed=seed, **options) for seed in (1, 2)],
                 "shuffled audio": [moda.sample(model, foreign, seed=1, **options)]}
         for name, takes in made.items():
@@ -193,13 +213,13 @@ def evaluate(knobs, model, talker):
         corr, c, d, emotion, jerk, diversity = np.mean(values, 0)
         print(f"{name:16}{corr:10.3f}{c:9.3f}{d:9.3f}{emotion:10.3f}{jerk:7.3f}{diversity:17.3f}".replace("nan", "  -"))
     if expert is None:
-        print(f"for Sync-C and Sync-D train the expert: python train.py --model=alse (looked for {knobs['alse']})")
+        print(f"for Sync-C and Sync-D train the expert: python train.py --model=alse (looked for {flags['alse']})")
 
 
 def after_training(ckpt, out, clips):
     """What `train.py` ends with on the toy talker: the table, and one unseen clip as a film and as a strip."""
     talker, model = ToyTalker("val", clips), MoDA.from_pretrained(ckpt)
-    evaluate(dict(KNOBS), model, talker)
+    evaluate(parse_flags(__doc__, []), model, talker)
     motion, audio, emotion, identity = talker.clip(0)
     soundfile.write(out / "sample.wav", talker.wavs[0], RATE)
     face = Sketch()
@@ -213,25 +233,36 @@ def after_training(ckpt, out, clips):
 
 
 def main(argv):
-    knobs = parse_flags(__doc__, KNOBS, argv)
-    model = MoDA.from_pretrained(knobs["ckpt"])
-    if knobs["eval"]:
-        return evaluate(knobs, model, ToyTalker("val", 16))
-    if not knobs["audio_path"]:
+    flags = parse_flags(__doc__, argv)
+    model = MoDA.from_pretrained(flags["ckpt"])
+    released = model.cfg.rope_streams == 2
+    if released:
+        flags = parse_flags(__doc__, argv, RELEASED)
+    if flags["stats"]:
+        load_statistics(model, flags["stats"])
+    elif released and model.std.eq(1).all():
+        raise UsageError("--stats=mean.pt is missing: the released checkpoint does not hold its statistics")
+    flags["absolute"] &= not flags["relative"]
+    if flags["eval"]:
+        return evaluate(flags, model, ToyTalker("val", 16))
+    if not flags["audio_path"]:
         raise UsageError("--audio_path=FILE is missing: which voice?")
-    if knobs["relative"] and knobs["absolute"]:
-        raise UsageError("--relative and --absolute contradict each other")
-    if bool(knobs["weights"]) != bool(knobs["image_path"]):
+    if bool(flags["weights"]) != bool(flags["image_path"]):
         raise UsageError("--image_path=PICTURE and --weights=FOLDER go together: LivePortrait moves the portrait")
     clock, began = Counter(), time.perf_counter()
-    face, source, place = open_face(knobs)
-    frames = timed("render", tqdm(place(talk(knobs, model, face, source, clock)), "frames", unit=""), clock)
-    n = write_video(knobs["output_path"], frames, knobs["audio_path"])
-    total = time.perf_counter() - began
+    device = flags["device"] or default_device()
+    face, source, place = open_face(flags, device)
+    features = listen(flags, model)
+    loaded = time.perf_counter()
+    spoken = talk(flags, model, face, source, features, clock)
+    frames = timed("render", tqdm(place(spoken), "frames", unit=""), clock)
+    n = write_video(flags["output_path"], frames, flags["audio_path"])
+    total = time.perf_counter() - loaded
     # each stage pulls from the one before: its own time is the difference
     sound, motion, render = clock["features"], clock["motion"] - clock["features"], clock["render"] - clock["motion"]
-    print(f"{knobs['output_path']}: {n} frames, {n / 25:.2f} s; sound {sound:.2f} s, motion {motion:.2f} s, "
-          f"render {render:.2f} s, encode {total - clock['render']:.2f} s; real-time factor {total / n * 25:.3f}")
+    print(f"{flags['output_path']}: {n} frames, {n / 25:.2f} s; loading {loaded - began:.2f} s; sound {sound:.2f} s, "
+          f"motion {motion:.2f} s, render {render:.2f} s, encode {total - clock['render']:.2f} s; "
+          f"real-time factor {total / n * 25:.3f}")
 
 
 if __name__ == "__main__":
