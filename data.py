@@ -47,22 +47,31 @@ BLOCK = 5                                          # frames of sound read and an
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
-def audio_blocks(path):
-    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0",
-               "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+def decoded(path, what, options, size):
+    """What ffmpeg makes of a file, in pieces of `size` bytes; the last may be shorter. ValueError if it makes nothing."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
+    # complaints go to a file: a full pipe would stop ffmpeg
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         try:
-            while data := ffmpeg.stdout.read(4 * BLOCK * HOP):
-                block = np.frombuffer(data, np.float32)
-                if not np.isfinite(block).all():
-                    raise ValueError(f"{path}: the sound holds NaN or infinite samples")
-                yield block
-            reason = ffmpeg.stderr.read().decode(errors="replace").strip()
+            while piece := ffmpeg.stdout.read(size):
+                yield piece
             if ffmpeg.wait():
-                raise ValueError(f"{path}: no sound could be read ({(reason or 'ffmpeg failed').splitlines()[-1]})")
+                log.seek(0)
+                reason = log.read(1000).decode(errors="replace").splitlines() or ["ffmpeg failed"]
+                raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
         finally:
             ffmpeg.kill()
+
+
+def audio_blocks(path):
+    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
+    # first_pts and async: what starts late or has gaps is filled with silence and stays in step with the picture
+    options = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(RATE), "-f", "f32le"]
+    for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
+        block = np.frombuffer(piece, np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+        yield block
 
 
 def load_audio(path):
@@ -450,7 +459,7 @@ class Clips(torch.utils.data.Dataset):
     def __getitem__(self, i):
         self.asked += 1
         item = self.window(i)
-        if all(np.isfinite(item[key]).all() for key in ("motion", "prev", "audio")):
+        if all(item[key].sum().isfinite() for key in ("motion", "prev", "audio")):
             return item
         self.spoilt += 1
         if self.spoilt > max(10, self.asked / 100):
@@ -462,10 +471,11 @@ class Clips(torch.utils.data.Dataset):
         k = np.searchsorted(self.end, i, side="right")
         first = 1 + i - (self.end[k - 1] if k else 0)
         n = min(self.frames, self.length[k] - first)
-        zeros = lambda *shape: np.zeros((self.frames - n, *shape), np.float32)
-        cut = lambda x: np.concatenate([x[first:first + n], zeros(*x.shape[1:])])          # float16 becomes float32
+        def cut(x):
+            x = torch.tensor(x[first:first + n], dtype=torch.float32)      # features lie there as float16
+            return x if n == self.frames else F.pad(x, (0, 0) * (x.ndim - 1) + (0, self.frames - n))
         motion = self.motion[k]
-        return dict(motion=cut(motion), prev=np.array(motion[first - 1]), audio=cut(self.audio[k]),
+        return dict(motion=cut(motion), prev=torch.tensor(motion[first - 1]), audio=cut(self.audio[k]),
                     emotion=self.emotion[k], identity=self.identity[k], mask=np.arange(self.frames) < n)
 
     def statistics(self):
@@ -505,21 +515,6 @@ LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 PUBLISHED = {                # channel, mean and standard deviation over the released model's training videos
     "scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348), "pitch": (67, -2.3407, 8.8819),
     "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063), "mouth": (MOUTH, -0.0056, 0.0214)}
-
-
-def decoded(path, what, options, size):
-    """What ffmpeg makes of a file, in pieces of `size` bytes; the last may be shorter. ValueError if it makes nothing."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
-        try:
-            while piece := ffmpeg.stdout.read(size):
-                yield piece
-            if ffmpeg.wait():                                              # a pipe full of complaints would stop ffmpeg
-                log.seek(0)
-                reason = log.read(1000).decode(errors="replace").splitlines() or ["ffmpeg failed"]
-                raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
-        finally:
-            ffmpeg.kill()
 
 
 def pictures(path, crop, batch=16):

@@ -125,6 +125,13 @@ def test_frame_and_sound_belong_together_whatever_the_rates(prepared):
     assert np.allclose(identity, clips.clip(names.index("voice.mp4"))[0][:, MOUTH].mean() * 10 + 0.5, atol=0.02)
 
 
+def test_sound_that_starts_late_stays_in_step_with_the_picture(videos, tmp_path):
+    film(tmp_path / "a.mkv", 1, sound=["-c:a", "pcm_s16le"])
+    ffmpeg("-i", tmp_path / "a.mkv", "-itsoffset", "0.4", "-i", tmp_path / "a.mkv", "-map", "0:v", "-map", "1:a", "-c", "copy", tmp_path / "b.mkv")
+    early, late = (data.load_audio(tmp_path / name) for name in ("a.mkv", "b.mkv"))
+    assert len(late) == len(early) + 10 * HOP and np.array_equal(late[10 * HOP:], early) and not late[:10 * HOP].any()
+
+
 def test_a_window_is_what_lies_on_disk_and_statistics_are_those_of_the_training_clips(prepared):
     clips, manifest = Clips.open(prepared, "train"), json.loads((prepared / "manifest.json").read_text())
     splits = [row["split"] for row in manifest["clips"]]
@@ -134,7 +141,7 @@ def test_a_window_is_what_lies_on_disk_and_statistics_are_those_of_the_training_
     assert audio.dtype == np.float16
     item = clips[len(clips.motion[0]) - 80 + 7]
     assert np.array_equal(item["motion"], motion[8:88]) and np.array_equal(item["prev"], motion[7])
-    assert np.array_equal(item["audio"], audio[8:88]) and item["audio"].dtype == np.float32 and item["mask"].all()
+    assert np.array_equal(item["audio"], audio[8:88]) and item["audio"].dtype == torch.float32 and item["mask"].all()
     whole = np.concatenate(list(clips.motion)).astype(np.float64)
     assert np.allclose(clips.statistics(), [whole.mean(0), whole.std(0)], atol=1e-6)
 
@@ -175,7 +182,7 @@ def test_the_network_sees_the_crop_at_25_frames_per_second(tmp_path, monkeypatch
 
     file = "base_models/motion_extractor.pth"
     torch.save(build.tensors(build.fill(build.manifest("liveportrait")["files"][file], 1)), tmp_path / "M.pth")
-    face = types.SimpleNamespace(device=torch.device("cpu"), M=Weights(tmp_path / "M.pth", motion_heads, (1, 3, 256, 256), device="cpu"))
+    face = types.SimpleNamespace(device=torch.device("cpu"), M=Weights(tmp_path / "M.pth", motion_heads, (1, 3, 256, 256), device=torch.device("cpu")))
     with torch.inference_mode():
         heads = motion_heads(face.M, shown.movedim(-1, 1) / 255)
     monkeypatch.setattr(data, "LivePortrait", lambda *args: face)
