@@ -450,7 +450,8 @@ class Clips(torch.utils.data.Dataset):
         for arrays, shape in ((motion, (M,)), (audio, data.audio_shape)):
             for path, x, T in zip(arrays.paths, arrays, data.length):
                 if x.shape != (T, *shape):
-                    raise ValueError(f"{path}: {x.shape}, expected {(int(T), *shape)}; delete its folder and prepare the data again")
+                    raise ValueError(f"{path}: {x.shape} in place of {(int(T), *shape)}; delete its folder and prepare "
+                                     "the data again")
         return data
 
     def __len__(self):
@@ -512,9 +513,10 @@ VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg
 # our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
 LABELS = {name: k for k, emotion in enumerate(EMOTIONS) for name in (emotion, str(k))}
 LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
-PUBLISHED = {                # channel, mean and standard deviation over the released model's training videos
-    "scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348), "pitch": (67, -2.3407, 8.8819),
-    "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063), "mouth": (MOUTH, -0.0056, 0.0214)}
+# channel, mean and standard deviation, as published with the released model
+PUBLISHED = {"scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348),
+             "pitch": (67, -2.3407, 8.8819), "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063),
+             "mouth": (MOUTH, -0.0056, 0.0214)}
 
 
 def pictures(path, crop, batch=16):
@@ -528,13 +530,13 @@ def pictures(path, crop, batch=16):
 
 
 def read_labels(path):
-    """csv file with columns clip, a path below --videos or a bare name without suffix, and emotion -> {clip: number}."""
+    """csv file, columns clip (a path below --videos, or a name without suffix) and emotion -> {clip: number}."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be used ({error!r}); needed: clip,emotion in the first line, a clip and one of "
-                         f"{' '.join(LABELS)} in the others") from None
+        raise ValueError(f"{path}: cannot be used ({error!r}); its first line is clip,emotion, and emotions are "
+                         f"{' '.join(LABELS)}") from None
 
 
 def emotion_of(path, labels, otherwise):
@@ -545,26 +547,25 @@ def emotion_of(path, labels, otherwise):
 
 
 def hsemotion():
-    """The classifier that the paper labels with: images, uint8 (256, 256, 3) -> the emotion they show on average."""
+    """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> probabilities of emotions 0 to 7."""
     try:
         from hsemotion_onnx.facial_emotions import HSEmotionRecognizer
     except ImportError as error:
         raise ValueError(f"--emotion=hsemotion: {error}; pip install hsemotion-onnx") from None
-    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")
-    score = lambda image: net.predict_emotions(image, logits=False)[1]     # probability of each of idx_to_class
-    return lambda images: LABELS[net.idx_to_class[int(sum(map(score, images)).argmax())].lower()]
+    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                       # its eight emotions have our order
+    return lambda image: net.predict_emotions(image, logits=False)[1]
 
 
 @torch.inference_mode()
 def extract(path, face, encoder, crop, classify):
     """One video -> arrays motion, audio, loudness, and what clip.json says. ValueError if it cannot be used."""
     wav = load_audio(path)
-    x_c, motion, some = [torch.empty(0, 63)], [torch.empty(0, M)], []
+    x_c, motion, votes = [torch.empty(0, 63)], [torch.empty(0, M)], []
     for images in pictures(path, crop):
         heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
         x_c.append(heads["kp"].cpu())
         motion.append(to_motion(heads).cpu())
-        some.append(images[0].numpy())
+        votes += [classify(images[0].numpy())] if classify else []
     T = min(sum(map(len, motion)), len(wav) // HOP)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
@@ -575,7 +576,7 @@ def extract(path, face, encoder, crop, classify):
     identity = torch.cat(x_c)[:T].mean(0)          # of all frames: a blink or a blur in one shall not make a face
     if not all(x.isfinite().all() for x in arrays.values()):
         raise ValueError(f"{path}: its motion or features hold NaN or infinity")
-    emotion = classify(some) if classify else NO_EMOTION
+    emotion = int(np.sum(votes, 0).argmax()) if votes else NO_EMOTION
     return {k: x.numpy() for k, x in arrays.items()}, dict(frames=T, emotion=emotion, identity=identity.tolist())
 
 
@@ -586,7 +587,7 @@ def write_json(path, value):
 
 
 def prepare(flags):
-    """Talking videos -> a data set for Clips.open. A run that was cut off goes on; broken videos are told at the end."""
+    """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
     root, folder = Path(flags["videos"]), Path(flags["data_dir"])
     videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
     if not videos:
@@ -624,9 +625,16 @@ def prepare(flags):
             left_out.append(error)
         except OSError as error:
             raise OSError(f"{clip}: could not be written ({error}); the same command goes on from here") from None
-    print(*(f"left out: {error}" for error in left_out), sep="\n", end="\n" * bool(left_out), file=sys.stderr)
+    for error in left_out:
+        print(f"left out: {error}", file=sys.stderr)
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
+    finish(folder, settings, rows)
+    print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
+
+
+def finish(folder, settings, rows):
+    """Draw who is in "val", about 5 %, and write the manifest with the statistics of the others."""
     lots = [zlib.crc32(os.fsencode(row["name"])) / 2**32 for row in rows]  # drawn once and for ever
     limit = min(max(0.05, sorted(lots)[:2][-1]), max(lots))                # but one clip at least on each side
     for row, lot in zip(rows, lots):
@@ -635,7 +643,6 @@ def prepare(flags):
     write_json(folder / "manifest.json", manifest)
     moments = [x.tolist() for x in Clips.open(folder).statistics()]
     write_json(folder / "manifest.json", manifest | dict(moments=moments))
-    print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
 
 
 def voice_lag(mouth, loud, reach=15):
@@ -649,21 +656,22 @@ def voice_lag(mouth, loud, reach=15):
 
 def check(folder):
     """Print what a data set holds next to what the released model was trained on, and the clips that look wrong."""
-    data, odd, lags = Clips.open(folder, split=""), [], []
-    counts = np.bincount(data.emotion, minlength=len(EMOTIONS))
-    print(f"{folder}: {len(data.length)} clips, {data.length.sum() / 90_000:.2f} h, {len(data)} windows of {data.frames} frames")
+    data, lags, odd = Clips.open(folder, split=""), [], []
+    hours, counts = data.length.sum() / 90_000, np.bincount(data.emotion, minlength=len(EMOTIONS))
+    print(f"{folder}: {len(data.length)} clips, {hours:.2f} h, {len(data)} windows of {data.frames} frames")
     print("emotions:", ", ".join(f"{name} {n}" for name, n in zip(EMOTIONS, counts) if n))
-    mean, std = data.statistics()
-    for name, (channel, *published) in PUBLISHED.items():
-        print("{:6}{:9.4f} +- {:.4f}, published {:9.4f} +- {:.4f}".format(name, mean[channel], std[channel], *published))
+    channels, *published = map(list, zip(*PUBLISHED.values()))
+    for row in zip(PUBLISHED, *np.array(data.statistics())[:, channels], *published):
+        print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(*row))
     for path, motion in zip(data.motion.paths, data.motion):
         lag, fit = voice_lag(motion[:, MOUTH], np.load(path.with_name("loudness.npy")))
-        lags.append(lag)
-        if abs(lag) > 3 and fit > 0.3:
-            odd.append(f"{path.parent}: the voice is {lag:+d} frames behind the lips (correlation {fit:.2f})")
-        odd += [f"{path.parent}: {name} {x:.4g} on average" for name, (channel, m, s) in PUBLISHED.items()
-                if abs((x := motion[:, channel].mean()) - m) > 4 * s]
-    print(f"the voice is {np.mean(lags):+.1f} +- {np.std(lags):.1f} frames behind the lips; clips to look at: {len(odd)}", *odd, sep="\n")
+        if fit > 0.3:
+            lags.append(lag)
+            odd += [f"{path.parent}: voice {lag:+d} frames behind the lips (correlation {fit:.2f})"] if abs(lag) > 3 else []
+        odd += [f"{path.parent}: {name} {x:.4g} on average" for name, x, mean, std in
+                zip(PUBLISHED, motion.mean(0)[channels], *published) if abs(x - mean) > 4 * std]
+    print(f"voice {np.mean(lags or np.nan):+.1f} +- {np.std(lags or np.nan):.1f} frames behind the lips where they agree")
+    print(f"clips to look at: {len(odd)}", *odd, sep="\n")
 
 
 def main(argv):

@@ -305,9 +305,9 @@ def test_features_of_an_encoder_are_those_of_the_whole_clip(stand_in, videos, tm
 def test_the_check_finds_the_shifted_soundtrack(prepared, capsys):
     data.main([f"--data_dir={prepared}", "--check"])
     told = capsys.readouterr().out
-    assert "5 clips" in told and "anger 1, none 4" in told and "-2.3407 +- 8.8819" in told
+    assert "5 clips" in told and "anger 1, none 4" in told and "-2.3407 +-  8.8819" in told
     late = [line for line in told.splitlines() if "behind the lips (" in line]
-    assert len(late) == 1 and "voice.mp4: the voice is +8 frames" in late[0]
+    assert len(late) == 1 and "voice.mp4: voice +8 frames" in late[0]
 
 
 def made_up(folder, lengths=(200, 90), features=(1, 160)):
