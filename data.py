@@ -19,7 +19,7 @@ Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio
 """
 import ast
 import csv
-import itertools
+import functools
 import json
 import math
 import os
@@ -34,12 +34,11 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, SCALE, M, load_strictly, read_tensors
-from renderer import FACE, LivePortrait, motion_heads, to_motion
+from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, SCALE, M, read_tensors
+from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
 RATE, HOP = 16000, 640                             # samples per second, samples per video frame
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
@@ -75,7 +74,7 @@ def audio_blocks(path):
 
 
 def load_audio(path):
-    """Any sound file, or the sound of a video -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
+    """Any sound file, or a video's sound -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
     wav = np.concatenate([np.zeros(0, np.float32), *audio_blocks(path)])
     if not len(wav):
         raise ValueError(f"{path}: the sound is empty")
@@ -85,11 +84,8 @@ def load_audio(path):
 def mel_filters(n_mels, n_fft, low=60.0, high=7600.0):
     """Triangles equally spaced on the mel scale, (n_fft / 2 + 1, n_mels)."""
     mel = lambda hz: 2595 * np.log10(1 + hz / 700)
-    edges = 700 * (10 ** (np.linspace(mel(low), mel(high), n_mels + 2) / 2595) - 1)
-    hz = np.fft.rfftfreq(n_fft, 1 / RATE)[:, None]
-    rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
-    return np.clip(np.minimum(rise, fall), 0, None)
+    place = (mel(np.fft.rfftfreq(n_fft, 1 / RATE)) - mel(low)) / (mel(high) - mel(low)) * (n_mels + 1)
+    return np.clip(1 - np.abs(place[:, None] - np.arange(1, n_mels + 1)), 0, None)
 
 
 MEL = mel_filters(40, 512)
@@ -133,15 +129,11 @@ def log_mel(wav, n_frames):
 # --------------------------------------------------------------------------------------------------- the audio encoder
 
 KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
-# public names -> names of the modules below, replaced from top to bottom
-RENAMED = {
-    "encoder.pos_conv_embed.conv": "position", "feature_extractor.conv_layers.0.layer_norm": "group_norm",
-    "feature_extractor.conv_layers": "convs", ".conv.": ".", "feature_projection.layer_norm": "feature_norm",
-    "feature_projection.": "", "encoder.layer_norm": "norm", "encoder.layers": "layers", "attention.out_proj": "self_attn.out_proj",
-    "feed_forward.intermediate_dense": "linear1", "feed_forward.output_dense": "linear2",
-    ".final_layer_norm": ".norm2", ".layer_norm": ".norm1"}
 UNUSED = ("masked_spec_embed", "mask_time_emb_vector", "lm_head", "quantizer", "project_", "final_proj",
           "label_embs_concat", "adapter")
+# files of a larger class carry a prefix, and torch names weight norm differently since 2.1
+SPELLINGS = {"wav2vec2.": "", "hubert.": "", "parametrizations.weight.original0": "weight_g",
+             "parametrizations.weight.original1": "weight_v"}
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
 
@@ -159,47 +151,60 @@ def read_safetensors(path):
         raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
 
 
-def encoder_tensors(tensors):
-    """Tensors of a public file under the names of AudioEncoder's modules, and the sizes they show."""
-    state = {key.removeprefix("wav2vec2.").removeprefix("hubert."): value.float() for key, value in tensors.items()}
-    conv = "encoder.pos_conv_embed.conv"
-    old = f"{conv}.weight_g" in state              # torch spells weight norm differently since 2.1
-    spelling = ("weight_g", "weight_v") if old else ("parametrizations.weight.original0", "parametrizations.weight.original1")
-    g, v = (state.pop(f"{conv}.{name}") for name in spelling)
-    state[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
-    layers = sum(key.endswith("q_proj.bias") for key in state)
-    for i, kind in itertools.product(range(layers), ("weight", "bias")):
-        qkv = [state.pop(f"encoder.layers.{i}.attention.{x}_proj.{kind}") for x in "qkv"]
-        state[f"layers.{i}.self_attn.in_proj_{kind}"] = torch.cat(qkv)
-    for theirs, ours in RENAMED.items():
-        state = {key.replace(theirs, ours): value for key, value in state.items() if not key.startswith(UNUSED)}
-    width, channels = state["projection.weight"].shape
-    return state, dict(channels=channels, width=width, hidden=len(state["layers.0.linear1.bias"]), layers=layers,
-                       groups=width // v.size(1))
+def encoder_layers(net, x, channels, width, hidden, layers, heads, groups):
+    """wav2vec 2.0 or HuBERT of base size: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, width)."""
+    for _ in range(2):                                                     # as released: not the same as 40 at once
+        x = F.pad(x, (20, 20), mode="reflect")
+    for i, (kernel, stride) in enumerate(zip(KERNELS, STRIDES)):
+        name = f"feature_extractor.conv_layers.{i}"
+        x = net.conv(x, f"{name}.conv", channels, k=kernel, stride=stride, bias=False)
+        if i == 0:
+            norm = net.plain(f"{name}.layer_norm", x, weight=(channels,), bias=(channels,))
+            x = F.group_norm(x, channels, *norm)
+        x = F.gelu(x)                                                      # (1, C, 2 T) in the end
+    x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True).mT          # from 50 to 25 Hz
+    x = net.layer_norm(x, "feature_projection.layer_norm", 1e-5)
+    x = net.linear(x, "feature_projection.projection", width)              # (1, T, width)
+    near = net.conv(x.mT, "encoder.pos_conv_embed.conv", width, k=128, groups=groups)[..., :-1]
+    h, outputs = net.layer_norm(x + F.gelu(near).mT, "encoder.layer_norm", 1e-5), []
+    for name in [f"encoder.layers.{i}" for i in range(layers)]:
+        q, k, v = (net.linear(h, f"{name}.attention.{part}_proj", width) for part in "qkv")
+        y = F.scaled_dot_product_attention(*(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)))
+        y = net.linear(y.transpose(1, 2).flatten(2), f"{name}.attention.out_proj", width)
+        h = net.layer_norm(h + y, f"{name}.layer_norm", 1e-5)
+        y = F.gelu(net.linear(h, f"{name}.feed_forward.intermediate_dense", hidden))
+        y = net.linear(y, f"{name}.feed_forward.output_dense", width)
+        h = net.layer_norm(h + y, f"{name}.final_layer_norm", 1e-5)
+        outputs.append(h)
+    return torch.stack(outputs, 2)[0]
 
 
-class AudioEncoder(nn.Module):
-    """wav2vec 2.0 or HuBERT of BASE size: sound -> the outputs of all its layers, at 25 frames per second.
+class AudioEncoder:
+    """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
 
-    As the released MoDA listens: the 50 Hz features of the convolutions are brought to 25 Hz before the transformer.
     GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then.
     """
 
-    def __init__(self, channels, width, hidden, layers, groups, heads):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv1d(channels if i else 1, channels, kernel, stride, bias=False)
-                                   for i, (kernel, stride) in enumerate(zip(KERNELS, STRIDES)))
-        self.group_norm = nn.GroupNorm(channels, channels)
-        self.feature_norm, self.projection = nn.LayerNorm(channels), nn.Linear(channels, width)
-        self.position = nn.Conv1d(width, width, 128, padding=64, groups=groups)
-        self.norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, heads, hidden, 0, "gelu", batch_first=True)
-                                    for _ in range(layers))
-        self.normalise = True                      # the sound to mean 0 and variance 1
-        self.shape = layers, width                 # L x A
+    def __init__(self, path, tensors, settings, device):
+        """`tensors` as in the file, without prefix; `settings` of its config.json and preprocessor_config.json."""
+        conv = "encoder.pos_conv_embed.conv.weight"
+        try:
+            g, v = tensors.pop(f"{conv}_g").float(), tensors.pop(f"{conv}_v").float()
+            tensors[conv] = g * v / v.norm(dim=(0, 1), keepdim=True)
+            width, channels = tensors["feature_projection.projection.weight"].shape
+            hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+        except KeyError as error:
+            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, {error} is missing; {ENCODERS}") from None
+        if width > 768:
+            raise ValueError(f"{path}: a large model, but MoDA listens to the base size; {ENCODERS}")
+        self.shape = layers, width = sum(key.endswith("q_proj.bias") for key in tensors), width      # L x A
+        self.normalise = settings.get("do_normalize", True)
+        self.layers = functools.partial(encoder_layers, channels=channels, width=width, hidden=hidden, layers=layers,
+                                        heads=settings.get("num_attention_heads", 12), groups=width // v.size(1))
+        self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
         path, settings = Path(path), {}
         folder = path if path.is_dir() else path.parent
@@ -210,64 +215,37 @@ class AudioEncoder(nn.Module):
                 settings |= json.loads((folder / beside).read_text())
         safe = path.suffix == ".safetensors" and path.exists()
         tensors = read_safetensors(path) if safe else read_tensors(path, ENCODERS)
-        try:
-            state, sizes = encoder_tensors(tensors)
-        except (KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT ({error} is missing); {ENCODERS}") from None
-        if sizes["width"] > 768:
-            raise ValueError(f"{path}: a large model; MoDA listens to the base size; {ENCODERS}")
-        encoder = cls(**sizes, heads=settings.get("num_attention_heads", 12))
-        load_strictly(encoder, state, path)
-        encoder.normalise = settings.get("do_normalize", True)
-        return encoder.eval()
+        for spelling, plain in SPELLINGS.items():
+            tensors = {key.replace(spelling, plain): value for key, value in tensors.items()}
+        return cls(path, {key: value for key, value in tensors.items() if not key.startswith(UNUSED)}, settings, device)
 
-    def forward(self, wav, n_frames=None):
-        """wav (N,) at 16 kHz -> (T, L, width); T = N // 640 but at least 1, or n_frames: the last frame is repeated."""
+    def __call__(self, wav, n_frames=None):
+        """wav (N,) at 16 kHz -> (T, L, A); T = N // 640 but at least 1, or n_frames: the last frame is repeated."""
         features = torch.cat(list(self.blocks([np.asarray(wav)])))
         n = max(1, len(wav) // HOP) if n_frames is None else n_frames
         return features[torch.arange(n).clamp(max=len(features) - 1)]
 
-    def blocks(self, pieces):
-        """Sound in pieces of any length -> features (n, L, width) of every started frame, minute by minute."""
-        for wav in regroup(pieces, 60 * RATE):
-            features = self.encode(torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.norm.weight))
-            yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)]
-
     @torch.inference_mode()
-    def encode(self, wav):
-        """At most a minute of sound (n,) -> (n // 640, L, width)."""
-        x = (wav - wav.mean()) / (wav.var(correction=0) + 1e-7).sqrt() if self.normalise else wav
-        T = len(x) // HOP
-        x = x[None, None, :T * HOP]
-        for _ in range(2):                                                 # as released: not the same as 40 at once
-            x = F.pad(x, (20, 20), mode="reflect")
-        for i, conv in enumerate(self.convs):
-            x = F.gelu(conv(x) if i else self.group_norm(conv(x)))         # (1, C, 2T)
-        x = F.interpolate(x, T, mode="linear", align_corners=True)         # 50 -> 25 frames per second
-        x = self.projection(self.feature_norm(x.mT))                       # (1, T, width)
-        h = self.norm(x + F.gelu(self.position(x.mT)[..., :-1]).mT)
-        outputs = []
-        for layer in self.layers:
-            h = layer(h)
-            outputs.append(h)
-        return torch.stack(outputs, 2)[0]
+    def blocks(self, pieces):
+        """Sound in pieces of any length -> features (n, L, A) of every started frame, minute by minute."""
+        for wav in regroup(pieces, 60 * RATE):
+            wav, n = torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.net.device), -(-len(wav) // HOP)
+            x = (wav - wav.mean()) / (wav.var(correction=0) + 1e-7).sqrt() if self.normalise else wav
+            features = self.layers(self.net, x[None, None, :len(x) // HOP * HOP])
+            yield features[torch.arange(n).clamp(max=len(features) - 1)].cpu()
 
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
-# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening
+# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
 CONTROLS = {
-    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4},
-    "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
+    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
     "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4},
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
               (3, 1): -3.5e-3, (7, 1): -3.5e-3},
     "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
-    "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},       # for brow < 0
-    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4},
-    "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3},
-}
+    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
+    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4}, "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3}}
 
 
 def expression(**controls):
@@ -281,20 +259,18 @@ def expression(**controls):
     return delta
 
 
-# F1 F2 F3 in Hz | voice, hiss (0..1) | hiss centre in kHz | seconds | jaw, spread, round (-1..1)
+# first two formants in Hz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
 PHONES = {
-    "a": (750, 1250, 2500, 1.0, 0.00, 3, 0.17, 1.00, 0.1, 0.0), "e": (520, 1850, 2550, 1.0, 0.00, 3, 0.15, 0.50, 0.6, 0.0),
-    "i": (300, 2250, 2950, 0.9, 0.00, 3, 0.14, 0.20, 1.0, 0.0), "o": (480, 900, 2400, 1.0, 0.00, 3, 0.16, 0.55, 0.0, 0.8),
-    "u": (320, 800, 2250, 0.9, 0.00, 3, 0.15, 0.15, 0.0, 1.0), "@": (520, 1450, 2500, 0.8, 0.00, 3, 0.10, 0.40, 0.1, 0.1),
-    "m": (260, 1000, 2250, 0.3, 0.00, 3, 0.09, -0.30, 0.0, 0.1), "b": (220, 900, 2200, 0.06, 0.00, 3, 0.08, -0.35, 0.0, 0.0),
-    "p": (220, 900, 2200, 0.0, 0.03, 2, 0.09, -0.35, 0.0, 0.0), "n": (280, 1600, 2500, 0.3, 0.00, 3, 0.07, 0.10, 0.2, 0.0),
-    "d": (260, 1750, 2600, 0.1, 0.03, 5, 0.06, 0.10, 0.2, 0.0), "t": (300, 1800, 2700, 0.0, 0.15, 5, 0.07, 0.10, 0.2, 0.0),
-    "k": (300, 2000, 2400, 0.0, 0.10, 2, 0.07, 0.15, 0.0, 0.0), "s": (300, 1700, 2600, 0.0, 0.35, 6, 0.10, 0.02, 0.5, 0.0),
-    "S": (300, 1800, 2400, 0.0, 0.35, 3, 0.10, 0.05, 0.0, 0.6), "f": (300, 1200, 2300, 0.0, 0.12, 7, 0.09, -0.15, 0.1, 0.0),
-    "l": (380, 1300, 2700, 0.5, 0.00, 3, 0.07, 0.25, 0.1, 0.0), "w": (300, 650, 2200, 0.5, 0.00, 3, 0.08, 0.05, 0.0, 1.0),
-    "j": (280, 2200, 3000, 0.5, 0.00, 3, 0.07, 0.10, 0.8, 0.0), " ": (480, 1450, 2500, 0.0, 0.00, 3, 0.30, 0.00, 0.0, 0.0),
-}
-VOWELS, CONSONANTS = list("aeiou@"), list("mbpndtksSflwj")
+    "a": (750, 1250, 1.0, 0, 3, .17, 1.0, .1, 0), "e": (520, 1850, 1.0, 0, 3, .15, .50, .6, 0),
+    "i": (300, 2250, 0.9, 0, 3, .14, 0.2, 1., 0), "o": (480, 900, 1.0, 0, 3, .16, .55, 0., .8),
+    "u": (320, 800, 0.9, 0, 3, .15, 0.15, 0, 1.), "@": (520, 1450, 0.8, 0, 3, .10, .40, .1, .1),
+    "m": (260, 1000, .3, 0, 3, .09, -.3, 0, .1), "b": (220, 900, .06, .01, 2, .08, -.35, 0, 0),
+    "n": (280, 1600, .3, 0, 3, .07, .1, .2, 0), "t": (300, 1800, 0, .15, 5, .07, 0.1, .2, 0),
+    "k": (300, 2000, 0, .1, 2, .07, .15, 0, 0), "s": (300, 1700, 0, .35, 6, .1, 0.02, .5, 0),
+    "S": (300, 1800, 0, .35, 3, .1, .05, 0, .6), "f": (300, 1200, 0, .12, 7, .09, -.15, .1, 0),
+    "l": (380, 1300, .5, 0, 3, .07, .25, .1, 0), "w": (300, 650, .5, 0, 3, .08, .05, 0, 1.),
+    "j": (280, 2200, .5, 0, 3, .07, .1, .8, 0), " ": (480, 1450, 0, 0, 3, .3, 0.00, 0, 0.)}
+VOWELS, CONSONANTS = list("aeiou@"), list("mbntksSflwj")
 # smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
 MOODS = np.array([
     (-0.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (0.25, 2, 0, -10, -4, 0.9, 0.7, 0.8, 0.9),
@@ -312,7 +288,7 @@ def toy_prototypes():
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
     kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
-    padded = np.pad(track, [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
+    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
     return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
 
 
@@ -327,19 +303,20 @@ def toy_clip(seed, T):
 
 
 def toy_articulation(rng, mood, n):
-    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 11)."""
-    rows = []
-    while sum(row[6] for row in rows) < n / 100 + 1:
+    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 10)."""
+    rows, seconds = [], 0
+    while seconds < n / 100 + 1:
         stress = rng.uniform(0.75, 1.25)
         onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
         for phone, odds in ((onset, 0.9), (vowel, 1.0), (coda, 0.25), (" ", 0.17)):
             row = np.append(PHONES[phone], 0.0)
-            row[6] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
+            row[5] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
             if phone == vowel:
-                row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
+                row[[2, 6, 9]] = row[2] * stress, row[6] * stress, max(0, stress - 1)
             if rng.random() < odds:
                 rows.append(row)
-    ends = np.cumsum([row[6] for row in rows])
+                seconds += row[5]
+    ends = np.cumsum([row[5] for row in rows])
     return np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
 
 
@@ -352,43 +329,42 @@ def toy_face(rng, mood, target):
 
     def wander(width, size):                                               # smooth noise of unit variance
         white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
-        return (white * (4 * np.pi * width ** 2) ** 0.25).T
-    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
-    speaking = smooth((target[:, 7] != 0).astype(float), 10)
-    smile, brow, frown, lids = mood[:4, None] * (1 + 0.12 * wander(80, 4))
-    blinks = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
-    motion, drift = np.zeros((n, M)), wander(60, 6).T
+        return white * (4 * np.pi * width ** 2) ** 0.25
+    jaw, spread, rounding = smooth(target[:, 6:9], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
+    speaking, blinks = smooth(target[:, 6] != 0, 10), 10 * smooth(rng.random(n) < 0.003, 4)
+    smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(80, 4))).T
+    motion, drift = np.zeros((n, M)), wander(60, 6)
     motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
-                                brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5), gaze_x=3 * wander(40, 1)[0])
-    motion[:, SCALE] = rng.uniform(1.2, 1.4) + 0.006 * drift[:, :1]
-    motion[:, 64:66] = rng.normal(0, 0.02, 2) + (0, 0.1) + drift[:, 1:3] * (0.012, 0.006)
-    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:6] * (2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)                 # it nods with the stress
+                                brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
+    rest = rng.uniform(1.2, 1.4), rng.normal(0, 0.02), rng.normal(0.1, 0.02)
+    motion[:, 63:66] = rest + drift[:, :3] * (0.006, 0.012, 0.006)         # scale, t_x, t_y
+    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:] * (2.5, 5, 2)
+    motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
     return motion, identity.ravel()
 
 
 def toy_voice(rng, mood, target):
-    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 11) -> (n * 160,)."""
+    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
     n, step = len(target), HOP // 4
     upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
     noise = lambda: rng.standard_normal(n * step)
-    voiced, hiss = smooth(target[:, 3:5], 2).T
-    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 3], 15)
+    voiced, hiss = smooth(target[:, 2:4], 2).T
+    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[5] * 2 ** (0.25 * mood[6] * melody)
     angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
     r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
     pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
     source, white = upsample(voiced) * (pulses + rng.uniform(0.02, 0.1) * noise()), upsample(hiss) * noise()
 
-    hz = np.fft.rfftfreq(HOP, 1 / RATE)
-    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * rng.uniform(0.85, 1.2)
-    gain = (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0) * np.ones((n, 1))   # microphones differ
-    for f, width in zip(formants.T[:, :, None], (80, 100, 140, 250)):
-        gain *= f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)
-    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
+    hz, width = np.fft.rfftfreq(HOP, 1 / RATE), np.array([[80], [100], [140], [250]])
+    f = np.hstack([smooth(target[:, :2], 3), np.tile((2550, 3600), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
+    gain = (f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)).prod(1)
+    gain *= (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0)                    # microphones differ
+    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 4:5]) / 1200) ** 2)
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
-    spectrum = lambda x, filter: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] * torch.tensor(filter.T)
-    wav = torch.istft(F.pad(spectrum(source, gain) + spectrum(white, band), (0, 1)), **stft).numpy()
+    spectrum = lambda x: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n]
+    shaped = spectrum(source) * torch.tensor(gain.T) + spectrum(white) * torch.tensor(band.T)
+    wav = torch.istft(F.pad(shaped, (0, 1)), **stft).numpy()
 
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
     wet = np.fft.irfft(np.fft.rfft(wav, 2 * len(wav)) * np.fft.rfft(echo, 2 * len(wav)))[:len(wav)]
@@ -570,9 +546,9 @@ def extract(path, face, encoder, crop, classify):
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
     wav = wav[:T * HOP]                            # whole: what an encoder hears depends on where the sound is cut
-    mel = log_mel(wav, T)
-    audio = encoder(wav, T).cpu() if encoder else mel
-    arrays = dict(motion=torch.cat(motion)[:T], audio=audio.half(), loudness=mel.mean((1, 2)))
+    blocks = encoder.blocks if encoder else log_mel_blocks
+    arrays = dict(motion=torch.cat(motion)[:T], audio=torch.cat([part.half() for part in blocks([wav])]),
+                  loudness=log_mel(wav, T).mean((1, 2)))
     identity = torch.cat(x_c)[:T].mean(0)          # of all frames: a blink or a blur in one shall not make a face
     if not all(x.isfinite().all() for x in arrays.values()):
         raise ValueError(f"{path}: its motion or features hold NaN or infinity")
@@ -602,7 +578,7 @@ def prepare(flags):
         raise ValueError(f"{folder}: was begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
     device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     face = LivePortrait(flags["weights"], device)
-    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"]).to(device) if flags["audio_encoder"] else None
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], device) if flags["audio_encoder"] else None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(begun, settings)
 
@@ -667,7 +643,8 @@ def check(folder):
         lag, fit = voice_lag(motion[:, MOUTH], np.load(path.with_name("loudness.npy")))
         if fit > 0.3:
             lags.append(lag)
-            odd += [f"{path.parent}: voice {lag:+d} frames behind the lips (correlation {fit:.2f})"] if abs(lag) > 3 else []
+            if abs(lag) > 3:
+                odd.append(f"{path.parent}: voice {lag:+d} frames behind the lips (correlation {fit:.2f})")
         odd += [f"{path.parent}: {name} {x:.4g} on average" for name, x, mean, std in
                 zip(PUBLISHED, motion.mean(0)[channels], *published) if abs(x - mean) > 4 * std]
     print(f"voice {np.mean(lags or np.nan):+.1f} +- {np.std(lags or np.nan):.1f} frames behind the lips where they agree")
@@ -716,7 +693,7 @@ class UsageError(Exception):
 
 
 def run(main):
-    """Call a script's main(argv); a user's mistake ends in one line on stderr and exit code 1, or 2 for a wrong flag."""
+    """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, UsageError) as error:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 M = 70                                             # motion numbers per frame, in the released order:
 EXP, SCALE, TRANS, ROT = slice(0, 63), slice(63, 64), slice(64, 67), slice(67, 70)
+SIZED = slice(63, 67)                              # what grows with the face: scale and translation
 MOUTH = 58                                         # (19, y): the mouth opening, the widest channel of real speech
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
@@ -176,12 +176,12 @@ class MotionModel(nn.Module):
 
     def normalise(self, motion, size=1.0):
         """(..., 70) in LivePortrait units -> the network's; with `size`, as if the face were of average size."""
-        motion = torch.cat([motion[..., EXP], motion[..., 63:67] / size, motion[..., ROT]], -1)
+        motion = torch.cat([motion[..., EXP], motion[..., SIZED] / size, motion[..., ROT]], -1)
         return (motion - self.mean) / (self.std + 1e-5)                    # some channels never move: std 0
 
     def denormalise(self, z, size=1.0):
         motion = z * (self.std + 1e-5) + self.mean
-        return torch.cat([motion[..., EXP], motion[..., 63:67] * size, motion[..., ROT]], -1)
+        return torch.cat([motion[..., EXP], motion[..., SIZED] * size, motion[..., ROT]], -1)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -202,8 +202,6 @@ class MotionModel(nn.Module):
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
-    checkpointing = False                          # recompute each block in the backward pass, to save memory
-
     def __init__(self, cfg):
         super().__init__(cfg)
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
@@ -260,9 +258,6 @@ class MoDA(MotionModel):
         """The three fusion stages, coarse to fine (Sec. 3.2.3); z (B, N, 70), mask (B, N) -> v (B, N, 70)."""
         prev, a, e, i, table = conditions
         N, mods = z.size(1), iter(mods.split(self.n_mods))
-        checkpointing = self.checkpointing and torch.is_grad_enabled()
-        run = (lambda block, *args: checkpoint(block, *args, use_reentrant=False)) if checkpointing else (
-            lambda block, *args: block(*args))
         count = z.new_ones(1, N) if mask is None else mask.type_as(z)
         alone = [count if x.size(1) == N else count.sum(1, keepdim=True) for x in (a, a, e, i)]
         bias = None if mask is None else key_bias(*4 * [count])
@@ -271,16 +266,16 @@ class MoDA(MotionModel):
         m = self.motion_in(torch.cat([prev, z], -1))                       # (B, N, 2M) -> (B, N, D), prev first
         rotated = [table if s < self.cfg.rope_streams else None for s in range(4)]
         for block in self.four:                                            # every modality has its own weights
-            m, a, e, i = run(block, [m, a, e, i], next(mods), rotated, bias if e.size(1) == N else key_bias(*alone))
+            m, a, e, i = block([m, a, e, i], next(mods), rotated, bias if e.size(1) == N else key_bias(*alone))
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
         for own, ask in zip(self.cross[::2], self.cross[1::2]):            # w/ CABA: to itself, then to the conditions
-            m, = run(own, [m], next(mods), [table], key_bias(count))
-            m = run(ask, torch.cat([m, cond], 1), next(mods), table4, key_bias(0 * count, count, count, count), N)
+            m, = own([m], next(mods), [table], key_bias(count))
+            m = ask(torch.cat([m, cond], 1), next(mods), table4, key_bias(0 * count, count, count, count), N)
         for block in self.two:
-            m, cond = run(block, [m, cond], next(mods), [table, table3], bias)
+            m, cond = block([m, cond], next(mods), [table, table3], bias)
         x = torch.cat([m, cond], 1)                                        # (B, 4N, D) all merge
         for block in self.one:
-            x = run(block, x, next(mods), table4, bias, N if block is self.one[-1] else None)
+            x = block(x, next(mods), table4, bias, N if block is self.one[-1] else None)
         shift, scale = next(mods)
         return self.head(modulate(x[:, :N], shift, scale))
 
@@ -288,7 +283,7 @@ class MoDA(MotionModel):
 # -------------------------------------------------------------------------------------------------------- the losses
 
 def draw(cfg, B, N, generator):
-    """The chance in one training step: times, noise, dropped conditions. On the CPU, so that any device sees the same."""
+    """The chance in one training step: times, noise, dropped conditions. Drawn on the CPU, the same for any device."""
     rand = lambda *shape: torch.rand(*shape, generator=generator)
     return dict(t=rand(B), eps=torch.randn(B, N, M, generator=generator),
                 drop_audio=rand(B) < cfg.p_drop_audio, drop_emotion=rand(B) < cfg.p_drop_emotion)
@@ -300,7 +295,7 @@ def masked_mean(x, mask):
 
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
-    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest as drawn."""
+    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
     z0, t_ = z0 * mask[..., None], t[:, None, None]
     z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
@@ -517,7 +512,7 @@ def released_layers(model):
     layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
     mlps = {"motion": model.motion_in, "identity": model.identity_in, "time": model.time_in}
     layers |= {f"{name}_embedder.mlp.{i}": net[i] for name, net in mlps.items() for i in (0, 2)}
-    modulated = []                                 # in the order of our one large matrix
+    modulated = {}                                 # shifts, scales and gates, in the order of our one large matrix
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
     joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
     for name, block, numbers in joint:
@@ -527,54 +522,42 @@ def released_layers(model):
                        f"{name}.attn1.{short}_q_norm{n}": stream.heads.q_norm,
                        f"{name}.attn1.{short}_k_norm{n}": stream.heads.k_norm,
                        f"{name}.{long}_mlp{n}.fc1": stream.mlp[0], f"{name}.{long}_mlp{n}.fc2": stream.mlp[2]}
-            modulated.append((f"{name}.adaLN_modulation_{long}{n}.1", 6))
+            modulated[f"{name}.adaLN_modulation_{long}{n}.1"] = 6
     for i, block in enumerate(model.one):
         layers |= {f"blocks.{i}.linear2": block.out, f"blocks.{i}.attn1.xs_q_norm": block.heads.q_norm,
                    f"blocks.{i}.attn1.xs_k_norm": block.heads.k_norm}
-        modulated.append((f"blocks.{i}.adaLN_modulation_xs.1", 3))
-    modulated.append(("final_layer.adaLN_modulation.1", 2))
+        modulated[f"blocks.{i}.adaLN_modulation_xs.1"] = 3
+    modulated["final_layer.adaLN_modulation.1"] = 2
 
-    parts, D = {f"{name}.{p}": [value] for name, layer in layers.items() for p, value in layer.named_parameters()}, model.cfg.width
+    parts = {f"{name}.{p}": [value] for name, layer in layers.items() for p, value in layer.named_parameters()}
+    D = model.cfg.width
     for p in ("weight", "bias"):
-        sizes = [n * D for _, n in modulated]
-        rows = getattr(model.modulation, p).split(sizes)
-        parts |= {f"{name}.{p}": [value] for (name, _), value in zip(modulated, rows)}
+        rows = getattr(model.modulation, p).split([n * D for n in modulated.values()])
+        parts |= {f"{name}.{p}": [value] for name, value in zip(modulated, rows)}
         for i, block in enumerate(model.one):      # theirs holds q, k, v, mlp
             q, mlp = getattr(block.q_mlp, p).split([D, 4 * D])
             parts[f"blocks.{i}.qkv_xs.{p}"] = [q, getattr(block.kv, p), mlp]
     return parts
 
 
-@torch.no_grad()
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
     state = {key.removeprefix("talking_head_dit."): value for key, value in state.items()}
-    ignored = [key for key in ("scheduler.sigmas", "null_motion_feat") if state.pop(key, None) is not None]
+    unused = [key for key in ("scheduler.sigmas", "null_motion_feat") if state.pop(key, None) is not None]
     null = state.pop("null_audio_feat", None)
     count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
-    try:
-        width, n_audio = len(state["time_embedder.mlp.2.bias"]), state["audio_embedder.proj1.weight"].shape[-1]
-        heads = width // len(state["blocks.0.attn1.xs_q_norm.weight"])
-        with torch.device("meta"):
-            model = MoDA(Config(width, heads, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
-                                audio_layers=12, audio_dim=n_audio // 12))
-        model.to_empty(device="cpu")
-        for key, parts in released_layers(model).items():
-            shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-            if state[key].shape != shape:
-                raise ValueError(f"{path}: {key} has shape {tuple(state[key].shape)}, not {shape}")
-            for part, rows in zip(parts, state.pop(key).split([len(part) for part in parts])):
-                part.copy_(rows)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is missing; fetch lixinyizju/moda from huggingface.co again") from None
-    for key in state:
-        raise ValueError(f"{path}: {key} is unknown; fetch lixinyizju/moda from huggingface.co again")
-    model.mean.zero_(), model.std.fill_(1)
-    print(f"{path}: released MoDA; not used: {', '.join(ignored) or 'nothing'}")
+    size = lambda key: state[key].size(-1) if key in state else 768
+    width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
+    with torch.device("meta"):
+        model = MoDA(Config(width, width // head, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
+                            audio_dim=size("audio_embedder.proj1.weight") // 12))
+    model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
+    fill(released_layers(model), state, path)
+    print(f"{path}: released MoDA; not used: {', '.join(unused) or 'nothing'}")
     if null is None:       # the authors' Parameter(...).to("cuda") was no parameter: never trained, never saved
         null = torch.randn(model.cfg.audio_dim, generator=torch.Generator().manual_seed(42))
-        print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, as the authors' does of another")
-    model.null_audio.copy_(null.flatten())
+        print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
+    model.null_audio.data.copy_(null.flatten())
     return model
 
 
@@ -589,11 +572,20 @@ def load_statistics(model, path):
 
 
 def load_strictly(module, tensors, path):
-    """load_state_dict that names the file and the first key that is missing, unknown or of another shape."""
-    own = module.state_dict()
-    for key in [*own, *tensors]:
-        if key not in tensors or key not in own:
-            raise ValueError(f"{path}: {key} is {'missing' if key in own else 'unknown'}; is it another model's file?")
-        if own[key].shape != tensors[key].shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}")
-    module.load_state_dict(tensors)
+    """load_state_dict that names the file and the first tensor that does not fit."""
+    fill({name: [value.atleast_1d()] for name, value in module.state_dict().items()}, tensors, path)
+
+
+@torch.no_grad()
+def fill(places, tensors, path):
+    """Copy each tensor into its place, a list of parts that its rows fill in order; ValueError names what differs."""
+    for name in [*places, *tensors]:
+        if name not in tensors or name not in places:
+            reason = "missing" if name in places else "unknown"
+            raise ValueError(f"{path}: {name} is {reason}; is it another model's file?")
+        sizes, found = [len(part) for part in places[name]], tensors[name].atleast_1d()
+        shape = sum(sizes), *places[name][0].shape[1:]
+        if found.shape != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, not {shape}")
+        for part, rows in zip(places[name], found.split(sizes)):
+            part.copy_(rows)

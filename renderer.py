@@ -105,19 +105,18 @@ class Weights:
     """The weights of one file, ready for `network`. A dry run of it on meta tensors of `shapes` looks every key up,
     checks its shape and folds what can be folded; nothing may be left over. ValueError names the file and the key."""
 
-    def __init__(self, path, network, *shapes, device, dtype=torch.float32, part=""):
-        self.path, self.device, self.dtype, self.ready = path, device, dtype, {}
-        tensors = read_tensors(path, GET)
-        self.tensors = {key.removeprefix("module."): value for key, value in
-                        (tensors.get(part, {}) if part else tensors).items() if not key.endswith("num_batches_tracked")}
+    def __init__(self, path, tensors, network, *shapes, advice, device="cpu", dtype=torch.float32):
+        self.path, self.advice, self.device, self.dtype, self.ready = path, advice, torch.device(device), dtype, {}
+        self.tensors = {key.removeprefix("module."): value for key, value in tensors.items()
+                        if not key.endswith("num_batches_tracked")}
         network(self, *(torch.empty(shape, device="meta") for shape in shapes))
         if self.tensors:
-            raise ValueError(f"{path}: {next(iter(self.tensors))} does not belong there; {GET}")
+            raise ValueError(f"{path}: {next(iter(self.tensors))} does not belong there; {advice}")
 
     def take(self, key, *shape):
         found = tuple(self.tensors[key].shape) if key in self.tensors else "missing"
         if found != shape:
-            raise ValueError(f"{self.path}: {key} is {found}, expected {shape}; {GET}")
+            raise ValueError(f"{self.path}: {key} is {found}, expected {shape}; {self.advice}")
         return self.tensors.pop(key).float()
 
     def once(self, name, x, make):
@@ -133,13 +132,13 @@ class Weights:
     def linear(self, x, name, n):
         return F.linear(x, *self.plain(name, x, weight=(n, x.size(-1)), bias=(n,)))
 
-    def layer_norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], *self.plain(name, x, weight=x.shape[-1:], bias=x.shape[-1:]), eps=1e-6)
+    def layer_norm(self, x, name, eps=1e-6):
+        return F.layer_norm(x, x.shape[-1:], *self.plain(name, x, weight=x.shape[-1:], bias=x.shape[-1:]), eps=eps)
 
-    def conv(self, x, name, n, k=3, norm="", up=1, groups=1, bias=True):
+    def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
         """Nearest upsampling by `up` in height and width, convolution to n channels and BatchNorm `norm`, all in one.
 
-        Odd kernels slide over a padded input; even ones cut it into patches.
+        The kernel slides over a padded input; with `stride`, over the input as it is.
         """
         dims = x.ndim - 2
 
@@ -157,7 +156,7 @@ class Weights:
             return (spread(weight, up) if up > 1 else weight), b
 
         weight, b = self.once(name, x, make)
-        stride, padding = ((1, up, up)[-dims:], [k // 2] * dims) if k % 2 else ([k] * dims, [0] * dims)
+        stride, padding = ([stride] * dims, [0] * dims) if stride else ((1, up, up)[-dims:], [k // 2] * dims)
         # the two- and three-dimensional, plain and transposed convolution: dilation 1, transposed, output padding 0
         return torch.convolution(x.to(weight.dtype), weight, b, stride, padding, [1] * dims, up > 1, [0] * dims, groups)
 
@@ -189,10 +188,10 @@ def motion_heads(net, image):
     """M, a ConvNeXt V2: image (B, 3, 256, 256) -> dict of raw heads."""
     conv = lambda x, *args, **options: net.conv(x.movedim(-1, 1), *args, **options).movedim(1, -1)
     down = "detector.downsample_layers"
-    x = net.layer_norm(conv(image.movedim(1, -1), f"{down}.0.0", 96, k=4), f"{down}.0.1")              # (B, H, W, C)
+    x = net.layer_norm(conv(image.movedim(1, -1), f"{down}.0.0", 96, k=4, stride=4), f"{down}.0.1")  # (B, H, W, C)
     for stage, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
         if stage > 0:
-            x = conv(net.layer_norm(x, f"{down}.{stage}.0"), f"{down}.{stage}.1", n, k=2)
+            x = conv(net.layer_norm(x, f"{down}.{stage}.0"), f"{down}.{stage}.1", n, k=2, stride=2)
         for name in [f"detector.stages.{stage}.{i}" for i in range(depth)]:
             y = net.layer_norm(conv(x, f"{name}.dwconv", n, k=7, groups=n), f"{name}.norm")
             y = F.gelu(net.linear(y, f"{name}.pwconv1", 4 * n))
@@ -302,7 +301,11 @@ class LivePortrait:
         root = root / "liveportrait" if (root / "liveportrait").is_dir() else root
         if "animals" in root.name:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
-        load = lambda file, *args, **options: Weights(root / file, *args, device=self.device, **options)
+
+        def load(file, *args, part="", **options):
+            tensors = read_tensors(root / file, GET)
+            tensors = tensors.get(part, {}) if part else tensors
+            return Weights(root / file, tensors, *args, advice=GET, device=self.device, **options)
         image, x, f_s, h = (1, 3, 256, 256), (1, 21, 3), (1, 32, 16, 64, 64), (1, 256, 64, 64)
         self.F = load("base_models/appearance_feature_extractor.pth", appearance, image)
         self.M = load("base_models/motion_extractor.pth", motion_heads, image)
@@ -343,18 +346,56 @@ FACE = np.array([
     (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10), (-.125, -.075, -.09),
     (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09), (.125, -.035, -.09),
     (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
-SKIN, SHADE, HAIR, WHITE = "#f2c8ac", "#e2ae92", "#3e2b26", "#fcfaf6"
+TWIN = {1: 2, 3: 7, 4: 10, 11: 15, 13: 16}          # right-hand partners of points on the left
+# a drawing enlarges what is small: brows (whose two points move in opposite senses), lids, corners of the mouth
+GAIN = np.ones((21, 2))
+GAIN[[1, 2], 1], GAIN[[11, 15], 1], GAIN[[14, 20], 1] = (-3, 3), 3, (1.5, 3)
+# outlines from back to front: a colour, then corners as a point of the face and how far from it
+HEAD = [line.split(maxsplit=1) for line in """
+    #3e2b26 4 -.06 .20  4 -.10 -.12  0 -.26 -.12  0 .26 -.12  10 .10 -.12  10 .06 .20
+    #e2ae92 4 -.06 -.06  4 .06 -.06  4 .06 .16  4 -.02 .16
+    #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 10 .03 -.1 10 .02 .16 7 .03 .26 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
+    #fcfaf6 13 -.09 -.02  13 -.045 -.07  13 .045 -.07  13 .09 -.02  13 .045 .03  13 -.045 .03
+    #407688 13 -.04 -.06  13 .04 -.06  13 .04 .02  13 -.04 .02
+    #1a181e 13 -.02 -.04  13 .02 -.04  13 .02 0  13 -.02 0
+    #f2c8ac 11 -.12 .05  11 -.11 -.13  11 .11 -.13  11 .12 .05  11 .05 -.01  11 -.05 -.01
+    #70463c 11 -.11 .044  11 -.05 -.022  11 .05 -.022  11 .11 .044  11 .05 -.002  11 -.05 -.002
+    #3e2b26 1 -.11 .03  1 -.04 -.03  1 .09 -.01  1 .09 .03  1 -.04 0
+    #e2ae92 9 -.02 -.08  9 .02 -.08  9 .06 .03  9 0 .05  9 -.06 .03
+    #581c24 14 -.01 0  17 0 0  20 .01 0  19 .08 0  19 -.08 0
+    #faf6f0 17 -.07 -.01  17 .07 -.01  17 .06 .03  17 -.06 .03
+    #cc6866 14 -.03 0  17 -.05 -.03  17 0 -.014  17 .05 -.03  20 .03 0  17 .05 .018  17 -.05 .018
+    #cc6866 14 -.02 0  19 -.06 -.022  19 .06 -.022  20 .02 0  19 .06 .028  19 -.06 .028
+    #3e2b26 4 -.05 -.08  4 -.06 -.18  0 -.22 -.1  0 .22 -.1  10 .06 -.18  10 .05 -.08  0 .2 .12  0 .06 .06  0 -.16 .12
+    """.strip().splitlines()]
 
 
-def shape(x, y, z, width, top, bottom, sharp=1, slope=0):
-    """Outline (48, 3) from x - width to x + width, its edges y + top and y + bottom in the middle; sharp 0 is a
-    rectangle, 1 an ellipse, 2 has pointed corners; slope is how much the right corner hangs lower."""
-    c, s = (f(np.linspace(0, 2 * np.pi, 48)) for f in (np.cos, np.sin))
-    return np.stack([x + width * c, y + slope * c + np.abs(s) ** sharp * np.where(s < 0, top, bottom), z + 0 * c], 1)
+def rounded(corners):
+    """A closed curve (8 n, 2) near its corners (n, 2): cut them off, three times (Chaikin)."""
+    for _ in range(3):
+        ahead = np.roll(corners, -1, 0)
+        corners = np.stack([3 * corners + ahead, corners + 3 * ahead], 1).reshape(-1, 2) / 4
+    return corners
 
 
 class Sketch:
     """A drawn face for canonical keypoints laid out like FACE. Same two methods as LivePortrait, and no weights."""
+
+    def __init__(self):
+        sky = np.linspace((228, 236, 236), (178, 204, 208), 2 * SIZE)[:, None].repeat(2 * SIZE, 1)
+        self.background = Image.fromarray(sky.astype(np.uint8))            # twice the size, for smooth edges
+        self.draw(self.background, "#3a5c80", np.array([(-.75, 1.2), (-.6, .62), (0, .5), (.6, .62), (.75, 1.2)]))
+        self.draw(self.background, "#e2ae92", np.array([(-.17, .2), (.17, .2), (.2, .68), (0, .78), (-.2, .68)]))
+        self.shapes = []
+        for paint, corners in HEAD:
+            points, offsets = np.split(np.array(corners.split(), float).reshape(-1, 3), [1], 1)
+            points = points[:, 0].astype(int)
+            self.shapes.append((paint, points, offsets))
+            if set(points) <= set(TWIN):
+                self.shapes.append((paint, [TWIN[k] for k in points], offsets * (-1, 1)))
+
+    def draw(self, image, paint, corners):
+        ImageDraw.Draw(image).polygon([tuple(p) for p in (rounded(corners) + 1) * SIZE], paint)
 
     def source(self, image=None, x_c=FACE):
         """The face at rest; `image` is not looked at."""
@@ -363,45 +404,15 @@ class Sketch:
 
     def frames(self, source, motion, **unused):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
-        build = np.array([source.x_c[0, 30] / FACE[10, 0], source.x_c[0, 37] / FACE[12, 1], 1])    # width and height
-        sky = np.linspace((228, 236, 236), (178, 204, 208), 2 * SIZE)[:, None].repeat(2 * SIZE, 1).astype(np.uint8)
-        shirt, neck = shape(0, 1.4, 0, .81, -.65, .65), shape(0, .585, 0, .175, -.39, .31, .3)
-        for m in checked(motion):
-            R, s, t = rotation(*m[ROT, None])[0].numpy(), m[SCALE].numpy(), m[TRANS].numpy() * (1, 1, 0)
-            shapes = [(shirt + 0.6 * t, "#3a5c80"), (neck + 0.6 * t, SHADE)]                   # they drift along
-            shapes += [(s * (x * build @ R) + t, paint) for x, paint in self.head(m[EXP].view(21, 3).numpy())]
-            image = Image.fromarray(sky)                                   # twice the size, for smooth edges
-            for points, paint in shapes:
-                ImageDraw.Draw(image).polygon([tuple(p) for p in (points[:, :2] + 1) * SIZE], paint)
+        x_c = source.x_c.view(21, 3).double().numpy()
+        for m in checked(motion).double():
+            R, s, t = rotation(*m[ROT, None])[0].numpy(), m[SCALE].item(), m[64:66].numpy()
+            d = m[EXP].view(21, 3).numpy()
+            wide = 3 * d[17, 2] - d[20, 2]                                 # rounded lips are narrow, spread ones wide
+            delta = GAIN * d[:, :2]
+            delta[[14, 20], 0] += -wide, wide
+            image = self.background.copy()
+            for paint, points, offsets in self.shapes:
+                corners = x_c[points] + np.pad(offsets, ((0, 0), (0, 1)))
+                self.draw(image, paint, s * ((corners @ R)[:, :2] + delta[points]) + t)      # Eq. 3
             yield np.asarray(image.reduce(2))
-
-    def head(self, d):
-        """Outlines with their paint, back to front; d (21, 3) are the expression offsets."""
-        yield shape(0, -.06, .12, .345, -.42, .42), HAIR
-        yield shape(0, .02, .10, .335, -.075, .075, .7), SHADE             # ears
-        yield shape(0, 0, 0, .30, -.42, .42 + .4 * d[19, 1], 1.2), SKIN
-        yield shape(0, .085, -.18, .045, -.01, .022, 2), SHADE             # nose
-        yield shape(.01, -.07, .02, .31, -.41, -.20), HAIR
-        raised, frown = (d[1] - d[2])[[1, 0]] / 2                          # brows up, together
-        for side, upper, lower, cheek in ((-1, 11, 13, 3), (1, 15, 16, 7)):
-            yield shape(side * .19, .10 + 2 * d[cheek, 1], -.05, .055, -.036, .036), "#f0b29e"
-            x, y, slope = .150 - frown / 2, -.151 + 1.1 * frown - 1.3 * raised, .003 + .3 * raised - 1.1 * frown
-            yield shape(side * x, y, -.065, .068, -.034, -.008, 2, side * slope), HAIR
-            x, wide = side * .125, np.clip(1 - d[upper, 1] / .02, 0, 1.3)  # blink: 20 thousandths shut the eye
-            top, bottom = -.046 * wide if wide > .12 else .012, .028 * min(wide, 1) + d[lower, 1]
-            if wide > .12:
-                yield shape(x, -.051, -.07, .070, top, bottom, 2), WHITE
-                gaze = x + 3 * d[upper, 0]
-                for size, paint in ((.033, "#407688"), (.016, "#1a181e")):
-                    yield shape(gaze, -.061, -.07, size, max(-size, top + .014), min(size, bottom + .01)), paint
-                yield shape(gaze - .010, -.073, -.07, .007, -.007, .007), WHITE
-            yield shape(x, -.051, -.07, .074, top - .014, top, 2), "#70463c"
-
-        jaw, x, corner = d[19, 1] + .004, d[19, 0] / 2, .205 + 1.5 * d[[14, 20], 1].mean()
-        width = .105 * np.clip(1 + 40 * d[17, 2] - 15 * d[20, 2], .55, 1.3)          # woo narrows, eee widens
-        top, gap = .197 + d[17, 1] - corner, .004 + 1.15 * max(jaw, 0)
-        thick = .022 - .010 * np.clip(-jaw / .02, 0, 1)                    # lips pressed together are thin
-        yield shape(x, corner, -.12, width, top - thick, top + gap + 1.25 * thick, 2), "#cc6866"
-        yield shape(x, corner, -.12, .86 * width, top, top + gap, 2), "#581c24"
-        if jaw > .01:
-            yield shape(x, corner, -.12, .72 * width, top, top + min(.4 * jaw, .02), 2), WHITE

@@ -126,7 +126,7 @@ def listen(flags, model):
         if hears != (1, MEL.shape[1] * 4):
             raise ValueError(f"{flags['ckpt']} hears {hears[0]} x {hears[1]} features: name their --audio_encoder")
         return log_mel_blocks(sound)
-    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"]).to(model.mean.device)
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], model.mean.device)
     if encoder.shape != hears:
         raise ValueError(f"{flags['audio_encoder']} gives {encoder.shape} features, but {flags['ckpt']} hears {hears}")
     return encoder.blocks(sound)
