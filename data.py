@@ -47,7 +47,7 @@ BLOCK = 5                                          # frames of sound read and an
 # -------------------------------------------------------------------------------------------------------------- sound
 
 def decoded(path, what, options, size):
-    """What ffmpeg makes of a file, in pieces of `size` bytes; the last may be shorter. ValueError if it makes nothing."""
+    """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
@@ -622,7 +622,8 @@ def finish(folder, settings, rows):
 
 
 def voice_lag(mouth, loud, reach=15):
-    """Frames by which the voice comes after the mouth's opening, where both agree best, and their correlation there."""
+    """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
+    mouth, loud = np.diff(mouth), np.diff(loud)                            # what drifts slowly agrees with anything
     inner = slice(reach, len(mouth) - reach)
     with np.errstate(invalid="ignore", divide="ignore"):                   # silence agrees with nothing
         fit = {k: np.corrcoef(mouth[inner], np.roll(loud, -k)[inner])[0, 1] for k in range(-reach, reach + 1)}
@@ -644,11 +645,12 @@ def check(folder):
         if fit > 0.3:
             lags.append(lag)
             if abs(lag) > 3:
-                odd.append(f"{path.parent}: voice {lag:+d} frames behind the lips (correlation {fit:.2f})")
+                odd.append(f"{path.parent}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
         odd += [f"{path.parent}: {name} {x:.4g} on average" for name, x, mean, std in
                 zip(PUBLISHED, motion.mean(0)[channels], *published) if abs(x - mean) > 4 * std]
-    print(f"voice {np.mean(lags or np.nan):+.1f} +- {np.std(lags or np.nan):.1f} frames behind the lips where they agree")
-    print(f"clips to look at: {len(odd)}", *odd, sep="\n")
+    if lags:
+        print(f"{len(lags)} voices follow the lips by {np.mean(lags):+.1f} +- {np.std(lags):.1f} frames, the others unclearly")
+    print(f"to look at: {len(odd)}", *odd, sep="\n")
 
 
 def main(argv):

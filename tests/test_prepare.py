@@ -307,8 +307,8 @@ def test_the_check_finds_the_shifted_soundtrack(prepared, capsys):
     data.main([f"--data_dir={prepared}", "--check"])
     told = capsys.readouterr().out
     assert "5 clips" in told and "anger 1, none 4" in told and "-2.3407 +-  8.8819" in told
-    late = [line for line in told.splitlines() if "behind the lips (" in line]
-    assert len(late) == 1 and "voice.mp4: voice +8 frames" in late[0]
+    late = [line for line in told.splitlines() if "follows the lips by" in line]
+    assert len(late) == 1 and "voice.mp4: the voice follows the lips by +8 frames" in late[0]
 
 
 def made_up(folder, lengths=(200, 90), features=(1, 160)):
