@@ -26,7 +26,7 @@ from renderer import BATCH_NORM, LivePortrait, Weights
 class Plain(Weights):
     """The layers as the specification words them: nothing folded, upsampling done pixel by pixel."""
 
-    def conv(self, x, name, n, k=3, norm="", up=1, groups=1, bias=True):
+    def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
         orig = f"{name}.weight_orig"
 
         def make():
@@ -40,8 +40,8 @@ class Plain(Weights):
         b = rest.pop(0) if bias else None
         if up > 1:
             x = F.interpolate(x, scale_factor=(1, up, up)[-x.ndim + 2:])
-        stride, padding = (1, k // 2) if k % 2 else (k, 0)
-        x = (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, b, stride, padding, 1, groups)
+        padding = 0 if stride else k // 2
+        x = (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, b, stride or 1, padding, 1, groups)
         return F.batch_norm(x, *rest, eps=1e-5) if norm else x
 
 
