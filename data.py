@@ -649,7 +649,7 @@ def check(folder):
         odd += [f"{path.parent}: {name} {x:.4g} on average" for name, x, mean, std in
                 zip(PUBLISHED, motion.mean(0)[channels], *published) if abs(x - mean) > 4 * std]
     if lags:
-        print(f"{len(lags)} voices follow the lips by {np.mean(lags):+.1f} +- {np.std(lags):.1f} frames, the others unclearly")
+        print(f"{len(lags)} voices follow the lips by {np.mean(lags):+.1f} +- {np.std(lags):.1f} frames")
     print(f"to look at: {len(odd)}", *odd, sep="\n")
 
 
