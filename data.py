@@ -1,15 +1,35 @@
 """Sound and motion in: load_audio, log-mel features, the toy talker, datasets of windows; and the scripts' flags.
 
+    python data.py --videos=DIR --data_dir=data/mine --weights=pretrained_weights     talking videos -> a training set
+    python data.py --data_dir=data/mine --check          its hours, emotions and motion; clips whose sound is shifted
+
+Flags and what they are without being given:
+
+    --videos=                folder of talking videos, one face each; its subfolders are searched too
+    --data_dir=              the data set, for train.py --data_dir
+    --weights=               folder of LivePortrait's weights
+    --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT; log-mel features without one
+    --crop=                  the square around the face: x,y,size in pixels; the largest in the centre without
+    --labels=                csv file that begins with the line clip,emotion
+    --emotion=               hsemotion: that classifier labels what neither the csv file nor a folder's name does
+    --check=False            look at the data set
+    --device=                cuda if there is one
+
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
 import ast
+import csv
 import functools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -17,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moda import EXP, ROT, SCALE, M, read_tensors
-from renderer import FACE, Weights
+from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, SCALE, M, read_tensors
+from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
 RATE, HOP = 16000, 640                             # samples per second, samples per video frame
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
@@ -26,22 +46,31 @@ BLOCK = 5                                          # frames of sound read and an
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
-def audio_blocks(path):
-    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0",
-               "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+def decoded(path, what, options, size):
+    """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
+    # complaints go to a file: a full pipe would stop ffmpeg
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         try:
-            while data := ffmpeg.stdout.read(4 * BLOCK * HOP):
-                block = np.frombuffer(data, np.float32)
-                if not np.isfinite(block).all():
-                    raise ValueError(f"{path}: the sound holds NaN or infinite samples")
-                yield block
-            reason = ffmpeg.stderr.read().decode(errors="replace").strip()
+            while piece := ffmpeg.stdout.read(size):
+                yield piece
             if ffmpeg.wait():
-                raise ValueError(f"{path}: no sound could be read ({(reason or 'ffmpeg failed').splitlines()[-1]})")
+                log.seek(0)
+                reason = log.read(1000).decode(errors="replace").splitlines() or ["ffmpeg failed"]
+                raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
         finally:
             ffmpeg.kill()
+
+
+def audio_blocks(path):
+    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
+    # first_pts and async: what starts late or has gaps is filled with silence and stays in step with the picture
+    options = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(RATE), "-f", "f32le"]
+    for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
+        block = np.frombuffer(piece, np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+        yield block
 
 
 def load_audio(path):
@@ -348,40 +377,95 @@ def toy_voice(rng, mood, target):
 
 # ------------------------------------------------------------------------------------------------------------ datasets
 
+class Arrays:
+    """A list of .npy files, each mapped when it is asked for: thousands of open ones would meet the system's limits."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __getitem__(self, k):
+        path = self.paths[k]
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete its folder and prepare the data again") from None
+
+
 class Clips(torch.utils.data.Dataset):
-    """Windows of 1 + 80 consecutive frames from clips that lie end to end in two long arrays.
+    """Windows of 1 + 80 consecutive frames; motion and audio are lists of arrays, one per clip.
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
-    mask (80,), false where a clip was too short and the window is filled up.
+    mask (80,), false where a clip was too short and the window is filled up. For a window with NaN comes the next one
+    that shares no frame with it; ValueError where that happens to more than 1 % of them.
     """
     frames = 80                                    # Sec. 4.1.2
 
-    def __init__(self, motion, audio, length, emotion, identity):
+    def __init__(self, motion, audio, length, emotion, identity, moments=None):
         self.motion, self.audio, self.emotion, self.identity = motion, audio, emotion, identity
-        self.audio_shape = tuple(audio.shape[1:])
-        self.length, self.start = length, np.cumsum(length) - length
+        self.length, self.moments, self.audio_shape = length, moments, audio[0].shape[1:]
         self.end = np.cumsum(np.maximum(length - self.frames, 1))          # windows up to and with each clip
+        self.asked = self.spoilt = 0
+
+    @classmethod
+    def open(cls, folder, split="train"):
+        """What `python data.py` prepared, "train" or "val" clips, or "" for both; ValueError if it is damaged."""
+        path = Path(folder, "manifest.json")
+        try:
+            manifest = json.loads(path.read_text())
+            rows = [row for row in manifest["clips"] if split in ("", row["split"])]
+            if not rows:
+                raise ValueError(f"no {split} clips")
+            clips = [path.parent / "clips" / row["name"] for row in rows]
+            kinds = dict(frames=int, emotion=int, identity=np.float32)
+            columns = [np.array([row[key] for row in rows], kind) for key, kind in kinds.items()]
+            moments = manifest["moments"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no data set ({error!r}); prepare one with python data.py --videos=DIR") from None
+        motion, audio = (Arrays([clip / f"{name}.npy" for clip in clips]) for name in ("motion", "audio"))
+        data = cls(motion, audio, *columns, moments)
+        for arrays, shape in ((motion, (M,)), (audio, data.audio_shape)):
+            for path, x, T in zip(arrays.paths, arrays, data.length):
+                if x.shape != (T, *shape):
+                    raise ValueError(f"{path}: {x.shape} in place of {(int(T), *shape)}; delete its folder and prepare "
+                                     "the data again")
+        return data
 
     def __len__(self):
         return int(self.end[-1])
 
     def __getitem__(self, i):
+        self.asked += 1
+        item = self.window(i)
+        if all(item[key].sum().isfinite() for key in ("motion", "prev", "audio")):
+            return item
+        self.spoilt += 1
+        if self.spoilt > max(10, self.asked / 100):
+            raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
+        return self[(i + self.frames + 1) % len(self)]
+
+    def window(self, i):
+        """Window i, whatever it holds. Of the arrays, only its own frames are read."""
         k = np.searchsorted(self.end, i, side="right")
-        first = self.start[k] + 1 + i - (self.end[k - 1] if k else 0)
-        n = min(self.frames, self.start[k] + self.length[k] - first)
-        fill = lambda x: np.concatenate([x, np.zeros((self.frames - n, *x.shape[1:]), x.dtype)])
-        return dict(motion=fill(self.motion[first:first + n]), prev=self.motion[first - 1],
-                    audio=fill(self.audio[first:first + n]), emotion=self.emotion[k], identity=self.identity[k],
-                    mask=np.arange(self.frames) < n)
+        first = 1 + i - (self.end[k - 1] if k else 0)
+        n = min(self.frames, self.length[k] - first)
+        def cut(x):
+            x = torch.tensor(x[first:first + n], dtype=torch.float32)      # features lie there as float16
+            return x if n == self.frames else F.pad(x, (0, 0) * (x.ndim - 1) + (0, self.frames - n))
+        motion = self.motion[k]
+        return dict(motion=cut(motion), prev=torch.tensor(motion[first - 1]), audio=cut(self.audio[k]),
+                    emotion=self.emotion[k], identity=self.identity[k], mask=np.arange(self.frames) < n)
 
     def statistics(self):
-        """Mean and standard deviation of the motion, (70,) each."""
-        return self.motion.mean(0, dtype=np.float64), self.motion.std(0, dtype=np.float64)
+        """Mean and standard deviation of the motion, (70,) each; one pass, clip by clip, unless they are known."""
+        if self.moments is None:
+            sums = sum(np.stack([m.sum(0), (m * m).sum(0)]) for m in (m.astype(np.float64) for m in self.motion))
+            mean, square = sums / self.length.sum()
+            self.moments = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
+        return self.moments
 
     def clip(self, k):
         """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
-        part = slice(self.start[k], self.start[k] + self.length[k])
-        return self.motion[part], self.audio[part], int(self.emotion[k]), self.identity[k]
+        return np.array(self.motion[k]), np.array(self.audio[k], np.float32), int(self.emotion[k]), self.identity[k]
 
 
 class ToyTalker(Clips):
@@ -393,8 +477,189 @@ class ToyTalker(Clips):
         made = [toy_clip(seed, self.T) for seed in tqdm(self.seeds, f"toy talker, {split}", leave=False)]
         wavs, motion, emotion, identity = zip(*made)
         self.wavs = wavs if split != "train" else None
-        super().__init__(np.concatenate(motion), np.concatenate([log_mel(wav, self.T).numpy() for wav in wavs]),
+        super().__init__(motion, [log_mel(wav, self.T).numpy() for wav in wavs],
                          np.full(clips, self.T), np.array(emotion), np.stack(identity).astype(np.float32))
+
+
+# -------------------------------------------------------------------------------------------------------- preparation
+# A data set is clips/VIDEO/ with motion.npy (T, 70), audio.npy (T, L, A) float16, loudness.npy (T,) and clip.json, for
+# every video, and manifest.json: settings, clips, statistics. Each gets its name when it is complete.
+
+VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts"}
+# our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
+LABELS = {name: k for k, emotion in enumerate(EMOTIONS) for name in (emotion, str(k))}
+LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
+# channel, mean and standard deviation, as published with the released model
+PUBLISHED = {"scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348),
+             "pitch": (67, -2.3407, 8.8819), "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063),
+             "mouth": (MOUTH, -0.0056, 0.0214)}
+
+
+def pictures(path, crop, batch=16):
+    """The square around the face at 25 fps, from time 0 on: uint8 tensors (batch, 256, 256, 3)."""
+    x, y, size = crop.split(",") if crop else ("(iw-min(iw,ih))/2", "(ih-min(iw,ih))/2", "min(iw,ih)")
+    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"                      # ffmpeg would move the square, not refuse it
+    fit = f"fps=25:start_time=0,crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1,scale=256:256:flags=area"
+    options = ["-map", "0:V:0", "-vf", fit, "-pix_fmt", "rgb24", "-f", "rawvideo", "-xerror"]
+    for piece in decoded(path, f"picture with crop {crop}" if crop else "picture", options, batch * 256 * 256 * 3):
+        yield torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(-1, 256, 256, 3)
+
+
+def read_labels(path):
+    """csv file, columns clip (a path below --videos, or a name without suffix) and emotion -> {clip: number}."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be used ({error!r}); its first line is clip,emotion, and emotions are "
+                         f"{' '.join(LABELS)}") from None
+
+
+def emotion_of(path, labels, otherwise):
+    """Number of the emotion that the labels tell of a video, or its innermost folder that is named like one."""
+    folders = [LABELS.get(part.lower()) for part in path.parts[-2::-1] if not part.isdigit()]
+    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, otherwise]
+    return next(emotion for emotion in found if emotion is not None)
+
+
+def hsemotion():
+    """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> probabilities of emotions 0 to 7."""
+    try:
+        from hsemotion_onnx.facial_emotions import HSEmotionRecognizer
+    except ImportError as error:
+        raise ValueError(f"--emotion=hsemotion: {error}; pip install hsemotion-onnx") from None
+    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                       # its eight emotions have our order
+    return lambda image: net.predict_emotions(image, logits=False)[1]
+
+
+@torch.inference_mode()
+def extract(path, face, encoder, crop, classify):
+    """One video -> arrays motion, audio, loudness, and what clip.json says. ValueError if it cannot be used."""
+    wav = load_audio(path)
+    x_c, motion, votes = [torch.empty(0, 63)], [torch.empty(0, M)], []
+    for images in pictures(path, crop):
+        heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
+        x_c.append(heads["kp"].cpu())
+        motion.append(to_motion(heads).cpu())
+        votes += [classify(images[0].numpy())] if classify else []
+    T = min(sum(map(len, motion)), len(wav) // HOP)
+    if T <= Clips.frames:
+        raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
+    wav = wav[:T * HOP]                            # whole: what an encoder hears depends on where the sound is cut
+    blocks = encoder.blocks if encoder else log_mel_blocks
+    arrays = dict(motion=torch.cat(motion)[:T], audio=torch.cat([part.half() for part in blocks([wav])]),
+                  loudness=log_mel(wav, T).mean((1, 2)))
+    identity = torch.cat(x_c)[:T].mean(0)          # of all frames: a blink or a blur in one shall not make a face
+    if not all(x.isfinite().all() for x in arrays.values()):
+        raise ValueError(f"{path}: its motion or features hold NaN or infinity")
+    emotion = int(np.sum(votes, 0).argmax()) if votes else NO_EMOTION
+    return {k: x.numpy() for k, x in arrays.items()}, dict(frames=T, emotion=emotion, identity=identity.tolist())
+
+
+def write_json(path, value):
+    """A small file, as a whole or not at all."""
+    Path(f"{path}.part").write_text(json.dumps(value, indent=1, sort_keys=True))
+    os.replace(f"{path}.part", path)
+
+
+def prepare(flags):
+    """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
+    root, folder = Path(flags["videos"]), Path(flags["data_dir"])
+    videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    if not videos:
+        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    labels = read_labels(flags["labels"]) if flags["labels"] else {}
+    classify = hsemotion() if flags["emotion"] else None
+    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device")}
+    settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    begun = folder / "settings.json"
+    if begun.exists() and (old := json.loads(begun.read_text())) != settings:
+        new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
+        raise ValueError(f"{folder}: was begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
+    device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    face = LivePortrait(flags["weights"], device)
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], device) if flags["audio_encoder"] else None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(begun, settings)
+
+    rows, left_out = [], []
+    for name in tqdm(videos, "preparing", unit="video"):
+        clip = folder / "clips" / name
+        try:
+            if not clip.exists():
+                arrays, about = extract(root / name, face, encoder, flags["crop"], classify)
+                part = clip.with_name(f"{clip.name}.part")
+                part.mkdir(parents=True, exist_ok=True)
+                for key, array in arrays.items():
+                    with open(part / f"{key}.npy", "wb") as file:          # a real file numpy fills by itself, and does
+                        np.save(SimpleNamespace(write=file.write), array)  # not notice when the disk is full
+                write_json(part / "clip.json", about)
+                part.rename(clip)
+            row = json.loads((clip / "clip.json").read_text())
+            rows.append(row | dict(name=name.as_posix(), emotion=emotion_of(name, labels, row["emotion"])))
+        except ValueError as error:
+            left_out.append(error)
+        except OSError as error:
+            raise OSError(f"{clip}: could not be written ({error}); the same command goes on from here") from None
+    for error in left_out:
+        print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
+    finish(folder, settings, rows)
+    print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
+
+
+def finish(folder, settings, rows):
+    """Draw who is in "val", about 5 %, and write the manifest with the statistics of the others."""
+    lots = [zlib.crc32(os.fsencode(row["name"])) / 2**32 for row in rows]  # drawn once and for ever
+    limit = min(max(0.05, sorted(lots)[:2][-1]), max(lots))                # but one clip at least on each side
+    for row, lot in zip(rows, lots):
+        row["split"] = "val" if lot < limit else "train"
+    manifest = dict(settings=settings, clips=rows, moments=None)
+    write_json(folder / "manifest.json", manifest)
+    moments = [x.tolist() for x in Clips.open(folder).statistics()]
+    write_json(folder / "manifest.json", manifest | dict(moments=moments))
+
+
+def voice_lag(mouth, loud, reach=15):
+    """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
+    mouth, loud = np.diff(mouth), np.diff(loud)                            # what drifts slowly agrees with anything
+    inner = slice(reach, len(mouth) - reach)
+    with np.errstate(invalid="ignore", divide="ignore"):                   # silence agrees with nothing
+        fit = {k: np.corrcoef(mouth[inner], np.roll(loud, -k)[inner])[0, 1] for k in range(-reach, reach + 1)}
+    best = max(fit, key=fit.get)
+    return best, fit[best]
+
+
+def check(folder):
+    """Print what a data set holds next to what the released model was trained on, and the clips that look wrong."""
+    data, lags, odd = Clips.open(folder, split=""), [], []
+    hours, counts = data.length.sum() / 90_000, np.bincount(data.emotion, minlength=len(EMOTIONS))
+    print(f"{folder}: {len(data.length)} clips, {hours:.2f} h, {len(data)} windows of {data.frames} frames")
+    print("emotions:", ", ".join(f"{name} {n}" for name, n in zip(EMOTIONS, counts) if n))
+    channels, *published = map(list, zip(*PUBLISHED.values()))
+    for row in zip(PUBLISHED, *np.array(data.statistics())[:, channels], *published):
+        print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(*row))
+    for path, motion in zip(data.motion.paths, data.motion):
+        lag, fit = voice_lag(motion[:, MOUTH], np.load(path.with_name("loudness.npy")))
+        if fit > 0.3:
+            lags.append(lag)
+            if abs(lag) > 3:
+                odd.append(f"{path.parent}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
+        odd += [f"{path.parent}: {name} {x:.4g} on average" for name, x, mean, std in
+                zip(PUBLISHED, motion.mean(0)[channels], *published) if abs(x - mean) > 4 * std]
+    if lags:
+        print(f"{len(lags)} voices follow the lips by {np.mean(lags):+.1f} +- {np.std(lags):.1f} frames")
+    print(f"to look at: {len(odd)}", *odd, sep="\n")
+
+
+def main(argv):
+    flags = parse_flags(__doc__, argv)
+    if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
+        raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
+    if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
+        raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
+    check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
@@ -438,3 +703,7 @@ def run(main):
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    run(main)
