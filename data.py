@@ -20,6 +20,7 @@ Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio
 import ast
 import csv
 import functools
+import io
 import json
 import math
 import os
@@ -29,7 +30,6 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
@@ -377,22 +377,23 @@ def toy_voice(rng, mood, target):
 
 # ------------------------------------------------------------------------------------------------------------ datasets
 
-class Arrays:
-    """A list of .npy files, each mapped when it is asked for: thousands of open ones would meet the system's limits."""
+def frame_records(**columns):
+    """Columns (T, ...) -> an array (T,) of records, one per frame, as a clip lies in memory and on disk."""
+    records = np.empty(len(columns["motion"]), [(name, x.dtype, x.shape[1:]) for name, x in columns.items()])
+    for name, x in columns.items():
+        records[name] = x
+    return records
 
-    def __init__(self, paths):
-        self.paths = paths
 
-    def __getitem__(self, k):
-        path = self.paths[k]
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: damaged ({error}); delete its folder and prepare the data again") from None
+def moments(clips):
+    """Mean and standard deviation of the motion in (T,) records, (2, 70), in one pass."""
+    sums = sum(np.stack([m ** 0, m, m * m]).sum(1) for m in (clip["motion"].astype(float) for clip in clips))
+    mean, square = sums[1:] / sums[0]
+    return np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0))])
 
 
 class Clips(torch.utils.data.Dataset):
-    """Windows of 1 + 80 consecutive frames; motion and audio are lists of arrays, one per clip.
+    """Windows of 1 + 80 consecutive frames from clips, each an array of records or the path of its .npy file.
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
     mask (80,), false where a clip was too short and the window is filled up. For a window with NaN comes the next one
@@ -400,11 +401,11 @@ class Clips(torch.utils.data.Dataset):
     """
     frames = 80                                    # Sec. 4.1.2
 
-    def __init__(self, motion, audio, length, emotion, identity, moments=None):
-        self.motion, self.audio, self.emotion, self.identity = motion, audio, emotion, identity
-        self.length, self.moments, self.audio_shape = length, moments, audio[0].shape[1:]
-        self.end = np.cumsum(np.maximum(length - self.frames, 1))          # windows up to and with each clip
-        self.asked = self.spoilt = 0
+    def __init__(self, clips, length, emotion, identity, moments):
+        self.clips, self.length, self.emotion = clips, np.array(length), np.array(emotion)
+        self.identity, self.moments = np.array(identity, np.float32), np.array(moments)
+        self.end = np.cumsum(np.maximum(self.length - self.frames, 1))     # windows up to and with each clip
+        self.audio_shape, self.asked, self.spoilt = self.records(0)["audio"].shape[1:], 0, 0
 
     @classmethod
     def open(cls, folder, split="train"):
@@ -413,59 +414,46 @@ class Clips(torch.utils.data.Dataset):
         try:
             manifest = json.loads(path.read_text())
             rows = [row for row in manifest["clips"] if split in ("", row["split"])]
-            if not rows:
-                raise ValueError(f"no {split} clips")
-            clips = [path.parent / "clips" / row["name"] for row in rows]
-            kinds = dict(frames=int, emotion=int, identity=np.float32)
-            columns = [np.array([row[key] for row in rows], kind) for key, kind in kinds.items()]
-            moments = manifest["moments"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: no data set ({error!r}); prepare one with python data.py --videos=DIR") from None
-        motion, audio = (Arrays([clip / f"{name}.npy" for clip in clips]) for name in ("motion", "audio"))
-        data = cls(motion, audio, *columns, moments)
-        for arrays, shape in ((motion, (M,)), (audio, data.audio_shape)):
-            for path, x, T in zip(arrays.paths, arrays, data.length):
-                if x.shape != (T, *shape):
-                    raise ValueError(f"{path}: {x.shape} in place of {(int(T), *shape)}; delete its folder and prepare "
-                                     "the data again")
-        return data
+            columns = ([row[key] for row in rows] for key in ("frames", "emotion", "identity"))
+            data = cls([path.parent / row["file"] for row in rows], *columns, manifest["moments"])
+            sizes = {data.records(k)["audio"].shape[1:] for k in range(len(rows))}
+            if len(sizes) > 1:
+                raise ValueError(f"features of different sizes, {sizes}")
+            return data
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path}: no usable {split} clips ({error!r}); prepare them: data.py --videos=DIR") from None
+
+    def records(self, k):
+        """Clip k, (T,) records. A file is mapped anew each time: of thousands, few may be open, and only parts read."""
+        clip = self.clips[k]
+        clip = np.load(clip, mmap_mode="r", allow_pickle=False) if isinstance(clip, Path) else clip
+        if clip.shape != (self.length[k],):
+            raise ValueError(f"{self.clips[k]}: {clip.shape} records in place of {self.length[k]}; delete the file")
+        return clip
 
     def __len__(self):
         return int(self.end[-1])
 
     def __getitem__(self, i):
-        self.asked += 1
-        item = self.window(i)
-        if all(item[key].sum().isfinite() for key in ("motion", "prev", "audio")):
-            return item
-        self.spoilt += 1
-        if self.spoilt > max(10, self.asked / 100):
-            raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
-        return self[(i + self.frames + 1) % len(self)]
-
-    def window(self, i):
-        """Window i, whatever it holds. Of the arrays, only its own frames are read."""
         k = np.searchsorted(self.end, i, side="right")
-        first = 1 + i - (self.end[k - 1] if k else 0)
-        n = min(self.frames, self.length[k] - first)
-        def cut(x):
-            x = torch.tensor(x[first:first + n], dtype=torch.float32)      # features lie there as float16
-            return x if n == self.frames else F.pad(x, (0, 0) * (x.ndim - 1) + (0, self.frames - n))
-        motion = self.motion[k]
-        return dict(motion=cut(motion), prev=torch.tensor(motion[first - 1]), audio=cut(self.audio[k]),
-                    emotion=self.emotion[k], identity=self.identity[k], mask=np.arange(self.frames) < n)
-
-    def statistics(self):
-        """Mean and standard deviation of the motion, (70,) each; one pass, clip by clip, unless they are known."""
-        if self.moments is None:
-            sums = sum(np.stack([m.sum(0), (m * m).sum(0)]) for m in (m.astype(np.float64) for m in self.motion))
-            mean, square = sums / self.length.sum()
-            self.moments = mean, np.sqrt(np.maximum(square - mean ** 2, 0))
-        return self.moments
+        first = i - (self.end[k - 1] if k else 0)
+        part = self.records(k)[first:first + 1 + self.frames]              # of a file, only these frames are read
+        window = np.zeros(1 + self.frames, part.dtype)
+        window[:len(part)] = part
+        motion, audio = (torch.tensor(window[name]).float() for name in ("motion", "audio"))
+        self.asked += 1
+        if not (motion.isfinite().all() and audio.isfinite().all()):
+            self.spoilt += 1
+            if self.spoilt > max(10, self.asked / 100):
+                raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
+            return self[(i + self.frames + 1) % len(self)]
+        return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
+                    identity=self.identity[k], mask=np.arange(1, self.frames + 1) < len(part))
 
     def clip(self, k):
         """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
-        return np.array(self.motion[k]), np.array(self.audio[k], np.float32), int(self.emotion[k]), self.identity[k]
+        records = self.records(k)
+        return np.array(records["motion"]), records["audio"].astype(np.float32), int(self.emotion[k]), self.identity[k]
 
 
 class ToyTalker(Clips):
@@ -473,17 +461,16 @@ class ToyTalker(Clips):
     T = 200
 
     def __init__(self, split="train", clips=300):
-        self.seeds = [(split != "train", k) for k in range(clips)]
-        made = [toy_clip(seed, self.T) for seed in tqdm(self.seeds, f"toy talker, {split}", leave=False)]
-        wavs, motion, emotion, identity = zip(*made)
+        seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
+        wavs, motion, emotion, identity = zip(*(toy_clip(seed, self.T) for seed in seeds))
         self.wavs = wavs if split != "train" else None
-        super().__init__(motion, [log_mel(wav, self.T).numpy() for wav in wavs],
-                         np.full(clips, self.T), np.array(emotion), np.stack(identity).astype(np.float32))
+        made = [frame_records(motion=m, audio=log_mel(wav, self.T).numpy()) for m, wav in zip(motion, wavs)]
+        super().__init__(made, [self.T] * clips, emotion, identity, moments(made))
 
 
 # -------------------------------------------------------------------------------------------------------- preparation
-# A data set is clips/VIDEO/ with motion.npy (T, 70), audio.npy (T, L, A) float16, loudness.npy (T,) and clip.json, for
-# every video, and manifest.json: settings, clips, statistics. Each gets its name when it is complete.
+# A data set is clips/VIDEO.npy, the records of every video, and manifest.json: settings, clips, statistics. Each file
+# gets its name when it is complete.
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts"}
 # our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
@@ -515,51 +502,63 @@ def read_labels(path):
                          f"{' '.join(LABELS)}") from None
 
 
-def emotion_of(path, labels, otherwise):
-    """Number of the emotion that the labels tell of a video, or its innermost folder that is named like one."""
+def emotion_of(path, labels, votes):
+    """Emotion that the labels tell of a video, or its innermost folder that is named like one, or most of its frames."""
     folders = [LABELS.get(part.lower()) for part in path.parts[-2::-1] if not part.isdigit()]
-    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, otherwise]
+    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, int(np.bincount(votes).argmax())]
     return next(emotion for emotion in found if emotion is not None)
 
 
 def hsemotion():
-    """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> probabilities of emotions 0 to 7."""
+    """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> emotion 0 to 7."""
     try:
         from hsemotion_onnx.facial_emotions import HSEmotionRecognizer
     except ImportError as error:
         raise ValueError(f"--emotion=hsemotion: {error}; pip install hsemotion-onnx") from None
     net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                       # its eight emotions have our order
-    return lambda image: net.predict_emotions(image, logits=False)[1]
+    return lambda image: int(np.argmax(net.predict_emotions(image, logits=False)[1]))
 
 
 @torch.inference_mode()
 def extract(path, face, encoder, crop, classify):
-    """One video -> arrays motion, audio, loudness, and what clip.json says. ValueError if it cannot be used."""
-    wav = load_audio(path)
-    x_c, motion, votes = [torch.empty(0, 63)], [torch.empty(0, M)], []
+    """One video -> the records of its frames. ValueError if it cannot be used."""
+    wav, parts = load_audio(path), [(torch.empty(0, M), torch.empty(0, 63), torch.empty(0).long())]
     for images in pictures(path, crop):
         heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
-        x_c.append(heads["kp"].cpu())
-        motion.append(to_motion(heads).cpu())
-        votes += [classify(images[0].numpy())] if classify else []
-    T = min(sum(map(len, motion)), len(wav) // HOP)
+        emotion = classify(images[0].numpy()) if classify else NO_EMOTION
+        parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.full((len(images),), emotion)))
+    motion, x_c, emotion = (torch.cat(column) for column in zip(*parts))
+    T = min(len(motion), len(wav) // HOP)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
     wav = wav[:T * HOP]                            # whole: what an encoder hears depends on where the sound is cut
-    blocks = encoder.blocks if encoder else log_mel_blocks
-    arrays = dict(motion=torch.cat(motion)[:T], audio=torch.cat([part.half() for part in blocks([wav])]),
-                  loudness=log_mel(wav, T).mean((1, 2)))
-    identity = torch.cat(x_c)[:T].mean(0)          # of all frames: a blink or a blur in one shall not make a face
-    if not all(x.isfinite().all() for x in arrays.values()):
+    mel, blocks = log_mel(wav, T), encoder.blocks if encoder else log_mel_blocks
+    audio = torch.cat([part.half() for part in blocks([wav])])
+    columns = dict(motion=motion, audio=audio, x_c=x_c, emotion=emotion, loudness=mel.mean((1, 2)))
+    if not all(x.isfinite().all() for x in columns.values()):
         raise ValueError(f"{path}: its motion or features hold NaN or infinity")
-    emotion = int(np.sum(votes, 0).argmax()) if votes else NO_EMOTION
-    return {k: x.numpy() for k, x in arrays.items()}, dict(frames=T, emotion=emotion, identity=identity.tolist())
+    return frame_records(**{name: x[:T].numpy() for name, x in columns.items()})
 
 
-def write_json(path, value):
-    """A small file, as a whole or not at all."""
-    Path(f"{path}.part").write_text(json.dumps(value, indent=1, sort_keys=True))
-    os.replace(f"{path}.part", path)
+def write(path, content):
+    """A file with these bytes, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def begin(flags):
+    """The settings of a data set that is begun, or begun again: they may not change on the way."""
+    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device", "labels")}
+    settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    path = Path(flags["data_dir"], "settings.json")
+    old = json.loads(path.read_text()) if path.exists() else settings
+    new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
+    if new:
+        raise ValueError(f"{path}: begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
+    write(path, json.dumps(settings, indent=1).encode())
+    return settings
 
 
 def prepare(flags):
@@ -570,55 +569,35 @@ def prepare(flags):
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = read_labels(flags["labels"]) if flags["labels"] else {}
     classify = hsemotion() if flags["emotion"] else None
-    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device")}
-    settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
-    begun = folder / "settings.json"
-    if begun.exists() and (old := json.loads(begun.read_text())) != settings:
-        new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
-        raise ValueError(f"{folder}: was begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
-    device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = flags["device"] or default_device()
     face = LivePortrait(flags["weights"], device)
     encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], device) if flags["audio_encoder"] else None
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(begun, settings)
-
-    rows, left_out = [], []
+    settings, rows, left_out = begin(flags), [], []
     for name in tqdm(videos, "preparing", unit="video"):
-        clip = folder / "clips" / name
+        file = f"clips/{name.as_posix()}.npy"
         try:
-            if not clip.exists():
-                arrays, about = extract(root / name, face, encoder, flags["crop"], classify)
-                part = clip.with_name(f"{clip.name}.part")
-                part.mkdir(parents=True, exist_ok=True)
-                for key, array in arrays.items():
-                    with open(part / f"{key}.npy", "wb") as file:          # a real file numpy fills by itself, and does
-                        np.save(SimpleNamespace(write=file.write), array)  # not notice when the disk is full
-                write_json(part / "clip.json", about)
-                part.rename(clip)
-            row = json.loads((clip / "clip.json").read_text())
-            rows.append(row | dict(name=name.as_posix(), emotion=emotion_of(name, labels, row["emotion"])))
+            if not (folder / file).exists():
+                buffer = io.BytesIO()              # np.save into a file would not notice a full disk
+                np.save(buffer, extract(root / name, face, encoder, flags["crop"], classify))
+                write(folder / file, buffer.getvalue())
+            clip = np.load(folder / file, mmap_mode="r", allow_pickle=False)
+            identity = clip["x_c"].mean(0, dtype=float)                    # a blink or a blur shall not make a face
+            rows.append(dict(file=file, frames=len(clip), emotion=emotion_of(name, labels, clip["emotion"]),
+                             identity=identity.tolist(), split="train"))
         except ValueError as error:
             left_out.append(error)
         except OSError as error:
-            raise OSError(f"{clip}: could not be written ({error}); the same command goes on from here") from None
+            raise OSError(f"{folder / file}: could not be written ({error}); the same command goes on from here") from None
     for error in left_out:
         print(f"left out: {error}", file=sys.stderr)
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
-    finish(folder, settings, rows)
+    lots = sorted((zlib.crc32(os.fsencode(row["file"])), k) for k, row in enumerate(rows))       # drawn once and for ever
+    for _, k in lots[:min(len(rows) - 1, max(1, len(rows) // 20))]:
+        rows[k]["split"] = "val"
+    train = moments(np.load(folder / row["file"], mmap_mode="r") for row in rows if row["split"] == "train")
+    write(folder / "manifest.json", json.dumps(dict(settings=settings, clips=rows, moments=train.tolist()), indent=1).encode())
     print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
-
-
-def finish(folder, settings, rows):
-    """Draw who is in "val", about 5 %, and write the manifest with the statistics of the others."""
-    lots = [zlib.crc32(os.fsencode(row["name"])) / 2**32 for row in rows]  # drawn once and for ever
-    limit = min(max(0.05, sorted(lots)[:2][-1]), max(lots))                # but one clip at least on each side
-    for row, lot in zip(rows, lots):
-        row["split"] = "val" if lot < limit else "train"
-    manifest = dict(settings=settings, clips=rows, moments=None)
-    write_json(folder / "manifest.json", manifest)
-    moments = [x.tolist() for x in Clips.open(folder).statistics()]
-    write_json(folder / "manifest.json", manifest | dict(moments=moments))
 
 
 def voice_lag(mouth, loud, reach=15):
@@ -633,24 +612,20 @@ def voice_lag(mouth, loud, reach=15):
 
 def check(folder):
     """Print what a data set holds next to what the released model was trained on, and the clips that look wrong."""
-    data, lags, odd = Clips.open(folder, split=""), [], []
+    data = Clips.open(folder, split="")
     hours, counts = data.length.sum() / 90_000, np.bincount(data.emotion, minlength=len(EMOTIONS))
     print(f"{folder}: {len(data.length)} clips, {hours:.2f} h, {len(data)} windows of {data.frames} frames")
     print("emotions:", ", ".join(f"{name} {n}" for name, n in zip(EMOTIONS, counts) if n))
-    channels, *published = map(list, zip(*PUBLISHED.values()))
-    for row in zip(PUBLISHED, *np.array(data.statistics())[:, channels], *published):
-        print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(*row))
-    for path, motion in zip(data.motion.paths, data.motion):
-        lag, fit = voice_lag(motion[:, MOUTH], np.load(path.with_name("loudness.npy")))
-        if fit > 0.3:
-            lags.append(lag)
-            if abs(lag) > 3:
-                odd.append(f"{path.parent}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
-        odd += [f"{path.parent}: {name} {x:.4g} on average" for name, x, mean, std in
-                zip(PUBLISHED, motion.mean(0)[channels], *published) if abs(x - mean) > 4 * std]
-    if lags:
-        print(f"{len(lags)} voices follow the lips by {np.mean(lags):+.1f} +- {np.std(lags):.1f} frames")
-    print(f"to look at: {len(odd)}", *odd, sep="\n")
+    for name, (channel, *published) in PUBLISHED.items():
+        print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(name, *data.moments[:, channel], *published))
+    for k, path in enumerate(data.clips):
+        clip = data.records(k)
+        lag, fit = voice_lag(clip["motion"][:, MOUTH], clip["loudness"])
+        if fit > 0.3 and abs(lag) > 3:
+            print(f"look at {path}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
+        for name, (channel, mean, std) in PUBLISHED.items():
+            if abs(clip["motion"][:, channel].mean() - mean) > 4 * std:
+                print(f"look at {path}: {name} {clip['motion'][:, channel].mean():.4g} on average")
 
 
 def main(argv):
@@ -688,6 +663,10 @@ def parse_flags(doc, argv, defaults={}):
         except (KeyError, ValueError):
             raise UsageError(f"{arg}: expected {kind.__name__}, as in --{name}={flags[name]}") from None
     return flags
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class UsageError(Exception):
