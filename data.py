@@ -1,14 +1,34 @@
 """Sound and motion in: load_audio, log-mel features, the toy talker, datasets of windows; and the scripts' flags.
 
+    python data.py --videos=DIR --data_dir=data/mine --weights=pretrained_weights     talking videos -> a training set
+    python data.py --data_dir=data/mine --check          its hours, emotions and motion; clips whose sound is shifted
+
+Flags and what they are without being given:
+
+    --videos=                folder of talking videos, one face each; its subfolders are searched too
+    --data_dir=              the data set, for train.py --data_dir
+    --weights=               folder of LivePortrait's weights
+    --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT; log-mel features without one
+    --crop=                  the square around the face: x,y,size in pixels; the largest in the centre without
+    --labels=                csv file that begins with the line clip,emotion
+    --emotion=               hsemotion: that classifier labels what neither the csv file nor a folder's name does
+    --check=False            look at the data set
+    --device=                cuda if there is one
+
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
 import ast
+import csv
 import functools
+import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -17,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moda import EXP, ROT, SCALE, M, read_tensors
-from renderer import FACE, Weights
+from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, SCALE, M, read_tensors
+from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
 RATE, HOP = 16000, 640                             # samples per second, samples per video frame
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
@@ -26,22 +46,31 @@ BLOCK = 5                                          # frames of sound read and an
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
-def audio_blocks(path):
-    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0",
-               "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+def decoded(path, what, options, size):
+    """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
+    # complaints go to a file: a full pipe would stop ffmpeg
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         try:
-            while data := ffmpeg.stdout.read(4 * BLOCK * HOP):
-                block = np.frombuffer(data, np.float32)
-                if not np.isfinite(block).all():
-                    raise ValueError(f"{path}: the sound holds NaN or infinite samples")
-                yield block
-            reason = ffmpeg.stderr.read().decode(errors="replace").strip()
+            while piece := ffmpeg.stdout.read(size):
+                yield piece
             if ffmpeg.wait():
-                raise ValueError(f"{path}: no sound could be read ({(reason or 'ffmpeg failed').splitlines()[-1]})")
+                log.seek(0)
+                reason = log.read(1000).decode(errors="replace").splitlines() or ["ffmpeg failed"]
+                raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
         finally:
             ffmpeg.kill()
+
+
+def audio_blocks(path):
+    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
+    # first_pts and async: what starts late or has gaps is filled with silence and stays in step with the picture
+    options = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(RATE), "-f", "f32le"]
+    for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
+        block = np.frombuffer(piece, np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+        yield block
 
 
 def load_audio(path):
@@ -55,11 +84,8 @@ def load_audio(path):
 def mel_filters(n_mels, n_fft, low=60.0, high=7600.0):
     """Triangles equally spaced on the mel scale, (n_fft / 2 + 1, n_mels)."""
     mel = lambda hz: 2595 * np.log10(1 + hz / 700)
-    edges = 700 * (10 ** (np.linspace(mel(low), mel(high), n_mels + 2) / 2595) - 1)
-    hz = np.fft.rfftfreq(n_fft, 1 / RATE)[:, None]
-    rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
-    return np.clip(np.minimum(rise, fall), 0, None)
+    place = (mel(np.fft.rfftfreq(n_fft, 1 / RATE)) - mel(low)) / (mel(high) - mel(low)) * (n_mels + 1)
+    return np.clip(1 - np.abs(place[:, None] - np.arange(1, n_mels + 1)), 0, None)
 
 
 MEL = mel_filters(40, 512)
@@ -211,19 +237,15 @@ class AudioEncoder:
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
-# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening
+# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
 CONTROLS = {
-    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4},
-    "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
+    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
     "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4},
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
               (3, 1): -3.5e-3, (7, 1): -3.5e-3},
     "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
-    "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},       # for brow < 0
-    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4},
-    "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3},
-}
+    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
+    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4}, "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3}}
 
 
 def expression(**controls):
@@ -237,20 +259,18 @@ def expression(**controls):
     return delta
 
 
-# F1 F2 F3 in Hz | voice, hiss (0..1) | hiss centre in kHz | seconds | jaw, spread, round (-1..1)
+# first two formants in Hz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
 PHONES = {
-    "a": (750, 1250, 2500, 1.0, 0.00, 3, .17, 1.00, .1, .0), "e": (520, 1850, 2550, 1.0, 0.00, 3, .15, 0.50, .6, .0),
-    "i": (300, 2250, 2950, 0.9, 0.00, 3, .14, 0.20, 1., .0), "o": (480, 900, 2400, 1.0, 0.00, 3, .16, 0.55, .0, .8),
-    "u": (320, 800, 2250, 0.9, 0.00, 3, .15, 0.15, .0, 1.), "@": (520, 1450, 2500, 0.8, 0.00, 3, .10, 0.40, .1, .1),
-    "m": (260, 1000, 2250, 0.3, 0.00, 3, .09, -.30, .0, .1), "b": (220, 900, 2200, .06, 0.00, 3, .08, -.35, .0, .0),
-    "p": (220, 900, 2200, 0.0, 0.03, 2, .09, -.35, .0, .0), "n": (280, 1600, 2500, 0.3, 0.00, 3, .07, 0.10, .2, .0),
-    "d": (260, 1750, 2600, 0.1, 0.03, 5, .06, 0.10, .2, .0), "t": (300, 1800, 2700, 0.0, 0.15, 5, .07, 0.10, .2, .0),
-    "k": (300, 2000, 2400, 0.0, 0.10, 2, .07, 0.15, .0, .0), "s": (300, 1700, 2600, 0.0, 0.35, 6, .10, 0.02, .5, .0),
-    "S": (300, 1800, 2400, 0.0, 0.35, 3, .10, 0.05, .0, .6), "f": (300, 1200, 2300, 0.0, 0.12, 7, .09, -.15, .1, .0),
-    "l": (380, 1300, 2700, 0.5, 0.00, 3, .07, 0.25, .1, .0), "w": (300, 650, 2200, 0.5, 0.00, 3, .08, 0.05, .0, 1.),
-    "j": (280, 2200, 3000, 0.5, 0.00, 3, .07, 0.10, .8, .0), " ": (480, 1450, 2500, 0.0, 0.00, 3, .30, 0.00, .0, .0),
-}
-VOWELS, CONSONANTS = list("aeiou@"), list("mbpndtksSflwj")
+    "a": (750, 1250, 1.0, 0, 3, .17, 1.0, .1, 0), "e": (520, 1850, 1.0, 0, 3, .15, .50, .6, 0),
+    "i": (300, 2250, 0.9, 0, 3, .14, 0.2, 1., 0), "o": (480, 900, 1.0, 0, 3, .16, .55, 0., .8),
+    "u": (320, 800, 0.9, 0, 3, .15, 0.15, 0, 1.), "@": (520, 1450, 0.8, 0, 3, .10, .40, .1, .1),
+    "m": (260, 1000, .3, 0, 3, .09, -.3, 0, .1), "b": (220, 900, .06, .01, 2, .08, -.35, 0, 0),
+    "n": (280, 1600, .3, 0, 3, .07, .1, .2, 0), "t": (300, 1800, 0, .15, 5, .07, 0.1, .2, 0),
+    "k": (300, 2000, 0, .1, 2, .07, .15, 0, 0), "s": (300, 1700, 0, .35, 6, .1, 0.02, .5, 0),
+    "S": (300, 1800, 0, .35, 3, .1, .05, 0, .6), "f": (300, 1200, 0, .12, 7, .09, -.15, .1, 0),
+    "l": (380, 1300, .5, 0, 3, .07, .25, .1, 0), "w": (300, 650, .5, 0, 3, .08, .05, 0, 1.),
+    "j": (280, 2200, .5, 0, 3, .07, .1, .8, 0), " ": (480, 1450, 0, 0, 3, .3, 0.00, 0, 0.)}
+VOWELS, CONSONANTS = list("aeiou@"), list("mbntksSflwj")
 # smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
 MOODS = np.array([
     (-0.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (0.25, 2, 0, -10, -4, 0.9, 0.7, 0.8, 0.9),
@@ -268,7 +288,7 @@ def toy_prototypes():
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
     kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
-    padded = np.pad(track, [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
+    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
     return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
 
 
@@ -283,19 +303,20 @@ def toy_clip(seed, T):
 
 
 def toy_articulation(rng, mood, n):
-    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 11)."""
-    rows = []
-    while sum(row[6] for row in rows) < n / 100 + 1:
+    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 10)."""
+    rows, seconds = [], 0
+    while seconds < n / 100 + 1:
         stress = rng.uniform(0.75, 1.25)
         onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
         for phone, odds in ((onset, 0.9), (vowel, 1.0), (coda, 0.25), (" ", 0.17)):
             row = np.append(PHONES[phone], 0.0)
-            row[6] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
+            row[5] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
             if phone == vowel:
-                row[[3, 7, 10]] = row[3] * stress, row[7] * stress, max(0, stress - 1)
+                row[[2, 6, 9]] = row[2] * stress, row[6] * stress, max(0, stress - 1)
             if rng.random() < odds:
                 rows.append(row)
-    ends = np.cumsum([row[6] for row in rows])
+                seconds += row[5]
+    ends = np.cumsum([row[5] for row in rows])
     return np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
 
 
@@ -308,40 +329,38 @@ def toy_face(rng, mood, target):
 
     def wander(width, size):                                               # smooth noise of unit variance
         white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
-        return (white * (4 * np.pi * width ** 2) ** 0.25).T
-    jaw, spread, rounding = smooth(target[:, 7:10], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
-    speaking = smooth((target[:, 7] != 0).astype(float), 10)
-    smile, brow, frown, lids = mood[:4, None] * (1 + 0.12 * wander(80, 4))
-    blinks = smooth((rng.random(n) < 0.003).astype(float), 4) * 10
-    motion, drift = np.zeros((n, M)), wander(60, 6).T
+        return white * (4 * np.pi * width ** 2) ** 0.25
+    jaw, spread, rounding = smooth(target[:, 6:9], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
+    speaking, blinks = smooth(target[:, 6] != 0, 10), 10 * smooth(rng.random(n) < 0.003, 4)
+    smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(80, 4))).T
+    motion, drift = np.zeros((n, M)), wander(60, 6)
     motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
                                 brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
-    motion[:, SCALE] = rng.uniform(1.2, 1.4) + 0.006 * drift[:, :1]
-    motion[:, 64:66] = rng.normal(0, 0.02, 2) + (0, 0.1) + drift[:, 1:3] * (0.012, 0.006)
-    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:6] * (2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 10], 12)                 # it nods with the stress
+    rest = rng.uniform(1.2, 1.4), rng.normal(0, 0.02), rng.normal(0.1, 0.02)
+    motion[:, 63:66] = rest + drift[:, :3] * (0.006, 0.012, 0.006)         # scale, t_x, t_y
+    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:] * (2.5, 5, 2)
+    motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
     return motion, identity.ravel()
 
 
 def toy_voice(rng, mood, target):
-    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 11) -> (n * 160,)."""
+    """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
     n, step = len(target), HOP // 4
     upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
     noise = lambda: rng.standard_normal(n * step)
-    voiced, hiss = smooth(target[:, 3:5], 2).T
-    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 3], 15)
+    voiced, hiss = smooth(target[:, 2:4], 2).T
+    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[5] * 2 ** (0.25 * mood[6] * melody)
     angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
     r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
     pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
     source, white = upsample(voiced) * (pulses + rng.uniform(0.02, 0.1) * noise()), upsample(hiss) * noise()
 
-    hz = np.fft.rfftfreq(HOP, 1 / RATE)
-    formants = np.hstack([smooth(target[:, :3], 3), np.full((n, 1), 3600)]) * rng.uniform(0.85, 1.2)
-    gain = (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0) * np.ones((n, 1))   # microphones differ
-    for f, width in zip(formants.T[:, :, None], (80, 100, 140, 250)):
-        gain *= f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)
-    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 5:6]) / 1200) ** 2)
+    hz, width = np.fft.rfftfreq(HOP, 1 / RATE), np.array([[80], [100], [140], [250]])
+    f = np.hstack([smooth(target[:, :2], 3), np.tile((2550, 3600), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
+    gain = (f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)).prod(1)
+    gain *= (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0)                    # microphones differ
+    band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 4:5]) / 1200) ** 2)
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
     spectrum = lambda x: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n]
     shaped = spectrum(source) * torch.tensor(gain.T) + spectrum(white) * torch.tensor(band.T)
@@ -358,40 +377,83 @@ def toy_voice(rng, mood, target):
 
 # ------------------------------------------------------------------------------------------------------------ datasets
 
+def frame_records(**columns):
+    """Columns (T, ...) -> an array (T,) of records, one per frame, as a clip lies in memory and on disk."""
+    records = np.empty(len(columns["motion"]), [(name, x.dtype, x.shape[1:]) for name, x in columns.items()])
+    for name, x in columns.items():
+        records[name] = x
+    return records
+
+
+def moments(clips):
+    """Mean and standard deviation of the motion in (T,) records, (2, 70), in one pass."""
+    sums = sum(np.stack([m ** 0, m, m * m]).sum(1) for m in (clip["motion"].astype(float) for clip in clips))
+    mean, square = sums[1:] / sums[0]
+    return np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0))])
+
+
 class Clips(torch.utils.data.Dataset):
-    """Windows of 1 + 80 consecutive frames from clips that lie end to end in two long arrays.
+    """Windows of 1 + 80 consecutive frames from clips, each an array of records or the path of its .npy file.
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
-    mask (80,), false where a clip was too short and the window is filled up.
+    mask (80,), false where a clip was too short and the window is filled up. For a window with NaN comes the next one
+    that shares no frame with it; ValueError where that happens to more than 1 % of them.
     """
     frames = 80                                    # Sec. 4.1.2
 
-    def __init__(self, motion, audio, length, emotion, identity):
-        self.motion, self.audio, self.emotion, self.identity = motion, audio, emotion, identity
-        self.audio_shape = tuple(audio.shape[1:])
-        self.length, self.start = length, np.cumsum(length) - length
-        self.end = np.cumsum(np.maximum(length - self.frames, 1))          # windows up to and with each clip
+    def __init__(self, clips, length, emotion, identity, moments):
+        self.clips, self.length, self.emotion = clips, np.array(length), np.array(emotion)
+        self.identity, self.moments = np.array(identity, np.float32), np.array(moments)
+        self.end = np.cumsum(np.maximum(self.length - self.frames, 1))     # windows up to and with each clip
+        self.audio_shape, self.asked, self.spoilt = self.records(0)["audio"].shape[1:], 0, 0
+
+    @classmethod
+    def open(cls, folder, split="train"):
+        """What `python data.py` prepared, "train" or "val" clips, or "" for both; ValueError if it is damaged."""
+        path = Path(folder, "manifest.json")
+        try:
+            manifest = json.loads(path.read_text())
+            rows = [row for row in manifest["clips"] if split in ("", row["split"])]
+            columns = ([row[key] for row in rows] for key in ("frames", "emotion", "identity"))
+            data = cls([path.parent / row["file"] for row in rows], *columns, manifest["moments"])
+            sizes = {data.records(k)["audio"].shape[1:] for k in range(len(rows))}
+            if len(sizes) > 1:
+                raise ValueError(f"features of different sizes, {sizes}")
+            return data
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path}: no usable {split} clips ({error!r}); prepare them: data.py --videos=DIR") from None
+
+    def records(self, k):
+        """Clip k, (T,) records. A file is mapped anew each time: of thousands, few may be open, and only parts read."""
+        clip = self.clips[k]
+        clip = np.load(clip, mmap_mode="r", allow_pickle=False) if isinstance(clip, Path) else clip
+        if clip.shape != (self.length[k],):
+            raise ValueError(f"{self.clips[k]}: {clip.shape} records in place of {self.length[k]}; delete the file")
+        return clip
 
     def __len__(self):
         return int(self.end[-1])
 
     def __getitem__(self, i):
         k = np.searchsorted(self.end, i, side="right")
-        first = self.start[k] + 1 + i - (self.end[k - 1] if k else 0)
-        n = min(self.frames, self.start[k] + self.length[k] - first)
-        fill = lambda x: np.concatenate([x, np.zeros((self.frames - n, *x.shape[1:]), x.dtype)])
-        return dict(motion=fill(self.motion[first:first + n]), prev=self.motion[first - 1],
-                    audio=fill(self.audio[first:first + n]), emotion=self.emotion[k], identity=self.identity[k],
-                    mask=np.arange(self.frames) < n)
-
-    def statistics(self):
-        """Mean and standard deviation of the motion, (70,) each."""
-        return self.motion.mean(0, dtype=np.float64), self.motion.std(0, dtype=np.float64)
+        first = i - (self.end[k - 1] if k else 0)
+        part = self.records(k)[first:first + 1 + self.frames]              # of a file, only these frames are read
+        window = np.zeros(1 + self.frames, part.dtype)
+        window[:len(part)] = part
+        motion, audio = (torch.tensor(window[name]).float() for name in ("motion", "audio"))
+        self.asked += 1
+        if not (motion.isfinite().all() and audio.isfinite().all()):
+            self.spoilt += 1
+            if self.spoilt > max(10, self.asked / 100):
+                raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
+            return self[(i + self.frames + 1) % len(self)]
+        return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
+                    identity=self.identity[k], mask=np.arange(1, self.frames + 1) < len(part))
 
     def clip(self, k):
         """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
-        part = slice(self.start[k], self.start[k] + self.length[k])
-        return self.motion[part], self.audio[part], int(self.emotion[k]), self.identity[k]
+        records = self.records(k)
+        return np.array(records["motion"]), records["audio"].astype(np.float32), int(self.emotion[k]), self.identity[k]
 
 
 class ToyTalker(Clips):
@@ -399,12 +461,180 @@ class ToyTalker(Clips):
     T = 200
 
     def __init__(self, split="train", clips=300):
-        self.seeds = [(split != "train", k) for k in range(clips)]
-        made = [toy_clip(seed, self.T) for seed in tqdm(self.seeds, f"toy talker, {split}", leave=False)]
-        wavs, motion, emotion, identity = zip(*made)
+        seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
+        wavs, motion, emotion, identity = zip(*(toy_clip(seed, self.T) for seed in seeds))
         self.wavs = wavs if split != "train" else None
-        super().__init__(np.concatenate(motion), np.concatenate([log_mel(wav, self.T).numpy() for wav in wavs]),
-                         np.full(clips, self.T), np.array(emotion), np.stack(identity).astype(np.float32))
+        made = [frame_records(motion=m, audio=log_mel(wav, self.T).numpy()) for m, wav in zip(motion, wavs)]
+        super().__init__(made, [self.T] * clips, emotion, identity, moments(made))
+
+
+# -------------------------------------------------------------------------------------------------------- preparation
+# A data set is clips/VIDEO.npy, the records of every video, and manifest.json: settings, clips, statistics. Each file
+# gets its name when it is complete.
+
+VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts"}
+# our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
+LABELS = {name: k for k, emotion in enumerate(EMOTIONS) for name in (emotion, str(k))}
+LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
+# channel, mean and standard deviation, as published with the released model
+PUBLISHED = {"scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348),
+             "pitch": (67, -2.3407, 8.8819), "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063),
+             "mouth": (MOUTH, -0.0056, 0.0214)}
+
+
+def pictures(path, crop, batch=16):
+    """The square around the face at 25 fps, from time 0 on: uint8 tensors (batch, 256, 256, 3)."""
+    x, y, size = crop.split(",") if crop else ("(iw-min(iw,ih))/2", "(ih-min(iw,ih))/2", "min(iw,ih)")
+    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"                      # ffmpeg would move the square, not refuse it
+    fit = f"fps=25:start_time=0,crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1,scale=256:256:flags=area"
+    options = ["-map", "0:V:0", "-vf", fit, "-pix_fmt", "rgb24", "-f", "rawvideo", "-xerror"]
+    for piece in decoded(path, f"picture with crop {crop}" if crop else "picture", options, batch * 256 * 256 * 3):
+        yield torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(-1, 256, 256, 3)
+
+
+def read_labels(path):
+    """csv file, columns clip (a path below --videos, or a name without suffix) and emotion -> {clip: number}."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be used ({error!r}); its first line is clip,emotion, and emotions are "
+                         f"{' '.join(LABELS)}") from None
+
+
+def emotion_of(path, labels, votes):
+    """Emotion that the labels tell of a video, or its innermost folder that is named like one, or most of its frames."""
+    folders = [LABELS.get(part.lower()) for part in path.parts[-2::-1] if not part.isdigit()]
+    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, int(np.bincount(votes).argmax())]
+    return next(emotion for emotion in found if emotion is not None)
+
+
+def hsemotion():
+    """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> emotion 0 to 7."""
+    try:
+        from hsemotion_onnx.facial_emotions import HSEmotionRecognizer
+    except ImportError as error:
+        raise ValueError(f"--emotion=hsemotion: {error}; pip install hsemotion-onnx") from None
+    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                       # its eight emotions have our order
+    return lambda image: int(np.argmax(net.predict_emotions(image, logits=False)[1]))
+
+
+@torch.inference_mode()
+def extract(path, face, encoder, crop, classify):
+    """One video -> the records of its frames. ValueError if it cannot be used."""
+    wav, parts = load_audio(path), [(torch.empty(0, M), torch.empty(0, 63), torch.empty(0).long())]
+    for images in pictures(path, crop):
+        heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
+        emotion = classify(images[0].numpy()) if classify else NO_EMOTION
+        parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.full((len(images),), emotion)))
+    motion, x_c, emotion = (torch.cat(column) for column in zip(*parts))
+    T = min(len(motion), len(wav) // HOP)
+    if T <= Clips.frames:
+        raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
+    wav = wav[:T * HOP]                            # whole: what an encoder hears depends on where the sound is cut
+    mel, blocks = log_mel(wav, T), encoder.blocks if encoder else log_mel_blocks
+    audio = torch.cat([part.half() for part in blocks([wav])])
+    columns = dict(motion=motion, audio=audio, x_c=x_c, emotion=emotion, loudness=mel.mean((1, 2)))
+    if not all(x.isfinite().all() for x in columns.values()):
+        raise ValueError(f"{path}: its motion or features hold NaN or infinity")
+    return frame_records(**{name: x[:T].numpy() for name, x in columns.items()})
+
+
+def write(path, content):
+    """A file with these bytes, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def begin(flags):
+    """The settings of a data set that is begun, or begun again: they may not change on the way."""
+    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device", "labels")}
+    settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    path = Path(flags["data_dir"], "settings.json")
+    old = json.loads(path.read_text()) if path.exists() else settings
+    new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
+    if new:
+        raise ValueError(f"{path}: begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
+    write(path, json.dumps(settings, indent=1).encode())
+    return settings
+
+
+def prepare(flags):
+    """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
+    root, folder = Path(flags["videos"]), Path(flags["data_dir"])
+    videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    if not videos:
+        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    labels = read_labels(flags["labels"]) if flags["labels"] else {}
+    classify = hsemotion() if flags["emotion"] else None
+    device = flags["device"] or default_device()
+    face = LivePortrait(flags["weights"], device)
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], device) if flags["audio_encoder"] else None
+    settings, rows, left_out = begin(flags), [], []
+    for name in tqdm(videos, "preparing", unit="video"):
+        file = f"clips/{name.as_posix()}.npy"
+        try:
+            if not (folder / file).exists():
+                buffer = io.BytesIO()              # np.save into a file would not notice a full disk
+                np.save(buffer, extract(root / name, face, encoder, flags["crop"], classify))
+                write(folder / file, buffer.getvalue())
+            clip = np.load(folder / file, mmap_mode="r", allow_pickle=False)
+            identity = clip["x_c"].mean(0, dtype=float)                    # a blink or a blur shall not make a face
+            rows.append(dict(file=file, frames=len(clip), emotion=emotion_of(name, labels, clip["emotion"]),
+                             identity=identity.tolist(), split="train"))
+        except ValueError as error:
+            left_out.append(error)
+        except OSError as error:
+            raise OSError(f"{folder / file}: could not be written ({error}); the same command goes on from here") from None
+    for error in left_out:
+        print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
+    lots = sorted((zlib.crc32(os.fsencode(row["file"])), k) for k, row in enumerate(rows))       # drawn once and for ever
+    for _, k in lots[:min(len(rows) - 1, max(1, len(rows) // 20))]:
+        rows[k]["split"] = "val"
+    train = moments(np.load(folder / row["file"], mmap_mode="r") for row in rows if row["split"] == "train")
+    write(folder / "manifest.json", json.dumps(dict(settings=settings, clips=rows, moments=train.tolist()), indent=1).encode())
+    print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
+
+
+def voice_lag(mouth, loud, reach=15):
+    """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
+    mouth, loud = np.diff(mouth), np.diff(loud)                            # what drifts slowly agrees with anything
+    inner = slice(reach, len(mouth) - reach)
+    with np.errstate(invalid="ignore", divide="ignore"):                   # silence agrees with nothing
+        fit = {k: np.corrcoef(mouth[inner], np.roll(loud, -k)[inner])[0, 1] for k in range(-reach, reach + 1)}
+    best = max(fit, key=fit.get)
+    return best, fit[best]
+
+
+def check(folder):
+    """Print what a data set holds next to what the released model was trained on, and the clips that look wrong."""
+    data = Clips.open(folder, split="")
+    hours, counts = data.length.sum() / 90_000, np.bincount(data.emotion, minlength=len(EMOTIONS))
+    print(f"{folder}: {len(data.length)} clips, {hours:.2f} h, {len(data)} windows of {data.frames} frames")
+    print("emotions:", ", ".join(f"{name} {n}" for name, n in zip(EMOTIONS, counts) if n))
+    for name, (channel, *published) in PUBLISHED.items():
+        print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(name, *data.moments[:, channel], *published))
+    for k, path in enumerate(data.clips):
+        clip = data.records(k)
+        lag, fit = voice_lag(clip["motion"][:, MOUTH], clip["loudness"])
+        if fit > 0.3 and abs(lag) > 3:
+            print(f"look at {path}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
+        for name, (channel, mean, std) in PUBLISHED.items():
+            if abs(clip["motion"][:, channel].mean() - mean) > 4 * std:
+                print(f"look at {path}: {name} {clip['motion'][:, channel].mean():.4g} on average")
+
+
+def main(argv):
+    flags = parse_flags(__doc__, argv)
+    if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
+        raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
+    if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
+        raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
+    check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
@@ -435,6 +665,10 @@ def parse_flags(doc, argv, defaults={}):
     return flags
 
 
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class UsageError(Exception):
     """A flag that makes no sense: exit code 2."""
 
@@ -448,3 +682,7 @@ def run(main):
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    run(main)

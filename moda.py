@@ -573,7 +573,7 @@ def load_statistics(model, path):
 
 def load_strictly(module, tensors, path):
     """load_state_dict that names the file and the first tensor that does not fit."""
-    fill({name: [value.atleast_1d()] for name, value in module.state_dict().items()}, tensors, path)
+    fill({name: [torch.atleast_1d(value)] for name, value in module.state_dict().items()}, tensors, path)
 
 
 @torch.no_grad()
@@ -583,7 +583,7 @@ def fill(places, tensors, path):
         if name not in tensors or name not in places:
             reason = "missing" if name in places else "unknown"
             raise ValueError(f"{path}: {name} is {reason}; is it another model's file?")
-        sizes, found = [len(part) for part in places[name]], tensors[name].atleast_1d()
+        sizes, found = [len(part) for part in places[name]], torch.atleast_1d(tensors[name])
         shape = sum(sizes), *places[name][0].shape[1:]
         if found.shape != shape:
             raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, not {shape}")

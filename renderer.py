@@ -52,7 +52,7 @@ def relative(motion, portrait, neutral):
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
     motion = torch.as_tensor(motion)
-    if motion.ndim != 2 or motion.size(1) != M or not motion.isfinite().all():
+    if motion.ndim != 2 or motion.size(1) != M or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
     return motion.float()
 
@@ -206,9 +206,8 @@ def motion_heads(net, image):
 
 def to_motion(heads):
     """Raw heads -> motion (B, 70); an angle is the mean over 66 bins of 3 degrees."""
-    bins = 3 * torch.arange(66, device=heads["exp"].device) - 97.5
-    angles = [(heads[a].softmax(-1) * bins).sum(-1, keepdim=True) for a in ("pitch", "yaw", "roll")]
-    return torch.cat([heads["exp"], heads["scale"], heads["t"], *angles], -1)
+    deg = lambda bins: 3 * (bins.softmax(-1) @ torch.arange(66.0, device=bins.device))[:, None] - 97.5
+    return torch.cat([heads["exp"], heads["scale"], heads["t"], *(deg(heads[a]) for a in ("pitch", "yaw", "roll"))], -1)
 
 
 def dense_motion(net, f, x_s, x_d):
@@ -229,7 +228,8 @@ def dense_motion(net, f, x_s, x_d):
     # the hourglass; the keypoints stay side by side: of its 110 channels 5 n + 0 is the heat of n
     skips = [torch.cat([heatmaps[:, :, None], sampled], 2).flatten(1, 2)]
     for i, n in enumerate((64, 128, 256, 512, 1024)):
-        skips.append(F.avg_pool3d(net.block(skips[-1], f"{name}.hourglass.encoder.down_blocks.{i}", n), (1, 2, 2)))
+        x = net.block(skips[-1], f"{name}.hourglass.encoder.down_blocks.{i}", n)
+        skips.append(F.avg_pool2d(x.flatten(1, 2), 2).unflatten(1, (n, 16)))           # avg_pool3d knows no bfloat16
     x = skips.pop()
     for i, n in enumerate((512, 256, 128, 64, 32)):
         x = torch.cat([net.block(x, f"{name}.hourglass.decoder.up_blocks.{i}", n, up=2), skips.pop()], 1)

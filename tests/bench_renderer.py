@@ -1,10 +1,12 @@
 """Frames per second of W + G, the share of the machine's peak, and the ratio to a plain loop that caches nothing.
 
-    python tests/bench_renderer.py [--weights=pretrained_weights] [--frames=8]
+    python tests/bench_renderer.py [--weights=pretrained_weights] [--frames=5] [--batches=1,2,4,8]
+    python tests/bench_renderer.py --memory=30 --dtype=bfloat16        peak memory on a CPU after so many frames
 
-Without weights it fills its own. The plain loop is a process of its own, as plain PyTorch would run it; it and ours take
-turns, frame by frame, so that a drifting machine harms neither.
+Without weights it fills its own. The plain loop is a process of its own, as plain PyTorch would run it; it and ours
+take turns, frame by frame, so that a drifting machine harms neither.
 """
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,28 +20,29 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import build
 import renderer
-from renderer import LivePortrait, Weights
+from renderer import BATCH_NORM, LivePortrait, Weights
 
 
 class Plain(Weights):
     """The layers as the specification words them: nothing folded, upsampling done pixel by pixel."""
 
-    def conv(self, x, name, n_out, k=3, norm="", up=1, stride=1, groups=1, bias=True):
+    def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
+        orig = f"{name}.weight_orig"
+
         def make():
-            orig = f"{name}.weight_orig"
             keys = [orig, f"{name}.weight_u", f"{name}.weight_v"] if orig in self.tensors else [f"{name}.weight"]
-            keys += [f"{name}.bias"] * bias + [f"{norm}.{key}" for key in ("running_mean", "running_var", "weight", "bias") if norm]
+            keys += [f"{name}.bias"] * bias + [f"{norm}.{key}" for key in BATCH_NORM if norm]
             return [self.take(key, *self.tensors[key].shape) for key in keys]
-        tensors = list(self.once(name, x, make))
-        weight = tensors.pop(0)
-        if len(tensors) > 1 and tensors[1].shape == weight[0].flatten().shape:      # spectral norm, every time
-            u, v = tensors.pop(0), tensors.pop(0)
+        weight, *rest = self.once(name, x, make)
+        if len(rest) > 1 and not norm:
+            u, v, *rest = rest                                             # spectral norm, every time
             weight = weight / (u @ weight.flatten(1) @ v)
-        b = tensors.pop(0) if bias else None
+        b = rest.pop(0) if bias else None
         if up > 1:
-            x = F.interpolate(x, scale_factor=(up, up) if x.ndim == 4 else (1, up, up))
-        x = (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, b, stride, k // 2 if stride == 1 else 0, 1, groups)
-        return F.batch_norm(x, *tensors, eps=1e-5) if norm else x
+            x = F.interpolate(x, scale_factor=(1, up, up)[-x.ndim + 2:])
+        padding = 0 if stride else k // 2
+        x = (F.conv2d if x.ndim == 4 else F.conv3d)(x, weight, b, stride or 1, padding, 1, groups)
+        return F.batch_norm(x, *rest, eps=1e-5) if norm else x
 
 
 def plain_spade(net, name, x, h):
@@ -106,7 +109,9 @@ def compare(weights, faces, f, x_s, x_d, n):
         child.stdin.write("\n")
         child.stdin.flush()
         return float(child.stdout.readline())
-    runs = {"plain": plain} | {name: lambda face=face: seconds(lambda: render(face, f, x_s, x_d[:1])) for name, face in faces.items()}
+    runs = {"plain": plain}
+    for name, face in faces.items():
+        runs[name] = lambda face=face: seconds(lambda: render(face, f, x_s, x_d[:1]))
     times = {name: [] for name in runs}
     for _ in range(n + 1):
         for name, run in runs.items():
@@ -116,9 +121,19 @@ def compare(weights, faces, f, x_s, x_d, n):
     reference = torch.load(out, weights_only=True)
     for name, face in faces.items():
         error = render(face, f, x_s, x_d[:1]).float() - reference
-        print(f"{name}: {median['plain'] / median[name]:.2f}x the plain float32 loop ({median['plain']:.2f} s a frame); the image "
-              f"deviates by {error.abs().max() / reference.std():.1e} of its std at most, "
-              f"{error.square().mean().sqrt() / reference.std():.1e} rms")
+        most, rms = error.abs().max() / reference.std(), error.square().mean().sqrt() / reference.std()
+        print(f"{name}: {median['plain'] / median[name]:.2f}x the plain float32 loop, {median[name]:.2f} s a frame "
+              f"against {median['plain']:.2f}; the image deviates by {most:.1e} of its std at most, {rms:.1e} rms",
+              flush=True)
+
+
+def memory(weights, n, dtype):
+    face = LivePortrait(weights, dtype=getattr(torch, dtype))
+    source = face.source(np.zeros((512, 512, 3), np.uint8))
+    for count, _ in enumerate(face.frames(source, source.motion.repeat(n, 1)), 1):
+        if count in (1, 3, 10, 30, 100, 300, n):
+            peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(f"{dtype}: {peak_kib / 2**20:.2f} GiB at most in {count} frames", flush=True)
 
 
 def main():
@@ -126,26 +141,35 @@ def main():
     weights = flags.get("weights") or build.liveportrait(tempfile.mkdtemp())
     if "plain" in flags:
         return plain_loop(weights, flags["plain"])
+    if "memory" in flags:
+        return memory(weights, int(flags["memory"]), flags.get("dtype", "float32"))
     cuda, low = torch.cuda.is_available(), torch.bfloat16
     device = "cuda" if cuda else "cpu"
-    print(torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads", f"torch {torch.__version__}")
+    machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}", flush=True)
     scenery = scene(weights, device)
-    faces = {"float32": LivePortrait(weights, device), "bfloat16": LivePortrait(weights, device, low)}
+    faces = {"float32": LivePortrait(weights, device)}
+    if cuda or "bf16" in Path("/proc/cpuinfo").read_text():
+        faces["bfloat16"] = LivePortrait(weights, device, low)
+    else:
+        print("this processor has no bfloat16 arithmetic (avx512_bf16, amx_bf16): left out")
     if not cuda:
         compare(weights, faces, *scenery, int(flags.get("frames", 5)))
     else:
-        faces["bfloat16 compiled"] = LivePortrait(weights, device, low, compile=True)
+        faces["bfloat16 compiled"] = LivePortrait(weights, device, low)
+        faces["bfloat16 compiled"].render = torch.compile(faces["bfloat16 compiled"].render)
     f, x_s, x_d = scenery
     work = 1233.6e9                                                          # per frame, counted on the plain layers
     for name, face in faces.items():
         top = peak(device, torch.float32 if name == "float32" else low, 8192 if cuda else 2048)
-        for batch in (1, 2, 4, 8):
+        for batch in map(int, flags.get("batches", "1,2,4,8").split(",")):
             run = lambda: face.render(f.expand(batch, -1, -1, -1, -1), x_s.expand(batch, -1, -1), x_d[:batch])
             with torch.inference_mode():
                 began = seconds(run)
-                t = min(seconds(run) for _ in range(10 if cuda else 2)) / batch
-            print(f"{name} batch {batch}: {1 / t:8.3f} frames/s, {work / t / 1e9:7.0f} GFLOP/s of the plain layers' work, "
-                  f"{work / t / top:.2f} of the matmul peak {top / 1e9:.0f} GFLOP/s; first call {began:.2f} s")
+                t = min([began] + [seconds(run) for _ in range(10 if cuda else 1)]) / batch
+            print(f"{name} batch {batch}: {1 / t:8.3f} frames/s, {work / t / 1e9:7.0f} GFLOP/s of the plain layers' "
+                  f"work, {work / t / top:.2f} of the matmul peak {top / 1e9:.0f} GFLOP/s; first call {began:.2f} s",
+                  flush=True)
 
 
 if __name__ == "__main__":
