@@ -49,17 +49,12 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, log_mel_blocks, parse_flags, run,
-                  toy_prototypes)
+from data import (LABELS, MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
+                  parse_flags, run, toy_prototypes)
 from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
-LABELS = {name: k for k, emotion in enumerate(EMOTIONS) for name in (emotion, str(k))}
-
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(flags):
