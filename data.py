@@ -1,14 +1,34 @@
 """Sound and motion in: load_audio, log-mel features, the toy talker, datasets of windows; and the scripts' flags.
 
+    python data.py --videos=DIR --data_dir=data/mine --weights=pretrained_weights     talking videos -> a training set
+    python data.py --data_dir=data/mine --check          its hours, emotions and motion; clips whose sound is shifted
+
+Flags and what they are without being given:
+
+    --videos=                folder of talking videos, one face each; its subfolders are searched too
+    --data_dir=              the data set, for train.py --data_dir
+    --weights=               folder of LivePortrait's weights
+    --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT; log-mel features without one
+    --crop=                  the square around the face: x,y,size in pixels; the largest in the centre without
+    --labels=                csv file that begins with the line clip,emotion
+    --emotion=               hsemotion: that classifier labels what neither the csv file nor a folder's name does
+    --check=False            look at the data set
+    --device=                cuda if there is one
+
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
 import ast
+import csv
 import functools
+import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -17,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moda import EXP, ROT, SCALE, M, read_tensors
-from renderer import FACE, Weights
+from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, SCALE, M, read_tensors
+from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
 RATE, HOP = 16000, 640                             # samples per second, samples per video frame
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
@@ -26,22 +46,31 @@ BLOCK = 5                                          # frames of sound read and an
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
-def audio_blocks(path):
-    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-map", "0:a:0",
-               "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+def decoded(path, what, options, size):
+    """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
+    # complaints go to a file: a full pipe would stop ffmpeg
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         try:
-            while data := ffmpeg.stdout.read(4 * BLOCK * HOP):
-                block = np.frombuffer(data, np.float32)
-                if not np.isfinite(block).all():
-                    raise ValueError(f"{path}: the sound holds NaN or infinite samples")
-                yield block
-            reason = ffmpeg.stderr.read().decode(errors="replace").strip()
+            while piece := ffmpeg.stdout.read(size):
+                yield piece
             if ffmpeg.wait():
-                raise ValueError(f"{path}: no sound could be read ({(reason or 'ffmpeg failed').splitlines()[-1]})")
+                log.seek(0)
+                reason = log.read(1000).decode(errors="replace").splitlines() or ["ffmpeg failed"]
+                raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
         finally:
             ffmpeg.kill()
+
+
+def audio_blocks(path):
+    """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
+    # first_pts and async: what starts late or has gaps is filled with silence and stays in step with the picture
+    options = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(RATE), "-f", "f32le"]
+    for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
+        block = np.frombuffer(piece, np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+        yield block
 
 
 def load_audio(path):
@@ -348,40 +377,83 @@ def toy_voice(rng, mood, target):
 
 # ------------------------------------------------------------------------------------------------------------ datasets
 
+def frame_records(**columns):
+    """Columns (T, ...) -> an array (T,) of records, one per frame, as a clip lies in memory and on disk."""
+    records = np.empty(len(columns["motion"]), [(name, x.dtype, x.shape[1:]) for name, x in columns.items()])
+    for name, x in columns.items():
+        records[name] = x
+    return records
+
+
+def moments(clips):
+    """Mean and standard deviation of the motion in (T,) records, (2, 70), in one pass."""
+    sums = sum(np.stack([m ** 0, m, m * m]).sum(1) for m in (clip["motion"].astype(float) for clip in clips))
+    mean, square = sums[1:] / sums[0]
+    return np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0))])
+
+
 class Clips(torch.utils.data.Dataset):
-    """Windows of 1 + 80 consecutive frames from clips that lie end to end in two long arrays.
+    """Windows of 1 + 80 consecutive frames from clips, each an array of records or the path of its .npy file.
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
-    mask (80,), false where a clip was too short and the window is filled up.
+    mask (80,), false where a clip was too short and the window is filled up. For a window with NaN comes the next one
+    that shares no frame with it; ValueError where that happens to more than 1 % of them.
     """
     frames = 80                                    # Sec. 4.1.2
 
-    def __init__(self, motion, audio, length, emotion, identity):
-        self.motion, self.audio, self.emotion, self.identity = motion, audio, emotion, identity
-        self.audio_shape = tuple(audio.shape[1:])
-        self.length, self.start = length, np.cumsum(length) - length
-        self.end = np.cumsum(np.maximum(length - self.frames, 1))          # windows up to and with each clip
+    def __init__(self, clips, length, emotion, identity, moments):
+        self.clips, self.length, self.emotion = clips, np.array(length), np.array(emotion)
+        self.identity, self.moments = np.array(identity, np.float32), np.array(moments)
+        self.end = np.cumsum(np.maximum(self.length - self.frames, 1))     # windows up to and with each clip
+        self.audio_shape, self.asked, self.spoilt = self.records(0)["audio"].shape[1:], 0, 0
+
+    @classmethod
+    def open(cls, folder, split="train"):
+        """What `python data.py` prepared, "train" or "val" clips, or "" for both; ValueError if it is damaged."""
+        path = Path(folder, "manifest.json")
+        try:
+            manifest = json.loads(path.read_text())
+            rows = [row for row in manifest["clips"] if split in ("", row["split"])]
+            columns = ([row[key] for row in rows] for key in ("frames", "emotion", "identity"))
+            data = cls([path.parent / row["file"] for row in rows], *columns, manifest["moments"])
+            sizes = {data.records(k)["audio"].shape[1:] for k in range(len(rows))}
+            if len(sizes) > 1:
+                raise ValueError(f"features of different sizes, {sizes}")
+            return data
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path}: no usable {split} clips ({error!r}); prepare them: data.py --videos=DIR") from None
+
+    def records(self, k):
+        """Clip k, (T,) records. A file is mapped anew each time: of thousands, few may be open, and only parts read."""
+        clip = self.clips[k]
+        clip = np.load(clip, mmap_mode="r", allow_pickle=False) if isinstance(clip, Path) else clip
+        if clip.shape != (self.length[k],):
+            raise ValueError(f"{self.clips[k]}: {clip.shape} records in place of {self.length[k]}; delete the file")
+        return clip
 
     def __len__(self):
         return int(self.end[-1])
 
     def __getitem__(self, i):
         k = np.searchsorted(self.end, i, side="right")
-        first = self.start[k] + 1 + i - (self.end[k - 1] if k else 0)
-        n = min(self.frames, self.start[k] + self.length[k] - first)
-        fill = lambda x: np.concatenate([x, np.zeros((self.frames - n, *x.shape[1:]), x.dtype)])
-        return dict(motion=fill(self.motion[first:first + n]), prev=self.motion[first - 1],
-                    audio=fill(self.audio[first:first + n]), emotion=self.emotion[k], identity=self.identity[k],
-                    mask=np.arange(self.frames) < n)
-
-    def statistics(self):
-        """Mean and standard deviation of the motion, (70,) each."""
-        return self.motion.mean(0, dtype=np.float64), self.motion.std(0, dtype=np.float64)
+        first = i - (self.end[k - 1] if k else 0)
+        part = self.records(k)[first:first + 1 + self.frames]              # of a file, only these frames are read
+        window = np.zeros(1 + self.frames, part.dtype)
+        window[:len(part)] = part
+        motion, audio = (torch.tensor(window[name]).float() for name in ("motion", "audio"))
+        self.asked += 1
+        if not (motion.isfinite().all() and audio.isfinite().all()):
+            self.spoilt += 1
+            if self.spoilt > max(10, self.asked / 100):
+                raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
+            return self[(i + self.frames + 1) % len(self)]
+        return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
+                    identity=self.identity[k], mask=np.arange(1, self.frames + 1) < len(part))
 
     def clip(self, k):
         """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
-        part = slice(self.start[k], self.start[k] + self.length[k])
-        return self.motion[part], self.audio[part], int(self.emotion[k]), self.identity[k]
+        records = self.records(k)
+        return np.array(records["motion"]), records["audio"].astype(np.float32), int(self.emotion[k]), self.identity[k]
 
 
 class ToyTalker(Clips):
@@ -389,12 +461,180 @@ class ToyTalker(Clips):
     T = 200
 
     def __init__(self, split="train", clips=300):
-        self.seeds = [(split != "train", k) for k in range(clips)]
-        made = [toy_clip(seed, self.T) for seed in tqdm(self.seeds, f"toy talker, {split}", leave=False)]
-        wavs, motion, emotion, identity = zip(*made)
+        seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
+        wavs, motion, emotion, identity = zip(*(toy_clip(seed, self.T) for seed in seeds))
         self.wavs = wavs if split != "train" else None
-        super().__init__(np.concatenate(motion), np.concatenate([log_mel(wav, self.T).numpy() for wav in wavs]),
-                         np.full(clips, self.T), np.array(emotion), np.stack(identity).astype(np.float32))
+        made = [frame_records(motion=m, audio=log_mel(wav, self.T).numpy()) for m, wav in zip(motion, wavs)]
+        super().__init__(made, [self.T] * clips, emotion, identity, moments(made))
+
+
+# -------------------------------------------------------------------------------------------------------- preparation
+# A data set is clips/VIDEO.npy, the records of every video, and manifest.json: settings, clips, statistics. Each file
+# gets its name when it is complete.
+
+VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts"}
+# our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
+LABELS = {name: k for k, emotion in enumerate(EMOTIONS) for name in (emotion, str(k))}
+LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
+# channel, mean and standard deviation, as published with the released model
+PUBLISHED = {"scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348),
+             "pitch": (67, -2.3407, 8.8819), "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063),
+             "mouth": (MOUTH, -0.0056, 0.0214)}
+
+
+def pictures(path, crop, batch=16):
+    """The square around the face at 25 fps, from time 0 on: uint8 tensors (batch, 256, 256, 3)."""
+    x, y, size = crop.split(",") if crop else ("(iw-min(iw,ih))/2", "(ih-min(iw,ih))/2", "min(iw,ih)")
+    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"                      # ffmpeg would move the square, not refuse it
+    fit = f"fps=25:start_time=0,crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1,scale=256:256:flags=area"
+    options = ["-map", "0:V:0", "-vf", fit, "-pix_fmt", "rgb24", "-f", "rawvideo", "-xerror"]
+    for piece in decoded(path, f"picture with crop {crop}" if crop else "picture", options, batch * 256 * 256 * 3):
+        yield torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(-1, 256, 256, 3)
+
+
+def read_labels(path):
+    """csv file, columns clip (a path below --videos, or a name without suffix) and emotion -> {clip: number}."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be used ({error!r}); its first line is clip,emotion, and emotions are "
+                         f"{' '.join(LABELS)}") from None
+
+
+def emotion_of(path, labels, votes):
+    """Emotion that the labels tell of a video, or its innermost folder that is named like one, or most of its frames."""
+    folders = [LABELS.get(part.lower()) for part in path.parts[-2::-1] if not part.isdigit()]
+    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, int(np.bincount(votes).argmax())]
+    return next(emotion for emotion in found if emotion is not None)
+
+
+def hsemotion():
+    """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> emotion 0 to 7."""
+    try:
+        from hsemotion_onnx.facial_emotions import HSEmotionRecognizer
+    except ImportError as error:
+        raise ValueError(f"--emotion=hsemotion: {error}; pip install hsemotion-onnx") from None
+    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                       # its eight emotions have our order
+    return lambda image: int(np.argmax(net.predict_emotions(image, logits=False)[1]))
+
+
+@torch.inference_mode()
+def extract(path, face, encoder, crop, classify):
+    """One video -> the records of its frames. ValueError if it cannot be used."""
+    wav, parts = load_audio(path), [(torch.empty(0, M), torch.empty(0, 63), torch.empty(0).long())]
+    for images in pictures(path, crop):
+        heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
+        emotion = classify(images[0].numpy()) if classify else NO_EMOTION
+        parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.full((len(images),), emotion)))
+    motion, x_c, emotion = (torch.cat(column) for column in zip(*parts))
+    T = min(len(motion), len(wav) // HOP)
+    if T <= Clips.frames:
+        raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
+    wav = wav[:T * HOP]                            # whole: what an encoder hears depends on where the sound is cut
+    mel, blocks = log_mel(wav, T), encoder.blocks if encoder else log_mel_blocks
+    audio = torch.cat([part.half() for part in blocks([wav])])
+    columns = dict(motion=motion, audio=audio, x_c=x_c, emotion=emotion, loudness=mel.mean((1, 2)))
+    if not all(x.isfinite().all() for x in columns.values()):
+        raise ValueError(f"{path}: its motion or features hold NaN or infinity")
+    return frame_records(**{name: x[:T].numpy() for name, x in columns.items()})
+
+
+def write(path, content):
+    """A file with these bytes, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def begin(flags):
+    """The settings of a data set that is begun, or begun again: they may not change on the way."""
+    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device", "labels")}
+    settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    path = Path(flags["data_dir"], "settings.json")
+    old = json.loads(path.read_text()) if path.exists() else settings
+    new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
+    if new:
+        raise ValueError(f"{path}: begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
+    write(path, json.dumps(settings, indent=1).encode())
+    return settings
+
+
+def prepare(flags):
+    """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
+    root, folder = Path(flags["videos"]), Path(flags["data_dir"])
+    videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    if not videos:
+        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    labels = read_labels(flags["labels"]) if flags["labels"] else {}
+    classify = hsemotion() if flags["emotion"] else None
+    device = flags["device"] or default_device()
+    face = LivePortrait(flags["weights"], device)
+    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], device) if flags["audio_encoder"] else None
+    settings, rows, left_out = begin(flags), [], []
+    for name in tqdm(videos, "preparing", unit="video"):
+        file = f"clips/{name.as_posix()}.npy"
+        try:
+            if not (folder / file).exists():
+                buffer = io.BytesIO()              # np.save into a file would not notice a full disk
+                np.save(buffer, extract(root / name, face, encoder, flags["crop"], classify))
+                write(folder / file, buffer.getvalue())
+            clip = np.load(folder / file, mmap_mode="r", allow_pickle=False)
+            identity = clip["x_c"].mean(0, dtype=float)                    # a blink or a blur shall not make a face
+            rows.append(dict(file=file, frames=len(clip), emotion=emotion_of(name, labels, clip["emotion"]),
+                             identity=identity.tolist(), split="train"))
+        except ValueError as error:
+            left_out.append(error)
+        except OSError as error:
+            raise OSError(f"{folder / file}: could not be written ({error}); the same command goes on from here") from None
+    for error in left_out:
+        print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
+    lots = sorted((zlib.crc32(os.fsencode(row["file"])), k) for k, row in enumerate(rows))       # drawn once and for ever
+    for _, k in lots[:min(len(rows) - 1, max(1, len(rows) // 20))]:
+        rows[k]["split"] = "val"
+    train = moments(np.load(folder / row["file"], mmap_mode="r") for row in rows if row["split"] == "train")
+    write(folder / "manifest.json", json.dumps(dict(settings=settings, clips=rows, moments=train.tolist()), indent=1).encode())
+    print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
+
+
+def voice_lag(mouth, loud, reach=15):
+    """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
+    mouth, loud = np.diff(mouth), np.diff(loud)                            # what drifts slowly agrees with anything
+    inner = slice(reach, len(mouth) - reach)
+    with np.errstate(invalid="ignore", divide="ignore"):                   # silence agrees with nothing
+        fit = {k: np.corrcoef(mouth[inner], np.roll(loud, -k)[inner])[0, 1] for k in range(-reach, reach + 1)}
+    best = max(fit, key=fit.get)
+    return best, fit[best]
+
+
+def check(folder):
+    """Print what a data set holds next to what the released model was trained on, and the clips that look wrong."""
+    data = Clips.open(folder, split="")
+    hours, counts = data.length.sum() / 90_000, np.bincount(data.emotion, minlength=len(EMOTIONS))
+    print(f"{folder}: {len(data.length)} clips, {hours:.2f} h, {len(data)} windows of {data.frames} frames")
+    print("emotions:", ", ".join(f"{name} {n}" for name, n in zip(EMOTIONS, counts) if n))
+    for name, (channel, *published) in PUBLISHED.items():
+        print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(name, *data.moments[:, channel], *published))
+    for k, path in enumerate(data.clips):
+        clip = data.records(k)
+        lag, fit = voice_lag(clip["motion"][:, MOUTH], clip["loudness"])
+        if fit > 0.3 and abs(lag) > 3:
+            print(f"look at {path}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
+        for name, (channel, mean, std) in PUBLISHED.items():
+            if abs(clip["motion"][:, channel].mean() - mean) > 4 * std:
+                print(f"look at {path}: {name} {clip['motion'][:, channel].mean():.4g} on average")
+
+
+def main(argv):
+    flags = parse_flags(__doc__, argv)
+    if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
+        raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
+    if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
+        raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
+    check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
@@ -425,6 +665,10 @@ def parse_flags(doc, argv, defaults={}):
     return flags
 
 
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class UsageError(Exception):
     """A flag that makes no sense: exit code 2."""
 
@@ -438,3 +682,7 @@ def run(main):
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -206,8 +206,8 @@ def motion_heads(net, image):
 
 def to_motion(heads):
     """Raw heads -> motion (B, 70); an angle is the mean over 66 bins of 3 degrees."""
-    mean = lambda bins: 3 * (bins.softmax(-1) @ torch.arange(66.0, device=bins.device))[:, None] - 97.5
-    return torch.cat([heads["exp"], heads["scale"], heads["t"], *(mean(heads[a]) for a in ("pitch", "yaw", "roll"))], -1)
+    deg = lambda bins: 3 * (bins.softmax(-1) @ torch.arange(66.0, device=bins.device))[:, None] - 97.5
+    return torch.cat([heads["exp"], heads["scale"], heads["t"], *(deg(heads[a]) for a in ("pitch", "yaw", "roll"))], -1)
 
 
 def dense_motion(net, f, x_s, x_d):

@@ -37,79 +37,43 @@ Flags and what they are without being given:
 """
 import contextlib
 import itertools
-import os
 import subprocess
+import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import moda
-from data import (MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, log_mel_blocks, parse_flags, run,
-                  toy_prototypes)
-from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, M, MoDA, load_statistics, stream
+from data import (LABELS, MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
+                  parse_flags, run, toy_prototypes)
+from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
 
 
-def emotion_label(name):
-    """Label of an emotion given by name or number."""
-    if name in EMOTIONS:
-        return EMOTIONS.index(name)
-    if name.isdigit() and int(name) < len(EMOTIONS):
-        return int(name)
-    raise UsageError(f"--emotion={name}: known are {', '.join(EMOTIONS)}")
-
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def timed(name, items, clock):
-    """Pass items on and add the seconds they take to clock[name]."""
-    items, began = iter(items), time.perf_counter()
-    for item in items:
-        clock[name] += time.perf_counter() - began
-        yield item
-        began = time.perf_counter()
-    clock[name] += time.perf_counter() - began
-
-
-def write_video(path, frames, audio_path):
-    """Encode frames (H, W, 3) with their sound: H.264 and AAC, 25 fps. The file gets its name when complete -> n."""
-    part, frames = f"{path}.part.mp4", iter(frames)
-    first = next(frames)
-    size = f"{first.shape[1]}x{first.shape[0]}"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size,
-               "-r", "25", "-i", "-", "-i", f"file:{audio_path}", "-map", "0:v", "-map", "1:a:0", "-c:v", "libx264",
-               "-preset", "veryfast", "-crf", "18", "-pix_fmt", "yuv420p", "-c:a", "aac", f"file:{part}"]
-    ffmpeg, n = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE), 0
-    try:
-        with contextlib.suppress(BrokenPipeError):                         # then ffmpeg says why
-            for n, frame in enumerate(itertools.chain([first], frames), 1):
-                ffmpeg.stdin.write(frame.tobytes())
-        reason = ffmpeg.communicate()[1].decode(errors="replace").strip()
-        if ffmpeg.returncode:
-            raise OSError(f"{path}: could not be written ({(reason or 'ffmpeg failed').splitlines()[-1]})")
-        os.replace(part, path)
-        return n
-    finally:
-        ffmpeg.kill()
-        Path(part).unlink(missing_ok=True)
+def check(flags):
+    """UsageError, before any work, where a flag is missing or makes no sense."""
+    out = Path(flags["output_path"])
+    if not flags["audio_path"] and not flags["eval"]:
+        raise UsageError("--audio_path=FILE is missing: which voice?")
+    if bool(flags["weights"]) != bool(flags["image_path"]):
+        raise UsageError("--image_path=PICTURE and --weights=FOLDER go together: LivePortrait moves the portrait")
+    if not out.suffix or not out.parent.is_dir():
+        raise UsageError(f"--output_path={out}: expected a name such as out.mp4 in a folder that exists")
+    if flags["emotion"] not in LABELS:
+        raise UsageError(f"--emotion={flags['emotion']}: known are {', '.join(EMOTIONS)}")
 
 
 def open_face(flags, device):
     """The face to animate, its Source, and a function that puts frames where they belong."""
     if not flags["weights"]:
-        face = Sketch()
-        return face, face.source(), iter
+        return Sketch(), Sketch().source(), iter
     image = read_image(flags["image_path"])
     x, y, size = box = crop_box(image, flags["crop"])
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
@@ -121,148 +85,168 @@ def open_face(flags, device):
 
 def listen(flags, model):
     """What the model hears of --audio_path, piece by piece (n, L, A)."""
-    hears, sound = (model.cfg.audio_layers, model.cfg.audio_dim), audio_blocks(flags["audio_path"])
-    if not flags["audio_encoder"]:
-        if hears != (1, MEL.shape[1] * 4):
-            raise ValueError(f"{flags['ckpt']} hears {hears[0]} x {hears[1]} features: name their --audio_encoder")
-        return log_mel_blocks(sound)
-    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], model.mean.device)
-    if encoder.shape != hears:
-        raise ValueError(f"{flags['audio_encoder']} gives {encoder.shape} features, but {flags['ckpt']} hears {hears}")
-    return encoder.blocks(sound)
+    sound, path = audio_blocks(flags["audio_path"]), flags["audio_encoder"]
+    encoder = AudioEncoder.from_pretrained(path, model.mean.device) if path else None
+    gives, hears = encoder.shape if path else (1, 4 * MEL.shape[1]), (model.cfg.audio_layers, model.cfg.audio_dim)
+    if gives != hears:
+        raise ValueError(f"{flags['ckpt']}: hears {hears} features per frame, not {gives}; name their --audio_encoder")
+    return encoder.blocks(sound) if path else log_mel_blocks(sound)
 
 
-def guidance(flags):
-    return {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
+def sampling(flags):
+    """What the flags say to moda.stream."""
+    guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
+    return {name: flags[name] for name in ("steps", "chunk", "overlap", "smooth")} | {"guidance": guidance}
 
 
-def talk(flags, model, face, source, features, clock):
-    """Frames of the face speaking, made while they are asked for; with --save_motion, the motion is written too."""
-    portrait, absolute = source.motion[0], flags["absolute"]
+def talk(flags, model, source, features):
+    """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait."""
+    portrait, absolute = source.motion[0].to(model.mean.device), flags["absolute"] and not flags["relative"]
     # a generator's neutral is the mean of its motion; as LivePortrait moves a portrait relative to the driver's neutral
     neutral, size = (portrait, model.size(portrait)) if absolute else (model.mean, 1.0)
-    scale = torch.ones(M)
+    scale = torch.ones_like(portrait)
     scale[EXP], scale[ROT] = flags["exp_scale"], flags["pose_scale"]
-    parts = timed("motion", stream(
-        model, timed("features", features, clock), source.x_c, model.normalise(neutral, size),
-        emotion_label(flags["emotion"]), flags["steps"], guidance(flags), flags["chunk"], flags["overlap"],
-        flags["seed"], smooth=flags["smooth"]), clock)
-    made = []
-    for z in parts:
-        motion = neutral + scale * (model.denormalise(z, size) - neutral)
-        made.append(motion if absolute else relative(motion, portrait, neutral))
-        yield from face.frames(source, made[-1], stitch=flags["stitch"])
+    prev, emotion = model.normalise(neutral, size), LABELS[flags["emotion"]]
+    for z in stream(model, features, source.x_c, prev, emotion, seed=flags["seed"], **sampling(flags)):
+        motion = neutral + scale * (model.denormalise(z.to(portrait), size) - neutral)
+        yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
+
+
+def write_video(path, frames, audio_path):
+    """Encode a generator of frames (H, W, 3) as they come, with their sound: H.264 and AAC, 25 fps.
+
+    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away.
+    """
+    pictures = "-v error -f image2pipe -c:v ppm -framerate 25 -i -".split()
+    coding = "-map 0:v -map 1:a:0 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -c:a aac".split()
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), *pictures, "-i", f"file:{audio_path}", *coding]
+    with tempfile.TemporaryFile("w+", errors="replace") as log, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        encoder = subprocess.Popen([*ffmpeg, f"file:{part}"], stdin=subprocess.PIPE, stderr=log)
+        # when the pipe breaks, ffmpeg has said why
+        with contextlib.suppress(BrokenPipeError), contextlib.closing(frames), encoder:
+            for frame in frames:
+                encoder.stdin.write(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes())
+        if encoder.returncode:
+            log.seek(0)
+            raise OSError(f"{path}: could not be written ({' '.join(log.read().split())[-300:]})")
+        part.replace(path)
+
+
+def timed(name, items, clock):
+    """Pass items on and add the seconds they take to clock[name]."""
+    began = time.perf_counter()
+    for item in items:
+        clock[name] += time.perf_counter() - began
+        yield item
+        began = time.perf_counter()
+
+
+def main(argv, opened=None):
+    """Make the video that the flags ask for -> its motion (T, 70). `opened`: what to use in place of open_face's."""
+    flags, began = parse_flags(__doc__, argv), time.perf_counter()
+    check(flags)
+    model = MoDA.from_pretrained(flags["ckpt"])
+    if model.cfg.rope_streams == 2:
+        flags = parse_flags(__doc__, argv, RELEASED)
+    if flags["stats"]:
+        load_statistics(model, flags["stats"])
+    elif model.std.eq(1).all():
+        raise UsageError("--stats=mean.pt is missing: the released checkpoint does not hold its statistics")
+    if flags["eval"]:
+        return evaluate(flags, model, ToyTalker("val", 16))
+    model.to(flags["device"] or default_device())
+    face, source, place = opened or open_face(flags, model.mean.device)
+    features = listen(flags, model)
+
+    clock, loaded = dict(sound=0.0, motion=0.0, render=0.0), time.perf_counter()
+    parts = talk(flags, model, source, timed("sound", features, clock))
+    parts, kept = itertools.tee(timed("motion", parts, clock))
+    frames = (frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
+    frames = timed("render", tqdm(place(frames), "frames", unit=""), clock)
+    write_video(Path(flags["output_path"]), frames, flags["audio_path"])
+    motion, total = torch.cat(list(kept)), time.perf_counter() - loaded
     if flags["save_motion"]:
-        np.save(flags["save_motion"], torch.cat(made).numpy())
-
-
-def film_strip(path, frames, wav, generated, true):
-    """A picture of a clip: frames in a row, the sound wave, and the mouth opening generated (red) over true (grey)."""
-    width, tile = 1280, 160
-    image = Image.new("RGB", (width, tile + 280), "white")
-    for k in range(8):
-        frame = Image.fromarray(frames[k * (len(frames) - 1) // 7])
-        image.paste(frame.resize((tile, tile)), (k * tile, 0))
-    brush = ImageDraw.Draw(image)
-    loud = np.abs(wav[:len(wav) // width * width].reshape(width, -1)).max(1) / np.abs(wav).max()
-    for x, y in enumerate(50 * loud):
-        brush.line([(x, tile + 60 - y), (x, tile + 60 + y)], (120, 150, 170))
-    low, high = min(generated.min(), true.min()), max(generated.max(), true.max())
-    for curve, colour in ((true, (150, 150, 150)), (generated, (200, 60, 60))):
-        x, y = np.linspace(0, width - 1, len(curve)), tile + 265 - 130 * (curve - low) / (high - low)
-        brush.line(list(zip(x, y)), colour, 3)
-    brush.text((8, tile + 122), "mouth opening: grey true, red generated", (80, 80, 80), ImageFont.load_default(14))
-    image.save(path)
+        with tempfile.TemporaryDirectory(dir=Path(flags["save_motion"]).parent) as folder:
+            np.save(f"{folder}/motion.npy", motion)
+            Path(folder, "motion.npy").replace(flags["save_motion"])
+    # each stage pulls from the one before: its own time is the difference
+    stages = zip(("sound", "motion", "render", "encode"), np.diff([0, *clock.values(), total]))
+    print(f"{flags['output_path']}: {len(motion)} frames; loading {loaded - began:.2f} s, "
+          + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages)
+          + f"; real-time factor {total / len(motion) * 25:.3f}")
+    return motion
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 def sync_scores(expert, audio, z):
-    """SyncNet's protocol on motion: mean distance D at the best of the offsets -15..15, and confidence C, median - D."""
-    a, m = (x[0] for x in expert(audio[None], z[None], torch.ones(1, len(z), dtype=torch.bool)))
-    n = len(z) - 30
-    distance = torch.stack([(a[15:15 + n] - m[k:k + n]).norm(dim=-1).mean() for k in range(31)])
-    return (distance.median() - distance.min()).item(), distance.min().item()
+    """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
+    C, the confidence, is how far the median lies above it."""
+    a, m = expert(audio, z, torch.ones(z.shape[:2], dtype=torch.bool))
+    n = z.size(1) - 30
+    distance = torch.stack([(a[:, 15:15 + n] - m[:, k:k + n]).norm(dim=-1).mean(1) for k in range(31)])
+    best = distance.amin(0)
+    return {"Sync-C": (distance.median(0).values - best).mean().item(), "Sync-D": best.mean().item()}
 
 
 @torch.inference_mode()
 def evaluate(flags, model, talker):
-    """Print one table for the talker's clips: truth, the model, and the model given another clip's voice."""
+    """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
     expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
-    still = [c for c in range(63) if c not in LIPS and model.std[c] > 1e-6]
+    if (model.cfg.audio_layers, model.cfg.audio_dim) != talker.audio_shape:
+        raise ValueError(f"{flags['ckpt']}: does not hear the log-mel features that the toy talker comes with")
+    clips = zip(*[talker.clip(k) for k in range(len(talker.length))])
+    motion, audio, emotion, identity = (torch.as_tensor(np.stack(column)) for column in clips)
+    truth, audio = model.normalise(motion), audio[:, 1:]                   # (K, T, 70); the first frame is prev
+
+    def speak(voices, seed=1):
+        given = tqdm(zip(voices, identity, truth[:, 0], emotion), "evaluating", len(voices), leave=False)
+        return torch.stack([sample(model, *one, seed=seed, **sampling(flags)) for one in given])
+    rows = {"truth": truth[:, 1:], "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
+    still = [c for c in range(63) if c not in LIPS]
     moods = model.normalise(torch.from_numpy(np.pad(toy_prototypes(), ((0, 0), (0, 7)))).float())[:, still]
-    rows = {"truth": [], "model": [], "shuffled audio": []}
-    for k in tqdm(range(len(talker.length)), "evaluating", leave=False):
-        motion, audio, emotion, identity = talker.clip(k)
-        truth, audio = model.normalise(torch.from_numpy(motion)), torch.from_numpy(audio)[1:]
-        foreign = torch.from_numpy(talker.clip(k - 1)[1])[1:]
-        options = dict(identity=torch.from_numpy(identity), prev=truth[0], emotion=emotion, steps=flags["steps"],
-                       guidance=guidance(flags))
-        made = {"truth": [truth[1:]], "model": [moda.sample(model, audio, seed=seed, **options) for seed in (1, 2)],
-                "shuffled audio": [moda.sample(model, foreign, seed=1, **options)]}
-        for name, takes in made.items():
-            z = takes[0]
-            rows[name].append((
-                np.corrcoef(z[:, MOUTH], truth[1:, MOUTH])[0, 1],
-                *(sync_scores(expert, audio, z) if expert else (np.nan, np.nan)),
-                float(torch.cdist(z[None, :, still].mean(1), moods).argmin() == emotion),
-                z.diff(n=2, dim=0).abs().mean().item(),
-                (takes[0] - takes[1])[:, ROT].std().item() if len(takes) > 1 else np.nan))
-    print(f"{'':16}mouth corr   Sync-C   Sync-D   emotion   jerk   pose diversity")
-    for name, values in rows.items():
-        corr, c, d, emotion, jerk, diversity = np.mean(values, 0)
-        print(f"{name:16}{corr:10.3f}{c:9.3f}{d:9.3f}{emotion:10.3f}{jerk:7.3f}{diversity:17.3f}".replace("nan", "  -"))
-    if expert is None:
+    table = {}
+    for name, z in rows.items():
+        mouths, mood = zip(z[..., MOUTH], truth[:, 1:, MOUTH]), torch.cdist(z[..., still].mean(1), moods).argmin(1)
+        table[name] = {"mouth corr": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths])),
+                       **(sync_scores(expert, audio, z) if expert else {}),
+                       "emotion": (mood == emotion).float().mean().item(),
+                       "jerk": z.diff(n=3, dim=1).abs().mean().item()}
+    table["model"]["pose diversity"] = (rows["model"] - speak(audio, seed=2))[..., ROT].std().item()
+    print(" " * 15, *(f"{metric:>14}" for metric in table["model"]))
+    for name, row in table.items():
+        print(f"{name:15}", *(f"{row[metric]:14.3f}" if metric in row else f"{'-':>14}" for metric in table["model"]))
+    if not expert:
         print(f"for Sync-C and Sync-D train the expert: python train.py --model=alse (looked for {flags['alse']})")
+    return table
+
+
+def film_strip(path, frames, wav, true, made):
+    """A picture of a clip: frames in a row, the sound wave, and the mouth opening generated (red) over true (grey)."""
+    image = Image.new("RGB", (1280, 440), "white")
+    image.paste(Image.fromarray(np.hstack(list(frames))).resize((1280, 160)))
+    brush = ImageDraw.Draw(image)
+    wave, mouth = 55 / np.abs(wav).max(), 110 / max(true.max(), made.max())
+    for curve, zoom, base, colour in ((wav[::40], wave, 220, "#7896aa"), (true, mouth, 405, "#969696"),
+                                      (made, mouth, 405, "#c83c3c")):
+        brush.line(list(zip(np.linspace(0, 1280, len(curve)), np.asarray(base - zoom * curve))), colour, 2)
+    brush.text((8, 282), "mouth opening: grey true, red generated", "#505050", font_size=14)
+    image.save(path)
 
 
 def after_training(ckpt, out, clips):
     """What `train.py` ends with on the toy talker: the table, and one unseen clip as a film and as a strip."""
-    talker, model = ToyTalker("val", clips), MoDA.from_pretrained(ckpt)
-    evaluate(parse_flags(__doc__, []), model, talker)
-    motion, audio, emotion, identity = talker.clip(0)
+    talker = ToyTalker("val", clips)
+    motion, _, emotion, identity = (torch.as_tensor(x) for x in talker.clip(0))
+    argv = [f"--ckpt={ckpt}", f"--audio_path={out}/sample.wav", f"--output_path={out}/sample.mp4", "--absolute",
+            f"--emotion={emotion}"]
+    evaluate(parse_flags(__doc__, argv), MoDA.from_pretrained(ckpt), talker)
     soundfile.write(out / "sample.wav", talker.wavs[0], RATE)
     face = Sketch()
-    source = face.source(x_c=identity)
-    z = moda.sample(model, torch.from_numpy(audio), source.x_c, model.normalise(torch.from_numpy(motion[0])), emotion)
-    made = model.denormalise(z)
-    frames = list(face.frames(source, made))
-    write_video(out / "sample.mp4", frames, out / "sample.wav")
-    film_strip(out / "sample.png", frames, talker.wavs[0], made[:, MOUTH].numpy(), motion[:, MOUTH])
-    print(f"{out / 'sample.mp4'}: emotion {EMOTIONS[emotion]}; film strip in {out / 'sample.png'}")
-
-
-def main(argv):
-    flags = parse_flags(__doc__, argv)
-    model = MoDA.from_pretrained(flags["ckpt"])
-    released = model.cfg.rope_streams == 2
-    if released:
-        flags = parse_flags(__doc__, argv, RELEASED)
-    if flags["stats"]:
-        load_statistics(model, flags["stats"])
-    elif released and model.std.eq(1).all():
-        raise UsageError("--stats=mean.pt is missing: the released checkpoint does not hold its statistics")
-    flags["absolute"] &= not flags["relative"]
-    if flags["eval"]:
-        return evaluate(flags, model, ToyTalker("val", 16))
-    if not flags["audio_path"]:
-        raise UsageError("--audio_path=FILE is missing: which voice?")
-    if bool(flags["weights"]) != bool(flags["image_path"]):
-        raise UsageError("--image_path=PICTURE and --weights=FOLDER go together: LivePortrait moves the portrait")
-    clock, began = Counter(), time.perf_counter()
-    device = flags["device"] or default_device()
-    face, source, place = open_face(flags, device)
-    features = listen(flags, model)
-    loaded = time.perf_counter()
-    spoken = talk(flags, model, face, source, features, clock)
-    frames = timed("render", tqdm(place(spoken), "frames", unit=""), clock)
-    n = write_video(flags["output_path"], frames, flags["audio_path"])
-    total = time.perf_counter() - loaded
-    # each stage pulls from the one before: its own time is the difference
-    sound, motion, render = clock["features"], clock["motion"] - clock["features"], clock["render"] - clock["motion"]
-    print(f"{flags['output_path']}: {n} frames, {n / 25:.2f} s; loading {loaded - began:.2f} s; sound {sound:.2f} s, "
-          f"motion {motion:.2f} s, render {render:.2f} s, encode {total - clock['render']:.2f} s; "
-          f"real-time factor {total / n * 25:.3f}")
+    source = face.source(x_c=identity)._replace(motion=motion[:1])
+    made = main(argv, (face, source, iter))
+    film_strip(out / "sample.png", face.frames(source, made[::25]), talker.wavs[0], motion[:, MOUTH], made[:, MOUTH])
 
 
 if __name__ == "__main__":

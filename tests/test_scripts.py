@@ -1,4 +1,4 @@
-"""The commands of the README work on a fresh machine, and a mistake costs one line."""
+"""The commands of the README work on a fresh machine, a mistake costs one line, and no film is ever half written."""
 import csv
 import subprocess
 import sys
@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import toy_clip
+import sample
+import train
+from data import ToyTalker, UsageError, parse_flags, toy_clip
+from moda import MoDA
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--clips=48", "--batch_size=4", "--p_drop_audio=0.1"]
@@ -26,6 +29,13 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
     printed = script("train.py", *SMALL, "--steps=250", "--eval_clips=4", f"--out_dir={out}")
     return out, printed
+
+
+def speak(trained, folder, samples, *flags, voice="v.wav", film="v.mp4"):
+    """sample.py on the first `samples` of a toy voice -> the motion of the film."""
+    soundfile.write(folder / voice, toy_clip(1, 80)[0][:samples], 16000)
+    return sample.main([f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={folder / voice}",
+                        f"--output_path={folder / film}", "--steps=2", "--chunk=40", *flags])
 
 
 def test_a_short_training_already_moves_the_lips_with_the_voice(trained):
@@ -45,36 +55,79 @@ def test_training_ends_with_a_film_and_a_strip(trained):
     assert film.count_frames() == 200 and imageio.imread(out / "sample.png").shape == (440, 1280, 3)
 
 
+def test_the_command_makes_a_film_and_says_what_each_stage_took(trained, tmp_path):
+    soundfile.write(tmp_path / "v.wav", toy_clip(1, 20)[0], 16000)
+    printed = script("sample.py", f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={tmp_path}/v.wav",
+                     "--emotion=happiness", f"--output_path={tmp_path}/v.mp4")
+    assert "v.mp4: 20 frames; " in printed
+    for stage in ("loading", "sound", "motion", "render", "encode", "real-time factor"):
+        assert float(printed.split(f"{stage} ")[1].split()[0]) >= 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["v.mp4", "v.wav"]
+
+
 @pytest.mark.parametrize("samples", [1, 640, 641, 40_000])
 def test_a_film_is_as_long_as_its_sound(trained, tmp_path, samples):
-    soundfile.write(tmp_path / "v.wav", toy_clip(1, 100)[0][:samples], 16000)
-    script("sample.py", f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={tmp_path}/v.wav", "--steps=2", "--emotion=happiness",
-           f"--save_motion={tmp_path}/m.npy", f"--output_path={tmp_path}/v.mp4")
+    motion = speak(trained, tmp_path, samples, f"--save_motion={tmp_path}/m.npy")
     frames = -(-samples // 640)                                              # ceil(25 x seconds)
-    assert np.load(tmp_path / "m.npy", allow_pickle=False).shape == (frames, 70)
-    assert imageio.get_reader(tmp_path / "v.mp4").count_frames() == frames
+    assert imageio.get_reader(tmp_path / "v.mp4").count_frames() == frames and motion.shape == (frames, 70)
+    assert np.array_equal(np.load(tmp_path / "m.npy", allow_pickle=False), motion)
 
 
 def test_the_same_seed_makes_the_same_motion_and_another_one_another_head(trained, tmp_path):
-    soundfile.write(tmp_path / "v.wav", toy_clip(1, 130)[0], 16000)
-    def motion(seed):
-        script("sample.py", f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={tmp_path}/v.wav", f"--seed={seed}",
-               f"--save_motion={tmp_path}/m.npy", f"--output_path={tmp_path}/v.mp4")
-        return np.load(tmp_path / "m.npy", allow_pickle=False)
-    first = motion(1)
-    assert np.array_equal(first, motion(1))
-    assert np.corrcoef(first[:, 68], motion(2)[:, 68])[0, 1] < 0.9
+    first, again, other = (speak(trained, tmp_path, 80 * 640, f"--seed={seed}") for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert np.corrcoef(first[:, 68], other[:, 68])[0, 1] < 0.9
 
 
-def test_the_expert_trains_and_supervises(trained, tmp_path):
+def test_file_names_may_hold_anything(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    speak(trained, Path(), 1280, voice="-my 'own' voice: 100%d.wav", film="-it's \"it\" %d.mp4")
+    assert imageio.get_reader(tmp_path / "-it's \"it\" %d.mp4").count_frames() == 2
+
+
+@pytest.mark.parametrize("name, error", [("v.mp4", ValueError), ("v.mp4", KeyboardInterrupt), ("v.nonsense", OSError)])
+def test_a_failing_run_leaves_the_last_film_and_nothing_else(tmp_path, name, error):
+    soundfile.write(tmp_path / "v.wav", np.zeros(6400), 16000)
+    (tmp_path / name).write_text("the last film")
+
+    def frames():
+        yield from np.zeros((5, 64, 64, 3), np.uint8)
+        if error is not OSError:
+            raise error("now")
+    with pytest.raises(error, match="now|v.nonsense: could not be written .*Invalid argument"):
+        sample.write_video(tmp_path / name, frames(), tmp_path / "v.wav")
+    assert (tmp_path / name).read_text() == "the last film" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
     script("train.py", "--model=alse", "--clips=6", "--steps=5", "--width=32", f"--out_dir={tmp_path}/alse")
-    script("train.py", *SMALL, "--clips=6", "--steps=2", f"--alse={tmp_path}/alse/ckpt.pt", f"--out_dir={tmp_path}/moda", "--tau=99", "--eval_clips=0")
+    script("train.py", *SMALL, "--clips=6", "--steps=2", f"--alse={tmp_path}/alse/ckpt.pt", "--tau=99",
+           f"--out_dir={tmp_path}/moda", "--eval_clips=0")
     rows = list(csv.DictReader(open(tmp_path / "moda/log.csv")))
     assert float(rows[0]["sync"]) > 0
+    flags = parse_flags(sample.__doc__, ["--steps=2", f"--alse={tmp_path}/alse/ckpt.pt"])
+    table = sample.evaluate(flags, MoDA.from_pretrained(trained[0] / "ckpt.pt"), ToyTalker("val", 2))
+    assert table["truth"]["mouth corr"] > 0.999 and table["truth"]["Sync-D"] > 0 <= table["model"]["Sync-C"]
+    assert table["truth"]["Sync-D"] != table["shuffled audio"]["Sync-D"]
+    assert table["model"]["pose diversity"] > 0 and "pose diversity" not in table["truth"]
 
 
-def test_wrong_flags_are_named():
-    assert "unknown flag --stepz=3; known: model, preset" in script("train.py", "--stepz=3", code=2)
-    assert "--steps=many: expected int" in script("train.py", "--steps=many", code=2)
-    assert "--audio_path" in script("sample.py", code=2)
-    assert "nope.wav" in script("sample.py", "--audio_path=nope.wav", "--ckpt=nope.pt", code=1) or True
+@pytest.mark.parametrize("main, argument, message", [
+    (train, "--stepz=3", "unknown flag --stepz=3; known: model, preset"),
+    (train, "--steps=many", "--steps=many: expected int"),
+    (sample, "--seed=1", "--audio_path=FILE is missing"),
+    (sample, "--emotion=glee", "--emotion=glee: known are anger, contempt"),
+    (sample, "--image_path=me.jpg", "--weights=FOLDER"),
+    (sample, "--output_path=film", "--output_path=film: expected a name such as out.mp4"),
+    (sample, "--output_path=nowhere/out.mp4", "folder that exists")])
+def test_wrong_flags_are_named_before_any_work(main, argument, message):
+    voice = [] if argument == "--seed=1" else ["--audio_path=nope.wav"]
+    with pytest.raises(UsageError, match=message):
+        main.main([argument, "--ckpt=nope.pt", *voice] if main is sample else [argument])
+
+
+def test_a_mistake_is_one_line_and_an_exit_code(trained, tmp_path):
+    assert script("sample.py", "--stepz=3", code=2).startswith("error: unknown flag --stepz=3")
+    said = script("sample.py", "--audio_path=nope.wav", f"--ckpt={trained[0]}/ckpt.pt",
+                  f"--output_path={tmp_path}/out.mp4", code=1)
+    assert "error: nope.wav" in said and "Traceback" not in said and not list(tmp_path.iterdir())
