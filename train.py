@@ -54,7 +54,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, parse_flags, run
+from data import Clips, ToyTalker, UsageError, default_device, parse_flags, run
 from moda import ALSE, PRESETS, Config, MoDA, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -93,7 +93,7 @@ def build(flags, cfg, data, device):
     if flags["stats"]:
         load_statistics(model, flags["stats"])
     elif model.std.eq(1).all():                                            # it has none yet
-        model.mean[:], model.std[:] = (torch.as_tensor(x) for x in data.statistics())
+        model.mean[:], model.std[:] = torch.as_tensor(data.moments)
     for block in model.modules():
         if flags["checkpointing"] and hasattr(block, "n_mod"):          # a transformer block
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -212,7 +212,7 @@ def train(flags, data, parts, first_step, log, device):
 def main(argv):
     flags, cfg = settings(argv)
     flags["out_dir"].mkdir(parents=True, exist_ok=True)
-    device = torch.device(flags["device"] or sample.default_device())
+    device = torch.device(flags["device"] or default_device())
     if WORLD > 1:
         dist.init_process_group()
     if WORLD > 1 and device.type == "cuda":

@@ -15,9 +15,7 @@ One table for each claim, mean ± standard deviation over seeds. Where two sprea
 import contextlib
 import csv
 import functools
-import io
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -54,14 +52,9 @@ def trained(flags, name, *args):
 
 @functools.lru_cache(None)
 def measured(ckpt, alse, *args):
-    """The table that sample.py --eval prints, as {row: {column: number}}."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        sample.main([f"--ckpt={ckpt}", f"--alse={alse}", "--eval", *args])
-    lines = [re.split(r"\s{2,}", line.strip()) for line in printed.getvalue().splitlines()]
-    columns = next(line for line in lines if line[0] == "mouth corr")
-    numbers = lambda row: [float("nan" if x == "-" else x) for x in row]
-    return {row[0]: dict(zip(columns, numbers(row[1:]))) for row in lines if len(row) == len(columns) + 1}
+    """The table of sample.py --eval, as {row: {column: number}}."""
+    with contextlib.redirect_stdout(None):
+        return sample.main([f"--ckpt={ckpt}", f"--alse={alse}", "--eval", *args])
 
 
 def row_of(flags, seed, training, sampling):
