@@ -133,10 +133,10 @@ def outlive_sigterm(worker):
 def objective(net, expert, tau, motion, prev, **batch):
     """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: a model or DDP around it."""
     model = getattr(net, "module", net)
-    z0, first = model.normalise(motion), motion.new_tensor([1, 0, 0])
+    z0 = model.normalise(motion)
     if isinstance(model, ALSE):
         shift = int(3 + 27 * batch["t"][0])                                # frames
-        return first * ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift)
+        return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
     return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
 
 
@@ -193,7 +193,7 @@ def train(flags, data, parts, first_step, log, device):
             dist.all_reduce(means)
         rf, vel, sync, norm, stop = (means / WORLD).tolist()
         if not means.isfinite().all():
-            good = path if path.exists() else "not written yet"
+            good = path if path.exists() else "none"
             raise ValueError(f"step {step}: the loss is {rf + vel + sync}; the last good checkpoint is {good}")
         optimizer.step()
         optimizer.zero_grad()
