@@ -7,7 +7,9 @@ Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x cha
 """
 import math
 import os
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -38,10 +40,8 @@ class Config:
     p_drop_emotion: float = 0.1
 
 
-PRESETS = {
-    "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160),
-    "moda": {},
-}
+PRESETS = {"toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160),
+           "moda": {}}
 
 
 # ------------------------------------------------------------------------------------------ positions and attention
@@ -54,23 +54,23 @@ def rope(n, dim, theta=256.0, device=None):
 
 
 def rotate(x, table):
-    """Turn the channel pairs (2i, 2i + 1) of x (..., n, d) by the angles of their frame, in float32."""
+    """Turn the channel pairs (2i, 2i + 1) of x (..., n, d) by the first n rows of the table, in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * table[:x.size(-2)]).flatten(-2).type_as(x)
 
 
 def modulate(x, shift, scale):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def linear(n_in, n_out, aligned=0):
+def linear(n_in, n_out, aligned=0, gain=1.0):
     """Linear layer, Xavier-uniform with zero bias; the first `aligned` biases, those of q and k, start at 1.
 
     Not in the paper: with a common direction in every q and k, RoPE alone makes attention begin on the diagonal, each
     frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has.
     """
     layer = nn.Linear(n_in, n_out)
-    nn.init.xavier_uniform_(layer.weight)
+    nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     nn.init.ones_(layer.bias.detach()[:aligned])
     return layer
@@ -91,72 +91,52 @@ class Heads(nn.Module):
 
     def forward(self, q, k, v, table):
         q, k, v = (x.unflatten(-1, (-1, self.dim)).transpose(1, 2) for x in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if table is not None:
-            q, k = rotate(q, table[:q.size(2)]), rotate(k, table)
-        return q, k, v
-
-
-def attend(q, k, v, bias=None):
-    """(B, H, n, d) heads -> (B, n, D)."""
-    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
-
-
-def key_bias(*counts):
-    """How often each key counts, (B, n) per stream: never if masked, N times if it stands for N -> (B, 1, 1, keys)."""
-    return torch.cat(counts, 1).log()[:, None, None]
-
-
-class Stream(nn.Module):
-    """What one modality owns inside a joint block (Fig. 4c): projections, norms, feed-forward."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        D = cfg.width
-        self.qkv = linear(D, 3 * D, aligned=2 * D)
-        self.heads = Heads(cfg)
-        self.out = linear(D, D)
-        self.mlp = mlp(D, 4 * D, D, nn.GELU("tanh"))
+        return rotate(self.q_norm(q), table), rotate(self.k_norm(k), table), v
 
 
 class JointBlock(nn.Module):
-    """Joint attention over any number of streams (Sec. 3.2.2, Fig. 4b): own weights each, one softmax for all."""
+    """Joint attention over n streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
 
     def __init__(self, cfg, n):
         super().__init__()
-        self.streams = nn.ModuleList(Stream(cfg) for _ in range(n))
-        self.n_mod = 6 * n                         # per stream: shift, scale, gate of attention and of feed-forward
+        D = cfg.width
+        self.adaln = linear(D, 6 * n * D, gain=0)  # per stream: shift, scale, gate of attention and of feed-forward
+        self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(n))
+        self.heads = nn.ModuleList(Heads(cfg) for _ in range(n))
+        self.out = nn.ModuleList(linear(D, D) for _ in range(n))
+        self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
 
-    def forward(self, xs, mods, tables, bias=None):
-        mods = mods.unflatten(0, (len(xs), 6))
-        heads = [s.heads(*s.qkv(modulate(x, m[0], m[1])).chunk(3, -1), table)
-                 for s, x, m, table in zip(self.streams, xs, mods, tables)]
-        q, k, v = (torch.cat(parts, 2) for parts in zip(*heads))           # (B, H, tokens of all streams, d)
-        ys = attend(q, k, v, bias).split([x.size(1) for x in xs], 1)       # back to their owners
-        xs = [x + m[2] * s.out(y) for s, x, y, m in zip(self.streams, xs, ys, mods)]
-        return [x + m[5] * s.mlp(modulate(x, m[3], m[4])) for s, x, m in zip(self.streams, xs, mods)]
+    def forward(self, xs, mods, table, heard=None):
+        """Streams xs (B, n, D), each in the table's first n positions -> the same. One token may stand for N equal."""
+        lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
+        qkv = [f(modulate(x, m[0], m[1])).chunk(3, -1) for f, x, m in zip(self.qkv, xs, mods)]
+        q, k, v = zip(*[heads(*parts, table) for heads, parts in zip(self.heads, qkv)])
+        k, v = ([x.expand(-1, -1, max(n, lengths[0]), -1) for x, n in zip(part, lengths)] for part in (k, v))
+        y = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2), heard)
+        ys = y.transpose(1, 2).flatten(2).split(lengths, 1)                # (B, n, D), back to their owners
+        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
+        return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]
 
 
 class SingleBlock(nn.Module):
-    """One stream for all tokens; attention and feed-forward run side by side and share one output projection."""
-    n_mod = 3                                      # shift, scale, gate
+    """One stream for all tokens; attention and feed-forward run side by side and share their projections."""
 
     def __init__(self, cfg):
         super().__init__()
         D = cfg.width
-        self.q_mlp = linear(D, 5 * D, aligned=D)
-        self.kv = linear(D, 2 * D, aligned=D)
+        self.adaln = linear(D, 3 * D, gain=0)      # shift, scale, gate
+        self.qkv_mlp = linear(D, 7 * D, aligned=2 * D)
         self.heads = Heads(cfg)
         self.out = linear(5 * D, D)
 
-    def forward(self, x, mods, table, bias=None, keep=None):
+    def forward(self, x, mods, table, heard=None, keep=None):
         """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
-        u = modulate(x, mods[0], mods[1])
-        D = x.size(-1)
-        q, h = self.q_mlp(u[:, :keep]).split([D, 4 * D], -1)
-        k, v = self.kv(u).chunk(2, -1)
-        y = attend(*self.heads(q, k, v, table), bias)
-        return x[:, :keep] + mods[2] * self.out(torch.cat([y, F.gelu(h, approximate="tanh")], -1))
+        u, sizes = modulate(x, mods[0], mods[1]), [3 * x.size(-1), 4 * x.size(-1)]
+        weights, biases = self.qkv_mlp.weight.split(sizes), self.qkv_mlp.bias.split(sizes)
+        q, k, v = F.linear(u, weights[0], biases[0]).chunk(3, -1)
+        h = F.linear(u[:, :keep], weights[1], biases[1])
+        y = F.scaled_dot_product_attention(*self.heads(q[:, :keep], k, v, table), heard)
+        return x[:, :keep] + mods[2] * self.out(torch.cat([y.transpose(1, 2).flatten(2), F.gelu(h, approximate="tanh")], -1))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -191,39 +171,38 @@ class MotionModel(nn.Module):
             return from_released(state, path).eval()
         if state.get("kind") != cls.__name__:
             raise ValueError(f"{path}: holds {state.get('kind', 'no checkpoint of ours')}, not {cls.__name__}")
-        known = {field.name for field in fields(Config)}
-        for name in set(state["config"]) - known:
+        for name in state["config"].keys() - vars(Config()):
             raise ValueError(f"{path}: written by a newer version (its setting {name} is unknown here); update moda")
         model = cls(Config(**state["config"]))
         averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
-        load_strictly(model, averaged or state["model"], path)
-        return model.eval()
+        return load_strictly(model, averaged or state["model"], path).eval()
 
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
+
     def __init__(self, cfg):
         super().__init__(cfg)
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
+        stages = {"c2f": (cfg.n_four, cfg.n_two, cfg.n_one, 0), "four": (depth, 0, 0, 0), "cross": (0, 0, 0, depth)}
+        if cfg.fusion not in stages:
+            raise ValueError(f"fusion {cfg.fusion!r}: known are {', '.join(stages)}")
+        four, two, one, cross = stages[cfg.fusion]
         self.motion_in = mlp(2 * M, D, D, nn.SiLU())
         self.identity_in = mlp(63, D, D, nn.SiLU())
         self.time_in = mlp(256, D, D, nn.SiLU())
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
+        for weight in (self.time_in[0].weight, self.time_in[2].weight, self.emotion_in.weight):
+            nn.init.normal_(weight, std=0.02)
         self.audio_in = nn.Sequential(linear(cfg.audio_layers * cfg.audio_dim, D), nn.ReLU(), linear(D, D), nn.ReLU(),
                                       linear(D, D), nn.RMSNorm(D, eps=1e-6))
         self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))         # what a dropped voice sounds like
-        cross = depth if cfg.fusion == "cross" else 0
-        four, two, one = (cfg.n_four, cfg.n_two, cfg.n_one) if cfg.fusion == "c2f" else (depth - cross, 0, 0)
         self.four = nn.ModuleList(JointBlock(cfg, 4) for _ in range(four))
         self.two = nn.ModuleList(JointBlock(cfg, 2) for _ in range(two))
         self.one = nn.ModuleList(SingleBlock(cfg) for _ in range(one))
-        self.cross = nn.ModuleList(block for _ in range(cross) for block in (JointBlock(cfg, 1), SingleBlock(cfg)))
-        self.n_mods = [block.n_mod for block in (*self.four, *self.cross, *self.two, *self.one)] + [2]
-        self.modulation = linear(D, sum(self.n_mods) * D)                  # AdaLN of every block, in one matmul
+        self.cross = nn.ModuleList(SingleBlock(cfg) for _ in range(cross))
+        self.adaln = linear(D, 2 * D, gain=0)                              # shift and scale of the head
         self.head = nn.Linear(D, M)
-        for weight in (self.time_in[0].weight, self.time_in[2].weight, self.emotion_in.weight):
-            nn.init.normal_(weight, std=0.02)
-        nn.init.zeros_(self.modulation.weight)                             # every block starts as the identity
 
     def forward(self, z, t, audio, emotion, identity, prev, drop_audio=None, mask=None):
         """Velocity v, estimating eps - z0, of normalised noisy motion.
@@ -236,48 +215,43 @@ class MoDA(MotionModel):
 
     def conditions(self, audio, emotion, identity, prev, drop_audio=None):
         """All that no denoising step changes: prev and the embedded conditions, (B, N, .) each, and the RoPE table."""
-        N, rotated = audio.size(1), self.cfg.rope_streams == 4
+        N = audio.size(1)
         if drop_audio is not None:
             audio = torch.where(drop_audio[:, None, None, None], self.null_audio, audio)
         a = self.audio_in(audio.flatten(2))                                # (B, N, L * A) -> (B, N, D)
         e, i = self.emotion_in(emotion)[:, None], self.identity_in(identity)[:, None]
-        # Sec. 3.2.2 repeats them for every frame. Without rotation all N copies stay equal: one can stand for them.
-        e, i = (x.expand(-1, N if rotated else 1, -1) for x in (e, i))
-        return prev[:, None].expand(-1, N, -1), a, e, i, rope(N, self.cfg.width // self.cfg.heads, device=audio.device)
+        if self.cfg.rope_streams == 4:                                     # Sec. 3.2.2: repeated for every frame
+            e, i = e.expand(-1, N, -1), i.expand(-1, N, -1)
+        # else all N copies would stay equal, and one can stand for them: in position 0 RoPE turns nothing
+        table = rope(N, self.cfg.width // self.cfg.heads, device=audio.device)
+        return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
-        """Shifts, scales and gates of all blocks from timestep plus emotion: t (B,), emotion (B,) -> (K, B, 1, D)."""
+        """Shifts, scales, gates of each block from timestep plus emotion: t (..., B), emotion (B,) -> (K, ..., B, 1, D)."""
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        angle = 1000 * t[:, None] * freqs
+        angle = 1000 * t[..., None] * freqs
         c = self.time_in(torch.cat([angle.cos(), angle.sin()], -1))
-        if self.cfg.emotion_adaln:
-            c = c + self.emotion_in(emotion)
-        return self.modulation(F.silu(c)).unflatten(-1, (-1, self.cfg.width)).transpose(0, 1)[:, :, None]
+        c = F.silu(c + self.emotion_in(emotion) if self.cfg.emotion_adaln else c)
+        mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
+        return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
 
     def fuse(self, z, conditions, mods, mask=None):
         """The three fusion stages, coarse to fine (Sec. 3.2.3); z (B, N, 70), mask (B, N) -> v (B, N, 70)."""
         prev, a, e, i, table = conditions
-        N, mods = z.size(1), iter(mods.split(self.n_mods))
-        count = z.new_ones(1, N) if mask is None else mask.type_as(z)
-        alone = [count if x.size(1) == N else count.sum(1, keepdim=True) for x in (a, a, e, i)]
-        bias = None if mask is None else key_bias(*4 * [count])
-        table3, table4 = table.repeat(3, 1), table.repeat(4, 1)            # aligned: every modality counts 0..N-1
-
+        N, mods = z.size(1), iter(mods)
+        heard = None if mask is None else mask.repeat(1, 4)[:, None, None]
         m = self.motion_in(torch.cat([prev, z], -1))                       # (B, N, 2M) -> (B, N, D), prev first
-        rotated = [table if s < self.cfg.rope_streams else None for s in range(4)]
         for block in self.four:                                            # every modality has its own weights
-            m, a, e, i = block([m, a, e, i], next(mods), rotated, bias if e.size(1) == N else key_bias(*alone))
+            m, a, e, i = block([m, a, e, i], next(mods), table, heard)
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
-        for own, ask in zip(self.cross[::2], self.cross[1::2]):            # w/ CABA: to itself, then to the conditions
-            m, = own([m], next(mods), [table], key_bias(count))
-            m = ask(torch.cat([m, cond], 1), next(mods), table4, key_bias(0 * count, count, count, count), N)
+        for block in self.cross:                                           # w/ CABA: they are asked, but never adapt
+            m = block(torch.cat([m, cond], 1), next(mods), table, heard, keep=N)
         for block in self.two:
-            m, cond = block([m, cond], next(mods), [table, table3], bias)
+            m, cond = block([m, cond], next(mods), table, heard)
         x = torch.cat([m, cond], 1)                                        # (B, 4N, D) all merge
         for block in self.one:
-            x = block(x, next(mods), table4, bias, N if block is self.one[-1] else None)
-        shift, scale = next(mods)
-        return self.head(modulate(x[:, :N], shift, scale))
+            x = block(x, next(mods), table, heard, keep=N if block is self.one[-1] else None)
+        return self.head(modulate(x[:, :N], *next(mods)))
 
 
 # -------------------------------------------------------------------------------------------------------- the losses
@@ -289,26 +263,19 @@ def draw(cfg, B, N, generator):
                 drop_audio=rand(B) < cfg.p_drop_audio, drop_emotion=rand(B) < cfg.p_drop_emotion)
 
 
-def masked_mean(x, mask):
-    """Mean of x (B, N, C) over the frames whose mask (B, N) is true."""
-    return (x * mask[..., None]).sum() / (mask.sum() * x.size(-1)).clamp(min=1)
-
-
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
     """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
     z0, t_ = z0 * mask[..., None], t[:, None, None]
     z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
     v = model(z_t, t, audio, emotion, identity, prev, drop_audio, mask)
-    error, both = v - x, mask
-    rf, vel = masked_mean(error ** 2, mask), 0                             # Eq. 4
-    for _ in range(2):                                                     # Eq. 5: first and second differences
+    error, both, means = v - x, mask, []
+    for _ in range(3):                                                     # itself, its first and second differences
+        means.append((error ** 2 * both[..., None]).sum() / (M * both.sum()).clamp(min=1))
         error, both = error.diff(dim=1), both[:, 1:] & both[:, :-1]
-        vel = vel + masked_mean(error ** 2, both)
-    if expert is None:
-        return rf, vel, torch.zeros_like(rf)
-    sync = expert.loss(*expert(audio, z_t - t_ * v, mask), mask)           # (B,) of the predicted clean motion
-    gate = (sync < tau) & ~drop_audio                                      # Eq. 7, clip by clip
+    rf, vel = means[0], means[1] + means[2]                                # Eq. 4, Eq. 5
+    sync = torch.zeros_like(t) if expert is None else expert.loss(*expert(audio, z_t - t_ * v, mask), mask)
+    gate = (sync < tau) & ~drop_audio                                      # Eq. 7, clip by clip: (B,)
     return rf, vel, (sync * gate).mean()
 
 
@@ -352,18 +319,17 @@ class ALSE(MotionModel):
 # -------------------------------------------------------------------------------------------------------- the sampler
 
 def guidance_passes(guidance, emotion):
-    """Eq. 8 as a weighted sum of velocities: rows of (weight, audio dropped?, emotion dropped?), the full pass first.
+    """Eq. 8 as a weighted sum of velocities: rows of (weight, audio dropped?, emotion), equal passes counted once.
 
-    A key such as "audio+emotion" drops both together; passes that would change nothing are left out.
+    A key such as "audio+emotion" drops both together.
     """
-    rows = []
+    weights = Counter({(False, emotion): 1.0})
     for key, scale in guidance.items():
-        names = set(key.split("+"))
-        if not names <= {"audio", "emotion"}:
+        if not {*key.split("+")} <= {"audio", "emotion"}:
             raise ValueError(f"guidance {key!r}: conditions are audio and emotion, joined by + to drop them together")
-        if scale and (names != {"emotion"} or emotion != NO_EMOTION):
-            rows.append((-scale, "audio" in names, "emotion" in names))
-    return [(1.0 - sum(row[0] for row in rows), False, False)] + rows
+        weights[False, emotion] += scale
+        weights["audio" in key, NO_EMOTION if "emotion" in key else emotion] -= scale
+    return [(weight, *what) for what, weight in weights.items() if weight]
 
 
 def euler(velocity, z, times):
@@ -376,27 +342,21 @@ def euler(velocity, z, times):
     return z
 
 
-def window_sampler(model, emotion, steps, guidance):
-    """All that windows share, computed once; returns sample_window(z, audio, identity, prev) -> motion (N, 70)."""
+def window_sampler(model, identity, emotion, steps, guidance):
+    """All that windows share, computed once; returns sample_window(z, audio, prev) -> motion (N, 70)."""
     device = model.mean.device
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
     if not times:
         raise ValueError("steps must be 1 or more")
-    passes = guidance_passes(guidance, emotion)
-    weight, drop_audio, drop_emotion = (torch.tensor(column, device=device) for column in zip(*passes))
-    emotions = torch.where(drop_emotion, NO_EMOTION, emotion)
-    B = len(passes)
-    t = torch.tensor(times, device=device).repeat_interleave(B)
-    mods = model.modulations(t, emotions.repeat(len(times))).unflatten(1, (-1, B))         # (K, steps, B, 1, D)
+    rows = guidance_passes(guidance, emotion)
+    weight, drop_audio, emotions = (torch.tensor(column, device=device) for column in zip(*rows))
+    mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
+    batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
 
-    def sample_window(z, audio, identity, prev):
-        batch = lambda x: x.to(device).expand(B, *x.shape)                 # all passes of a step run as one batch
+    def sample_window(z, audio, prev):
         conditions = model.conditions(batch(audio), emotions, batch(identity), batch(prev), drop_audio)
-
-        def velocity(z, k):
-            v = model.fuse(batch(z), conditions, mods[:, k])               # (B, N, 70)
-            return torch.tensordot(weight, v, 1)                           # Eq. 8
-        return euler(velocity, z.to(device), times)
+        passes = lambda z, k: model.fuse(batch(z), conditions, [x[:, k] for x in mods])    # (B, N, 70)
+        return euler(lambda z, k: torch.tensordot(weight, passes(z, k), 1), z.to(device), times).cpu()    # Eq. 8
     return sample_window
 
 
@@ -415,11 +375,26 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     """
     if not 0 <= overlap < chunk:
         raise ValueError(f"overlap must lie between 0 and chunk - 1 = {chunk - 1}, not {overlap}")
-    noise = frame_noise(chunk, overlap, seed) if noise is None else iter(noise)
-    pieces = iter([audio] if torch.is_tensor(audio) else audio)
-    parts = chunks(window_sampler(model, emotion, steps, guidance), pieces, identity.flatten(), prev.flatten(),
-                   chunk, overlap, noise, smooth)
-    yield from smoothed(parts) if smooth else parts
+    sample_window = window_sampler(model, identity.flatten(), emotion, steps, guidance)
+    frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
+    given, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
+    stride, fade = chunk - overlap, torch.linspace(0, 1, overlap + 1)[:-1, None]           # 0, 1/16 .. 15/16
+    calm = smooth_pose if smooth else lambda motion, before: motion
+    voice, prev = list(islice(frames, chunk)), prev.flatten()
+    z = before = tail = torch.empty(0, M)
+    if not voice:
+        raise ValueError("the audio has no frames")
+    while len(voice) > len(tail):
+        window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, chunk - len(voice)))
+        z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])  # a shared frame has the same in both
+        motion = calm(sample_window(next(given, z), window, prev), before[:0])
+        motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
+        ready = calm(motion[:len(voice)], before)
+        yield ready[:stride]                                               # what no later chunk will touch
+        prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:]
+        z, voice = z[stride:], voice[stride:] + list(islice(frames, stride))
+    if voice:
+        yield ready[stride:]
 
 
 def sample(*args, **kwargs):
@@ -427,52 +402,11 @@ def sample(*args, **kwargs):
     return torch.cat(list(stream(*args, **kwargs)))
 
 
-def frame_noise(chunk, overlap, seed):
-    """Noise (chunk, 70) for one chunk after the other. A frame that two chunks share has the same noise in both, so
-    that they agree on it before they are faded."""
-    generator, noise = torch.Generator().manual_seed(seed), torch.empty(0, M)
-    while True:
-        noise = torch.cat([noise, torch.randn(chunk - len(noise), M, generator=generator)])
-        yield noise
-        noise = noise[chunk - overlap:]
-
-
-def chunks(sample_window, pieces, identity, prev, chunk, overlap, noise, smooth):
-    """The loop of `stream`: sample a chunk, fade it in, hand out what no later chunk will touch."""
-    stride, tail, waiting = chunk - overlap, None, None
-    fade = torch.arange(overlap)[:, None] / max(overlap, 1)                # 0, 1/16 .. 15/16: the weight of the new
-    while True:
-        while (waiting is None or len(waiting) < chunk) and (piece := next(pieces, None)) is not None:
-            waiting = piece if waiting is None else torch.cat([waiting, piece])
-        if waiting is None or len(waiting) <= (0 if tail is None else overlap):
-            break                                                          # the tail was all that is left
-        window = F.pad(waiting[:chunk], (0, 0, 0, 0, 0, max(0, chunk - len(waiting))))
-        motion = sample_window(next(noise), window, identity, prev).cpu()
-        motion = smooth_pose(motion) if smooth else motion
-        if tail is not None:
-            motion[:overlap] = tail * (1 - fade) + motion[:overlap] * fade
-        yield motion[:stride][:len(waiting)]
-        prev, tail, waiting = motion[stride - 1], motion[stride:], waiting[stride:]
-    if tail is None:
-        raise ValueError("the audio has no frames")
-    if len(waiting):
-        yield tail[:len(waiting)]
-
-
-def smooth_pose(motion):
-    """Mean of scale, translation and rotation over each frame and its neighbours; (n, 70)."""
-    pose = F.avg_pool1d(motion[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
-    return torch.cat([motion[:, EXP], pose], 1)
-
-
-def smoothed(parts):
-    """`smooth_pose` of joined parts: one frame is held back until its right neighbour is known."""
-    held = torch.empty(0, M)
-    for part in parts:
-        joined = torch.cat([held, part])
-        yield smooth_pose(joined)[max(0, len(held) - 1):-1]
-        held = joined[-2:]
-    yield smooth_pose(held)[-1:]
+def smooth_pose(motion, before):
+    """Mean of scale, translation and rotation over each frame and its neighbours; (n, 70), frame before (0 or 1, 70)."""
+    joined = torch.cat([before, motion])
+    pose = F.avg_pool1d(joined[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
+    return torch.cat([joined[:, EXP], pose], 1)[len(before):]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -494,7 +428,7 @@ def save(path, state, keep=""):
 def read_tensors(path, advice="fetch it again"):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {advice}") from None
     except Exception as error:                                             # truncated, foreign, or a pickle with code
@@ -502,49 +436,39 @@ def read_tensors(path, advice="fetch it again"):
         raise ValueError(f"{path}: not a readable checkpoint ({reason}); {advice}") from None
 
 
-def released_layers(model):
-    """Every tensor of the released file by name, as the parts of our parameters that its rows fill, in order.
+def released_parameters(model):
+    """Every tensor of the released file by its name there, as our parameter.
 
     Streams are called xs (motion) and au or au1..3 (audio, emotion, identity); "audio" where a name is long.
     """
     layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
-              "final_layer.linear": model.head}
+              "final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
     layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
     mlps = {"motion": model.motion_in, "identity": model.identity_in, "time": model.time_in}
     layers |= {f"{name}_embedder.mlp.{i}": net[i] for name, net in mlps.items() for i in (0, 2)}
-    modulated = {}                                 # shifts, scales and gates, in the order of our one large matrix
+    places = {"null_audio_feat": model.null_audio.view(1, 1, 1, 1, -1)}
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
     joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
     for name, block, numbers in joint:
-        for s, (stream, n) in enumerate(zip(block.streams, numbers)):
+        for s, n in enumerate(numbers):
             short, long = ("au", "audio") if s else ("xs", "xs")
-            layers |= {f"{name}.attn1.qkv_{short}{n}": stream.qkv, f"{name}.attn1.{short}_proj{n}": stream.out,
-                       f"{name}.attn1.{short}_q_norm{n}": stream.heads.q_norm,
-                       f"{name}.attn1.{short}_k_norm{n}": stream.heads.k_norm,
-                       f"{name}.{long}_mlp{n}.fc1": stream.mlp[0], f"{name}.{long}_mlp{n}.fc2": stream.mlp[2]}
-            modulated[f"{name}.adaLN_modulation_{long}{n}.1"] = 6
+            layers |= {f"{name}.attn1.qkv_{short}{n}": block.qkv[s], f"{name}.attn1.{short}_proj{n}": block.out[s],
+                       f"{name}.attn1.{short}_q_norm{n}": block.heads[s].q_norm,
+                       f"{name}.attn1.{short}_k_norm{n}": block.heads[s].k_norm,
+                       f"{name}.{long}_mlp{n}.fc1": block.mlp[s][0], f"{name}.{long}_mlp{n}.fc2": block.mlp[s][2]}
+            for p, value in block.adaln.named_parameters():                # ours holds the rows of all streams
+                places[f"{name}.adaLN_modulation_{long}{n}.1.{p}"] = value.chunk(len(numbers))[s]
     for i, block in enumerate(model.one):
-        layers |= {f"blocks.{i}.linear2": block.out, f"blocks.{i}.attn1.xs_q_norm": block.heads.q_norm,
-                   f"blocks.{i}.attn1.xs_k_norm": block.heads.k_norm}
-        modulated[f"blocks.{i}.adaLN_modulation_xs.1"] = 3
-    modulated["final_layer.adaLN_modulation.1"] = 2
-
-    parts = {f"{name}.{p}": [value] for name, layer in layers.items() for p, value in layer.named_parameters()}
-    D = model.cfg.width
-    for p in ("weight", "bias"):
-        rows = getattr(model.modulation, p).split([n * D for n in modulated.values()])
-        parts |= {f"{name}.{p}": [value] for name, value in zip(modulated, rows)}
-        for i, block in enumerate(model.one):      # theirs holds q, k, v, mlp
-            q, mlp = getattr(block.q_mlp, p).split([D, 4 * D])
-            parts[f"blocks.{i}.qkv_xs.{p}"] = [q, getattr(block.kv, p), mlp]
-    return parts
+        layers |= {f"blocks.{i}.adaLN_modulation_xs.1": block.adaln, f"blocks.{i}.qkv_xs": block.qkv_mlp,
+                   f"blocks.{i}.attn1.xs_q_norm": block.heads.q_norm,
+                   f"blocks.{i}.attn1.xs_k_norm": block.heads.k_norm, f"blocks.{i}.linear2": block.out}
+    return places | {f"{name}.{p}": value for name, layer in layers.items() for p, value in layer.named_parameters()}
 
 
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
-    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items()}
-    unused = [key for key in ("scheduler.sigmas", "null_motion_feat") if state.pop(key, None) is not None]
-    null = state.pop("null_audio_feat", None)
+    unused = "scheduler.sigmas", "null_motion_feat"
+    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if key not in unused}
     count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
     size = lambda key: state[key].size(-1) if key in state else 768
     width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
@@ -552,40 +476,30 @@ def from_released(state, path):
         model = MoDA(Config(width, width // head, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
                             audio_dim=size("audio_embedder.proj1.weight") // 12))
     model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
-    fill(released_layers(model), state, path)
-    print(f"{path}: released MoDA; not used: {', '.join(unused) or 'nothing'}")
-    if null is None:       # the authors' Parameter(...).to("cuda") was no parameter: never trained, never saved
-        null = torch.randn(model.cfg.audio_dim, generator=torch.Generator().manual_seed(42))
+    if "null_audio_feat" not in state:     # the authors' Parameter(...).to("cuda") was no parameter: never saved
         print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
-    model.null_audio.data.copy_(null.flatten())
-    return model
+        generator = torch.Generator().manual_seed(42)
+        state["null_audio_feat"] = torch.randn(1, 1, 1, 1, model.cfg.audio_dim, generator=generator)
+    return load_strictly(model, state, path, released_parameters(model))
 
 
 def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
-    for name in ("mean", "std"):
-        value = torch.as_tensor(state[name]).flatten() if name in state else torch.empty(0)
-        if value.shape != (M,) or not value.isfinite().all():
-            raise ValueError(f"{path}: {name} should be {M} finite numbers")
-        getattr(model, name).copy_(value)
-
-
-def load_strictly(module, tensors, path):
-    """load_state_dict that names the file and the first tensor that does not fit."""
-    fill({name: [torch.atleast_1d(value)] for name, value in module.state_dict().items()}, tensors, path)
+    places = {"mean": model.mean, "std": model.std}
+    load_strictly(model, {name: state[name].flatten() for name in places if name in state}, path, places)
 
 
 @torch.no_grad()
-def fill(places, tensors, path):
-    """Copy each tensor into its place, a list of parts that its rows fill in order; ValueError names what differs."""
-    for name in [*places, *tensors]:
+def load_strictly(module, tensors, path, places=None):
+    """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
+    places = places or module.state_dict()
+    for name in places | tensors:
         if name not in tensors or name not in places:
             reason = "missing" if name in places else "unknown"
             raise ValueError(f"{path}: {name} is {reason}; is it another model's file?")
-        sizes, found = [len(part) for part in places[name]], torch.atleast_1d(tensors[name])
-        shape = sum(sizes), *places[name][0].shape[1:]
-        if found.shape != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, not {shape}")
-        for part, rows in zip(places[name], found.split(sizes)):
-            part.copy_(rows)
+        shape, found = tuple(places[name].shape), tensors[name]
+        if found.shape != shape or not found.isfinite().all():
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}; it should be {shape} finite numbers")
+        places[name].copy_(found)
+    return module

@@ -42,24 +42,27 @@ def test_a_masked_frame_never_contributes(fusion, rope_streams):
 
 
 def test_one_joint_attention_for_any_number_of_streams():
-    """Two streams with the same weights are one long stream."""
+    """Two streams with the same weights are one long stream whose second part counts from 0 again."""
     cfg = Config(width=32, heads=2)
     two, one = JointBlock(cfg, 2), JointBlock(cfg, 1)
-    for stream in two.streams:
-        stream.load_state_dict(one.streams[0].state_dict())
-    x, mods, table = torch.randn(3, 24, 32), torch.randn(6, 3, 1, 32), rope(24, 16)
-    a, b = two([x[:, :10], x[:, 10:]], mods.repeat(2, 1, 1, 1), [table[:10], table[10:]])
-    assert torch.allclose(torch.cat([a, b], 1), one([x], mods, [table])[0], atol=1e-5)
+    for ours, theirs in ((two.qkv, one.qkv), (two.heads, one.heads), (two.out, one.out), (two.mlp, one.mlp)):
+        for part in ours:
+            part.load_state_dict(theirs[0].state_dict())
+    x, mods, table = torch.randn(3, 24, 32), torch.randn(6, 3, 1, 32), rope(14, 16)
+    a, b = two([x[:, :10], x[:, 10:]], mods.repeat(2, 1, 1, 1), table)
+    assert torch.allclose(torch.cat([a, b], 1), one([x], mods, torch.cat([table[:10], table]))[0], atol=1e-5)
 
 
 def test_one_token_stands_for_all_equal_ones():
-    """Unrotated emotion and identity tokens (the released four-stream stage) are equal; one with weight N replaces N."""
+    """Unrotated emotion and identity tokens (the released four-stream stage) are equal, and one replaces all N."""
     model, x = perturbed(rope_streams=2), inputs()
     prev, a, e, i, table = model.conditions(x["audio"], x["emotion"], x["identity"], x["prev"])
     assert e.shape == i.shape == (2, 1, 32)
-    copies = prev, a, e.expand(-1, 20, -1), i.expand(-1, 20, -1), table
-    mods = model.modulations(x["t"], x["emotion"])
-    assert torch.allclose(model.fuse(x["z"], copies, mods), model(**x), atol=1e-5)
+    assert torch.equal(rotate(e, rope(1, 32)), e)                            # its position, 0, is not turned
+    still, mods = torch.ones_like(table), model.modulations(x["t"], x["emotion"])
+    alone = model.fuse(x["z"], (prev, a, e, i, still), mods)
+    copies = model.fuse(x["z"], (prev, a, e.expand(-1, 20, -1), i.expand(-1, 20, -1), still), mods)
+    assert torch.allclose(alone, copies, atol=1e-5)
 
 
 def test_rotation_depends_on_the_distance_of_frames_only():
@@ -82,7 +85,7 @@ def test_every_condition_is_heard(tiny):
 def test_attention_starts_on_the_diagonal():
     """At initialisation a motion frame listens most to its own moment in every stream."""
     cfg = Config(width=128, heads=2)
-    stream = JointBlock(cfg, 1).streams[0]
-    q, k, _ = stream.heads(*stream.qkv(torch.randn(64, 40, 128)).chunk(3, -1), rope(40, 64))
+    block = JointBlock(cfg, 1)
+    q, k, _ = block.heads[0](*block.qkv[0](torch.randn(64, 40, 128)).chunk(3, -1), rope(40, 64))
     score = (q @ k.mT).mean((0, 1))
     assert (score.argmax(1) == torch.arange(40)).float().mean() > 0.9

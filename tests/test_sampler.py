@@ -13,9 +13,9 @@ def test_euler_is_exact_on_a_straight_path():
 
 
 def test_guidance_is_equation_8():
-    assert guidance_passes({"audio": 0.2, "emotion": 0.5}, 3) == [(1.7, False, False), (-0.2, True, False), (-0.5, False, True)]
-    assert guidance_passes({"audio+emotion": 0.2}, 3) == [(1.2, False, False), (-0.2, True, True)]
-    assert guidance_passes({"audio": 0, "emotion": 0.5}, 8) == [(1, False, False)]     # passes that change nothing
+    assert guidance_passes({"audio": 0.2, "emotion": 0.5}, 3) == [(1.7, False, 3), (-0.2, True, 3), (-0.5, False, 8)]
+    assert guidance_passes({"audio+emotion": 0.2}, 3) == [(1.2, False, 3), (-0.2, True, 8)]
+    assert guidance_passes({"audio": 0, "emotion": 0.5}, 8) == [(1, False, 8)]         # passes that change nothing
     with pytest.raises(ValueError, match="identity"):
         guidance_passes({"identity": 1.0}, 3)
 
