@@ -475,6 +475,6 @@ def load_strictly(module, tensors, path, places=None):
             raise ValueError(f"{path}: {name} is {'missing' if name in places else 'unknown'}: another model's file?")
         shape, found = tuple(places[name].shape), tensors[name]
         if found.shape != shape or not found.isfinite().all():
-            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, wanted are finite numbers of shape {shape}")
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, it should be {shape} finite numbers")
         places[name].copy_(found)
     return module
