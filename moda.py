@@ -2,7 +2,6 @@
 
 Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, rotary positions, the joint attention
 blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
-
 Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers.
 """
 import math
@@ -45,7 +44,6 @@ PRESETS = {"toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_lay
 
 
 # ------------------------------------------------------------------------------------------ positions and attention
-
 def rope(n, dim, theta=256.0, device=None):
     """Rotary table for frames 0..n-1 of a head with `dim` channels: unit complex numbers, (n, dim / 2)."""
     freqs = theta ** (-torch.arange(0, dim, 2, device=device) / dim)
@@ -64,7 +62,7 @@ def modulate(x, shift, scale):
 
 
 def linear(n_in, n_out, aligned=0, gain=1.0):
-    """Linear layer, Xavier-uniform with zero bias; the first `aligned` biases, those of q and k, start at 1.
+    """Linear layer, Xavier-uniform, biases zero except the first `aligned`: those of q and k start at 1.
 
     Not in the paper: with a common direction in every q and k, RoPE alone makes attention begin on the diagonal, each
     frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has.
@@ -82,12 +80,10 @@ def mlp(n_in, n_hidden, n_out, act):
 
 class Heads(nn.Module):
     """Splits q, k, v (B, n, D) into heads (B, H, n, d); q and k get their per-head RMSNorm, then their rotation."""
-
     def __init__(self, cfg):
         super().__init__()
         self.dim = cfg.width // cfg.heads
-        self.q_norm = nn.RMSNorm(self.dim, eps=1e-5)
-        self.k_norm = nn.RMSNorm(self.dim, eps=1e-5)
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.dim, eps=1e-5) for _ in range(2))
 
     def forward(self, q, k, v, table):
         q, k, v = (x.unflatten(-1, (-1, self.dim)).transpose(1, 2) for x in (q, k, v))
@@ -96,7 +92,6 @@ class Heads(nn.Module):
 
 class JointBlock(nn.Module):
     """Joint attention over n streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
-
     def __init__(self, cfg, n):
         super().__init__()
         D = cfg.width
@@ -107,11 +102,14 @@ class JointBlock(nn.Module):
         self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
 
     def forward(self, xs, mods, table, heard=None):
-        """Streams xs (B, n, D), each in the table's first n positions -> the same. One token may stand for N equal."""
+        """Streams xs, (B, n, D) each -> the same; first motion, N tokens. A single token stands for N equal ones.
+
+        mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count.
+        """
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
         qkv = [f(modulate(x, m[0], m[1])).chunk(3, -1) for f, x, m in zip(self.qkv, xs, mods)]
-        q, k, v = zip(*[heads(*parts, table) for heads, parts in zip(self.heads, qkv)])
-        k, v = ([x.expand(-1, -1, max(n, lengths[0]), -1) for x, n in zip(part, lengths)] for part in (k, v))
+        q, k, v = zip(*[heads(*parts, table) for heads, parts in zip(self.heads, qkv)])    # (B, H, n, d) per stream
+        k, v = ([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)] for ys in (k, v))
         y = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2), heard)
         ys = y.transpose(1, 2).flatten(2).split(lengths, 1)                # (B, n, D), back to their owners
         xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
@@ -120,7 +118,6 @@ class JointBlock(nn.Module):
 
 class SingleBlock(nn.Module):
     """One stream for all tokens; attention and feed-forward run side by side and share their projections."""
-
     def __init__(self, cfg):
         super().__init__()
         D = cfg.width
@@ -134,16 +131,14 @@ class SingleBlock(nn.Module):
         u, sizes = modulate(x, mods[0], mods[1]), [3 * x.size(-1), 4 * x.size(-1)]
         weights, biases = self.qkv_mlp.weight.split(sizes), self.qkv_mlp.bias.split(sizes)
         q, k, v = F.linear(u, weights[0], biases[0]).chunk(3, -1)
-        h = F.linear(u[:, :keep], weights[1], biases[1])
-        y = F.scaled_dot_product_attention(*self.heads(q[:, :keep], k, v, table), heard)
-        return x[:, :keep] + mods[2] * self.out(torch.cat([y.transpose(1, 2).flatten(2), F.gelu(h, approximate="tanh")], -1))
+        h = F.gelu(F.linear(u[:, :keep], weights[1], biases[1]), approximate="tanh")
+        y = F.scaled_dot_product_attention(*self.heads(q[:, :keep], k, v, table), heard).transpose(1, 2).flatten(2)
+        return x[:, :keep] + mods[2] * self.out(torch.cat([y, h], -1))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
-
 class MotionModel(nn.Module):
     """What MoDA and ALSE share: a config, the statistics of the motion they learned from, and how to load them."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -173,14 +168,12 @@ class MotionModel(nn.Module):
             raise ValueError(f"{path}: holds {state.get('kind', 'no checkpoint of ours')}, not {cls.__name__}")
         for name in state["config"].keys() - vars(Config()):
             raise ValueError(f"{path}: written by a newer version (its setting {name} is unknown here); update moda")
-        model = cls(Config(**state["config"]))
         averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
-        return load_strictly(model, averaged or state["model"], path).eval()
+        return load_strictly(cls(Config(**state["config"])), averaged or state["model"], path).eval()
 
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
-
     def __init__(self, cfg):
         super().__init__(cfg)
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
@@ -188,9 +181,7 @@ class MoDA(MotionModel):
         if cfg.fusion not in stages:
             raise ValueError(f"fusion {cfg.fusion!r}: known are {', '.join(stages)}")
         four, two, one, cross = stages[cfg.fusion]
-        self.motion_in = mlp(2 * M, D, D, nn.SiLU())
-        self.identity_in = mlp(63, D, D, nn.SiLU())
-        self.time_in = mlp(256, D, D, nn.SiLU())
+        self.motion_in, self.identity_in, self.time_in = (mlp(n, D, D, nn.SiLU()) for n in (2 * M, 63, 256))
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
         for weight in (self.time_in[0].weight, self.time_in[2].weight, self.emotion_in.weight):
             nn.init.normal_(weight, std=0.02)
@@ -220,14 +211,13 @@ class MoDA(MotionModel):
             audio = torch.where(drop_audio[:, None, None, None], self.null_audio, audio)
         a = self.audio_in(audio.flatten(2))                                # (B, N, L * A) -> (B, N, D)
         e, i = self.emotion_in(emotion)[:, None], self.identity_in(identity)[:, None]
-        if self.cfg.rope_streams == 4:                                     # Sec. 3.2.2: repeated for every frame
+        if self.cfg.rope_streams == 4:     # Sec. 3.2.2; unrotated, all N stay equal: one token stands for them
             e, i = e.expand(-1, N, -1), i.expand(-1, N, -1)
-        # else all N copies would stay equal, and one can stand for them: in position 0 RoPE turns nothing
         table = rope(N, self.cfg.width // self.cfg.heads, device=audio.device)
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
-        """Shifts, scales, gates of each block from timestep plus emotion: t (..., B), emotion (B,) -> (K, ..., B, 1, D)."""
+        """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angle = 1000 * t[..., None] * freqs
         c = self.time_in(torch.cat([angle.cos(), angle.sin()], -1))
@@ -255,7 +245,6 @@ class MoDA(MotionModel):
 
 
 # -------------------------------------------------------------------------------------------------------- the losses
-
 def draw(cfg, B, N, generator):
     """The chance in one training step: times, noise, dropped conditions. Drawn on the CPU, the same for any device."""
     rand = lambda *shape: torch.rand(*shape, generator=generator)
@@ -273,20 +262,17 @@ def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, 
     for _ in range(3):                                                     # itself, its first and second differences
         means.append((error ** 2 * both[..., None]).sum() / (M * both.sum()).clamp(min=1))
         error, both = error.diff(dim=1), both[:, 1:] & both[:, :-1]
-    rf, vel = means[0], means[1] + means[2]                                # Eq. 4, Eq. 5
     sync = torch.zeros_like(t) if expert is None else expert.loss(*expert(audio, z_t - t_ * v, mask), mask)
-    gate = (sync < tau) & ~drop_audio                                      # Eq. 7, clip by clip: (B,)
-    return rf, vel, (sync * gate).mean()
+    gate = (sync < tau) & ~drop_audio                                      # clip by clip: (B,)
+    return means[0], means[1] + means[2], (sync * gate).mean()             # Eq. 4, Eq. 5, Eq. 7
 
 
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
 
-    The paper keeps the details in a supplement that is not public. This is the reading its text and the SyncNet line
-    of work support: an audio tower and a lip-motion tower, one unit vector per frame each, whose cosine is trained as
-    the probability of being in sync, against pairs that are shifted in time or come from another clip.
+    The paper's supplement is not public; its text and SyncNet support this reading: an audio and a lip-motion tower, a
+    unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs.
     """
-
     def __init__(self, cfg, kernel=5, depth=4):
         super().__init__(cfg)
         tower = lambda n_in: nn.ModuleList([linear(n_in, cfg.width)] + [
@@ -317,13 +303,9 @@ class ALSE(MotionModel):
 
 
 # -------------------------------------------------------------------------------------------------------- the sampler
-
 def guidance_passes(guidance, emotion):
-    """Eq. 8 as a weighted sum of velocities: rows of (weight, audio dropped?, emotion), equal passes counted once.
-
-    A key such as "audio+emotion" drops both together.
-    """
-    weights = Counter({(False, emotion): 1.0})
+    """Eq. 8 as a sum of velocities: rows of (weight, audio dropped?, emotion). "audio+emotion" drops both together."""
+    weights = Counter({(False, emotion): 1.0})                             # equal passes become one
     for key, scale in guidance.items():
         if not {*key.split("+")} <= {"audio", "emotion"}:
             raise ValueError(f"guidance {key!r}: conditions are audio and emotion, joined by + to drop them together")
@@ -333,12 +315,9 @@ def guidance_passes(guidance, emotion):
 
 
 def euler(velocity, z, times):
-    """Follow the flow from noise at times[0] to motion at 0 (Eq. 2); velocity(z, k) is v at times[k].
-
-    Eq. 2 prints a plus; with v = eps - z0 only the minus leads from noise to data.
-    """
+    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]."""
     for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
-        z = z - (t - t_next) * velocity(z, k)
+        z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
 
 
@@ -348,8 +327,7 @@ def window_sampler(model, identity, emotion, steps, guidance):
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
     if not times:
         raise ValueError("steps must be 1 or more")
-    rows = guidance_passes(guidance, emotion)
-    weight, drop_audio, emotions = (torch.tensor(column, device=device) for column in zip(*rows))
+    weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
     mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
     batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
 
@@ -368,8 +346,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
     identity (63,) canonical keypoints; prev (70,) normalised motion before the first frame, the portrait's own
     steps    number of equal Euler steps, or a list of times from 1 down
-    chunk    frames sampled at once (Sec. 3.2.6); a short last one is filled up with silence. Its last `overlap`
-             frames fade into the next chunk, whose `prev` is the frame just before it starts
+    chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
     """
@@ -386,10 +363,10 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
         raise ValueError("the audio has no frames")
     while len(voice) > len(tail):
         window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, chunk - len(voice)))
-        z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])  # a shared frame has the same in both
+        z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])    # chunks agree on a shared frame
         motion = calm(sample_window(next(given, z), window, prev), before[:0])
         motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
-        ready = calm(motion[:len(voice)], before)
+        ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
         yield ready[:stride]                                               # what no later chunk will touch
         prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:]
         z, voice = z[stride:], voice[stride:] + list(islice(frames, stride))
@@ -403,14 +380,13 @@ def sample(*args, **kwargs):
 
 
 def smooth_pose(motion, before):
-    """Mean of scale, translation and rotation over each frame and its neighbours; (n, 70), frame before (0 or 1, 70)."""
+    """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70), before (0 or 1, 70)."""
     joined = torch.cat([before, motion])
     pose = F.avg_pool1d(joined[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
     return torch.cat([joined[:, EXP], pose], 1)[len(before):]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
-
 def save(path, state, keep=""):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     try:
@@ -468,7 +444,7 @@ def released_parameters(model):
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
     unused = "scheduler.sigmas", "null_motion_feat"
-    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if key not in unused}
+    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if not key.endswith(unused)}
     count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
     size = lambda key: state[key].size(-1) if key in state else 768
     width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
@@ -478,8 +454,8 @@ def from_released(state, path):
     model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
     if "null_audio_feat" not in state:     # the authors' Parameter(...).to("cuda") was no parameter: never saved
         print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
-        generator = torch.Generator().manual_seed(42)
-        state["null_audio_feat"] = torch.randn(1, 1, 1, 1, model.cfg.audio_dim, generator=generator)
+        fixed = torch.Generator().manual_seed(42)
+        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=fixed).view(1, 1, 1, 1, -1)
     return load_strictly(model, state, path, released_parameters(model))
 
 
@@ -496,10 +472,9 @@ def load_strictly(module, tensors, path, places=None):
     places = places or module.state_dict()
     for name in places | tensors:
         if name not in tensors or name not in places:
-            reason = "missing" if name in places else "unknown"
-            raise ValueError(f"{path}: {name} is {reason}; is it another model's file?")
+            raise ValueError(f"{path}: {name} is {'missing' if name in places else 'unknown'}: another model's file?")
         shape, found = tuple(places[name].shape), tensors[name]
         if found.shape != shape or not found.isfinite().all():
-            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}; it should be {shape} finite numbers")
+            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, it should be {shape} finite numbers")
         places[name].copy_(found)
     return module
