@@ -191,7 +191,7 @@ class MoDA(MotionModel):
         self.four = nn.ModuleList(JointBlock(cfg, 4) for _ in range(four))
         self.two = nn.ModuleList(JointBlock(cfg, 2) for _ in range(two))
         self.one = nn.ModuleList(SingleBlock(cfg) for _ in range(one))
-        self.cross = nn.ModuleList(SingleBlock(cfg) for _ in range(cross))
+        self.cross = nn.ModuleList(block for _ in range(cross) for block in (JointBlock(cfg, 1), SingleBlock(cfg)))
         self.adaln = linear(D, 2 * D, gain=0)                              # shift and scale of the head
         self.head = nn.Linear(D, M)
 
@@ -234,8 +234,10 @@ class MoDA(MotionModel):
         for block in self.four:                                            # every modality has its own weights
             m, a, e, i = block([m, a, e, i], next(mods), table, heard)
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
-        for block in self.cross:                                           # w/ CABA: they are asked, but never adapt
-            m = block(torch.cat([m, cond], 1), next(mods), table, heard, keep=N)
+        asked = F.pad(z.new_ones(1, 3 * N) if mask is None else mask.repeat(1, 3), (N, 0))[:, None, None] > 0
+        for own, ask in zip(self.cross[::2], self.cross[1::2]):            # w/ CABA: motion hears itself, then asks
+            m, = own([m], next(mods), table, heard if mask is None else heard[..., :N])
+            m = ask(torch.cat([m, cond], 1), next(mods), table, asked, keep=N)
         for block in self.two:
             m, cond = block([m, cond], next(mods), table, heard)
         x = torch.cat([m, cond], 1)                                        # (B, 4N, D) all merge
@@ -297,9 +299,9 @@ class ALSE(MotionModel):
     def pretraining_loss(self, audio, z, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
         a, m = self(audio, z, mask)
-        late = self.loss(a.roll(shift, 1), m, mask & mask.roll(shift, 1), in_sync=False)
-        foreign = self.loss(a.roll(1, 0), m, mask & mask.roll(1, 0), in_sync=False)
-        return (self.loss(a, m, mask) + (late + foreign) / 2).mean()
+        late = ALSE.loss(a.roll(shift, 1), m, mask & mask.roll(shift, 1), in_sync=False)
+        foreign = ALSE.loss(a.roll(1, 0), m, mask & mask.roll(1, 0), in_sync=False)
+        return (ALSE.loss(a, m, mask) + (late + foreign) / 2).mean()
 
 
 # -------------------------------------------------------------------------------------------------------- the sampler
@@ -443,8 +445,9 @@ def released_parameters(model):
 
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
-    unused = "scheduler.sigmas", "null_motion_feat"
-    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if not key.endswith(unused)}
+    unused = [key for key in state if key.endswith(("scheduler.sigmas", "null_motion_feat"))]
+    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}")
+    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if key not in unused}
     count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
     size = lambda key: state[key].size(-1) if key in state else 768
     width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
