@@ -23,7 +23,6 @@ Flags and what they are without being given; every field of moda.Config, such as
     --warmup=50              steps
     --cooldown=0.5           last share of the steps, over which the rate falls to zero
     --grad_clip=1.0
-    --ema=0.0                decay of a running average of the weights, which sampling then uses; 0 = none
     --bf16=False             bfloat16 where autocast knows it to be safe
     --compile=False          torch.compile the model
     --checkpointing=False    recompute activations in the backward pass: slower, but the full model fits a 24 GB card
@@ -47,10 +46,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
@@ -62,7 +59,6 @@ MODELS = {"moda": MoDA, "alse": ALSE}
 TRAINING = {"toy": {}, "moda": dict(               # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
     steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=1000)}
 AT_LEAST_ONE = {"steps", "batch_size", "clips", "save_every", "width", "heads"}
-BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}       # FLOP/s without sparsity
 
 
 def settings(argv):
@@ -84,7 +80,7 @@ def settings(argv):
 
 
 def build(flags, cfg, data, device):
-    """What a checkpoint holds by name: the model, the optimizer and, with --ema, the running average of the weights."""
+    """What a checkpoint holds by name: the model and the optimizer."""
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
     kind, source = MODELS[flags["model"]], flags["init_from"]
     model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(device).train()
@@ -97,11 +93,7 @@ def build(flags, cfg, data, device):
     for block in model.modules():
         if flags["checkpointing"] and hasattr(block, "n_mod"):          # a transformer block
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
-    if flags["ema"]:
-        average = parts["average"] = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(flags["ema"]))
-        parts["optimizer"].register_step_post_hook(lambda *_: average.update_parameters(model))
-    return parts
+    return dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
 
 
 def resume(path, parts):
@@ -110,8 +102,8 @@ def resume(path, parts):
     state, model = read_tensors(path, "nothing to resume"), parts["model"]
     if (state.get("kind"), state.get("config")) != (type(model).__name__, asdict(model.cfg)):
         raise ValueError(f"{path}: was trained with other settings: {state.get('kind')} {state.get('config')}")
-    for name in parts.keys() & state.keys():                               # an average may begin here
-        parts[name].load_state_dict(state[name])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["step"]
 
 
@@ -138,13 +130,6 @@ def objective(net, expert, tau, motion, prev, **batch):
         shift = int(3 + 27 * batch["t"][0])                                # frames
         return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
     return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
-
-
-def flops_per_window(cfg, batch):
-    """Additions and multiplications of one training step of MoDA: the backward pass costs two forward ones."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        objective(MoDA(cfg), None, 0, **{name: x[:1].to("meta") for name, x in batch.items()})
-    return 3 * counter.get_total_flops()
 
 
 def learning_rate(step, flags):
@@ -179,9 +164,6 @@ def train(flags, data, parts, first_step, log, device):
     loader = sample.timed("data", DataLoader(
         range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
         num_workers=flags["workers"], worker_init_fn=outlive_sigterm, pin_memory=device.type == "cuda"), clock)
-    work = flops_per_window(model.cfg, fetch(0)) * flags["batch_size"] / WORLD if flags["model"] == "moda" else 0
-    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((peak for name, peak in BF16_PEAK.items() if name in card), float("inf"))
 
     for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
         began, clock["data"] = time.perf_counter(), 0.0
@@ -200,7 +182,7 @@ def train(flags, data, parts, first_step, log, device):
         loss, seconds = rf + vel + sync, time.perf_counter() - began
         print(step, loss, rf, vel, sync, norm, rate, seconds, clock["data"], sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, {flags['batch_size'] / seconds:.0f} windows/s, "
-                            f"{clock['data'] / seconds:.0%} waiting, MFU {work / seconds / peak:.0%}")
+                            f"{clock['data'] / seconds:.0%} waiting")
         if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]):
             about = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
