@@ -17,18 +17,13 @@ Flags and what they are without being given:
 
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
-import ast
 import csv
-import functools
 import io
 import json
-import math
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -52,11 +47,13 @@ def decoded(path, what, options, size):
     # complaints go to a file: a full pipe would stop ffmpeg
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         try:
+            n = 0
             while piece := ffmpeg.stdout.read(size):
                 yield piece
-            if ffmpeg.wait():
+                n += len(piece)
+            if ffmpeg.wait() or n == 0:
                 log.seek(0)
-                reason = log.read(1000).decode(errors="replace").splitlines() or ["ffmpeg failed"]
+                reason = log.read(1000).decode(errors="replace").splitlines() or ["there is none"]
                 raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
         finally:
             ffmpeg.kill()
@@ -75,10 +72,7 @@ def audio_blocks(path):
 
 def load_audio(path):
     """Any sound file, or a video's sound -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
-    wav = np.concatenate([np.zeros(0, np.float32), *audio_blocks(path)])
-    if not len(wav):
-        raise ValueError(f"{path}: the sound is empty")
-    return wav
+    return np.concatenate(list(audio_blocks(path)))
 
 
 def mel_filters(n_mels, n_fft, low=60.0, high=7600.0):
@@ -96,9 +90,8 @@ def regroup(pieces, size):
     held = np.zeros(0, np.float32)
     for piece in pieces:
         held = np.concatenate([held, piece])
-        while len(held) >= size:
-            yield held[:size]
-            held = held[size:]
+        *whole, held = np.split(held, range(size, len(held) + 1, size))
+        yield from whole
     if len(held):
         yield held
 
@@ -128,13 +121,19 @@ def log_mel(wav, n_frames):
 
 # --------------------------------------------------------------------------------------------------- the audio encoder
 
-KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
-UNUSED = ("masked_spec_embed", "mask_time_emb_vector", "lm_head", "quantizer", "project_", "final_proj",
-          "label_embs_concat", "adapter")
+PARTS = "feature_extractor.", "feature_projection.", "encoder."            # what else a file holds served its training
 # files of a larger class carry a prefix, and torch names weight norm differently since 2.1
 SPELLINGS = {"wav2vec2.": "", "hubert.": "", "parametrizations.weight.original0": "weight_g",
              "parametrizations.weight.original1": "weight_v"}
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
+
+
+def read_json(path):
+    """The dict in a JSON file; ValueError names a file that holds none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
 def read_safetensors(path):
@@ -144,39 +143,11 @@ def read_safetensors(path):
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
-        return {name: torch.frombuffer(data, dtype=dtypes[entry["dtype"]], count=math.prod(entry["shape"]),
-                                       offset=start + entry["data_offsets"][0]).reshape(entry["shape"])
-                for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:     # frombuffer refuses what lies past the end
+        numbers = {key: data[start:][slice(*entry["data_offsets"])] for key, entry in header.items()}
+        return {key: torch.frombuffer(numbers[key], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
+                for key, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
-
-
-def encoder_layers(net, x, channels, width, hidden, layers, heads, groups):
-    """wav2vec 2.0 or HuBERT of base size: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, width)."""
-    for _ in range(2):                                                     # as released: not the same as 40 at once
-        x = F.pad(x, (20, 20), mode="reflect")
-    for i, (kernel, stride) in enumerate(zip(KERNELS, STRIDES)):
-        name = f"feature_extractor.conv_layers.{i}"
-        x = net.conv(x, f"{name}.conv", channels, k=kernel, stride=stride, bias=False)
-        if i == 0:
-            norm = net.plain(f"{name}.layer_norm", x, weight=(channels,), bias=(channels,))
-            x = F.group_norm(x, channels, *norm)
-        x = F.gelu(x)                                                      # (1, C, 2 T) in the end
-    x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True).mT          # from 50 to 25 Hz
-    x = net.layer_norm(x, "feature_projection.layer_norm", 1e-5)
-    x = net.linear(x, "feature_projection.projection", width)              # (1, T, width)
-    near = net.conv(x.mT, "encoder.pos_conv_embed.conv", width, k=128, groups=groups)[..., :-1]
-    h, outputs = net.layer_norm(x + F.gelu(near).mT, "encoder.layer_norm", 1e-5), []
-    for name in [f"encoder.layers.{i}" for i in range(layers)]:
-        q, k, v = (net.linear(h, f"{name}.attention.{part}_proj", width) for part in "qkv")
-        y = F.scaled_dot_product_attention(*(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)))
-        y = net.linear(y.transpose(1, 2).flatten(2), f"{name}.attention.out_proj", width)
-        h = net.layer_norm(h + y, f"{name}.layer_norm", 1e-5)
-        y = F.gelu(net.linear(h, f"{name}.feed_forward.intermediate_dense", hidden))
-        y = net.linear(y, f"{name}.feed_forward.output_dense", width)
-        h = net.layer_norm(h + y, f"{name}.final_layer_norm", 1e-5)
-        outputs.append(h)
-    return torch.stack(outputs, 2)[0]
 
 
 class AudioEncoder:
@@ -190,17 +161,16 @@ class AudioEncoder:
         conv = "encoder.pos_conv_embed.conv.weight"
         try:
             g, v = tensors.pop(f"{conv}_g").float(), tensors.pop(f"{conv}_v").float()
-            tensors[conv] = g * v / v.norm(dim=(0, 1), keepdim=True)
-            width, channels = tensors["feature_projection.projection.weight"].shape
-            hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+            self.width, self.channels = tensors["feature_projection.projection.weight"].shape
+            self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
         except KeyError as error:
             raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, {error} is missing; {ENCODERS}") from None
-        if width > 768:
+        if self.width > 768:
             raise ValueError(f"{path}: a large model, but MoDA listens to the base size; {ENCODERS}")
-        self.shape = layers, width = sum(key.endswith("q_proj.bias") for key in tensors), width      # L x A
+        tensors[conv] = g * v / v.norm(dim=(0, 1), keepdim=True)
+        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
+        self.heads, self.groups = settings.get("num_attention_heads", 12), self.width // v.size(1)
         self.normalise = settings.get("do_normalize", True)
-        self.layers = functools.partial(encoder_layers, channels=channels, width=width, hidden=hidden, layers=layers,
-                                        heads=settings.get("num_attention_heads", 12), groups=width // v.size(1))
         self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
 
     @classmethod
@@ -208,16 +178,42 @@ class AudioEncoder:
         """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
         path, settings = Path(path), {}
         folder = path if path.is_dir() else path.parent
-        if path.is_dir():
-            path /= "model.safetensors" if (path / "model.safetensors").exists() else "pytorch_model.bin"
+        if path == folder:
+            path = next(folder.glob("model.safetensors"), folder / "pytorch_model.bin")
         for beside in ("config.json", "preprocessor_config.json"):
             if (folder / beside).exists():
-                settings |= json.loads((folder / beside).read_text())
-        safe = path.suffix == ".safetensors" and path.exists()
-        tensors = read_safetensors(path) if safe else read_tensors(path, ENCODERS)
+                settings |= read_json(folder / beside)
+        tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
         for spelling, plain in SPELLINGS.items():
             tensors = {key.replace(spelling, plain): value for key, value in tensors.items()}
-        return cls(path, {key: value for key, value in tensors.items() if not key.startswith(UNUSED)}, settings, device)
+        return cls(path, {key: value for key, value in tensors.items() if key.startswith(PARTS)}, settings, device)
+
+    def layers(self, net, x):
+        """The network: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, A)."""
+        for _ in range(2):                                                 # as released: not the same as 40 at once
+            x = F.pad(x, (20, 20), mode="reflect")
+        for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
+            name = f"feature_extractor.conv_layers.{i}"
+            x = net.conv(x, f"{name}.conv", self.channels, k=kernel, stride=stride, bias=False)
+            if i == 0:
+                norm = net.plain(f"{name}.layer_norm", x, weight=(self.channels,), bias=(self.channels,))
+                x = F.group_norm(x, self.channels, *norm)
+            x = F.gelu(x)                                                  # (1, C, 2 T) in the end
+        x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True).mT      # from 50 to 25 Hz
+        x = net.layer_norm(x, "feature_projection.layer_norm", 1e-5)
+        x = net.linear(x, "feature_projection.projection", self.width)     # (1, T, A)
+        near = net.conv(x.mT, "encoder.pos_conv_embed.conv", self.width, k=128, groups=self.groups)[..., :-1]
+        h, outputs = net.layer_norm(x + F.gelu(near).mT, "encoder.layer_norm", 1e-5), []
+        for name in [f"encoder.layers.{i}" for i in range(self.shape[0])]:
+            q, k, v = (net.linear(h, f"{name}.attention.{part}_proj", self.width) for part in "qkv")
+            y = F.scaled_dot_product_attention(*(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)))
+            y = net.linear(y.transpose(1, 2).flatten(2), f"{name}.attention.out_proj", self.width)
+            h = net.layer_norm(h + y, f"{name}.layer_norm", 1e-5)
+            y = F.gelu(net.linear(h, f"{name}.feed_forward.intermediate_dense", self.hidden))
+            y = net.linear(y, f"{name}.feed_forward.output_dense", self.width)
+            h = net.layer_norm(h + y, f"{name}.final_layer_norm", 1e-5)
+            outputs.append(h)
+        return torch.stack(outputs, 2)[0]
 
     def __call__(self, wav, n_frames=None):
         """wav (N,) at 16 kHz -> (T, L, A); T = N // 640 but at least 1, or n_frames: the last frame is repeated."""
@@ -229,10 +225,11 @@ class AudioEncoder:
     def blocks(self, pieces):
         """Sound in pieces of any length -> features (n, L, A) of every started frame, minute by minute."""
         for wav in regroup(pieces, 60 * RATE):
-            wav, n = torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.net.device), -(-len(wav) // HOP)
-            x = (wav - wav.mean()) / (wav.var(correction=0) + 1e-7).sqrt() if self.normalise else wav
+            x = torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.net.device)
+            if self.normalise:
+                x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
             features = self.layers(self.net, x[None, None, :len(x) // HOP * HOP])
-            yield features[torch.arange(n).clamp(max=len(features) - 1)].cpu()
+            yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)].cpu()
 
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
@@ -244,33 +241,29 @@ CONTROLS = {
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
               (3, 1): -3.5e-3, (7, 1): -3.5e-3},
     "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
-    "gaze_x": {(11, 0): 8e-4, (15, 0): 8e-4}, "gaze_y": {(11, 1): -1e-3, (15, 1): -1e-3}}
+    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4}}
 
 
 def expression(**controls):
     """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
-    delta = 0
+    delta = np.zeros((*np.broadcast_shapes(*map(np.shape, controls.values())), 21, 3))
     for name, value in controls.items():
-        row = np.zeros(63)
         for (point, axis), step in CONTROLS[name].items():
-            row[3 * point + axis] = step
-        delta = delta + np.multiply.outer(value, row)
-    return delta
+            delta[..., point, axis] += np.multiply(value, step)
+    return delta.reshape(*delta.shape[:-2], 63)
 
 
 # first two formants in Hz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
-PHONES = {
-    "a": (750, 1250, 1.0, 0, 3, .17, 1.0, .1, 0), "e": (520, 1850, 1.0, 0, 3, .15, .50, .6, 0),
-    "i": (300, 2250, 0.9, 0, 3, .14, 0.2, 1., 0), "o": (480, 900, 1.0, 0, 3, .16, .55, 0., .8),
-    "u": (320, 800, 0.9, 0, 3, .15, 0.15, 0, 1.), "@": (520, 1450, 0.8, 0, 3, .10, .40, .1, .1),
-    "m": (260, 1000, .3, 0, 3, .09, -.3, 0, .1), "b": (220, 900, .06, .01, 2, .08, -.35, 0, 0),
-    "n": (280, 1600, .3, 0, 3, .07, .1, .2, 0), "t": (300, 1800, 0, .15, 5, .07, 0.1, .2, 0),
-    "k": (300, 2000, 0, .1, 2, .07, .15, 0, 0), "s": (300, 1700, 0, .35, 6, .1, 0.02, .5, 0),
-    "S": (300, 1800, 0, .35, 3, .1, .05, 0, .6), "f": (300, 1200, 0, .12, 7, .09, -.15, .1, 0),
-    "l": (380, 1300, .5, 0, 3, .07, .25, .1, 0), "w": (300, 650, .5, 0, 3, .08, .05, 0, 1.),
-    "j": (280, 2200, .5, 0, 3, .07, .1, .8, 0), " ": (480, 1450, 0, 0, 3, .3, 0.00, 0, 0.)}
-VOWELS, CONSONANTS = list("aeiou@"), list("mbntksSflwj")
+VOWELS = np.array([                                # a e i, o u @
+    (750, 1250, 1, 0, 3, .17, 1, .1, 0), (520, 1850, 1, 0, 3, .15, .5, .6, 0), (300, 2250, .9, 0, 3, .14, .2, 1, 0),
+    (480, 900, 1, 0, 3, .16, .55, 0, .8), (320, 800, .9, 0, 3, .15, .15, 0, 1), (520, 1450, .8, 0, 3, .1, .4, .1, .1)])
+CONSONANTS = np.array([                            # m b n, t s S, f l w
+    (260, 1000, .3, 0, 3, .09, -.3, 0, .1), (220, 900, .06, .01, 2, .08, -.35, 0, 0),
+    (280, 1600, .3, 0, 3, .07, .1, .2, 0), (300, 1800, 0, .15, 5, .07, .1, .2, 0),
+    (300, 1700, 0, .35, 6, .1, .02, .5, 0), (300, 1800, 0, .35, 3, .1, .05, 0, .6),
+    (300, 1200, 0, .12, 7, .09, -.15, .1, 0), (380, 1300, .5, 0, 3, .07, .25, .1, 0),
+    (300, 650, .5, 0, 3, .08, .05, 0, 1)])
+PAUSE = np.array([(480, 1450, 0, 0, 3, .5, 0, 0, 0)])
 # smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
 MOODS = np.array([
     (-0.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (0.25, 2, 0, -10, -4, 0.9, 0.7, 0.8, 0.9),
@@ -288,36 +281,38 @@ def toy_prototypes():
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
     kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
-    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="edge")
+    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="reflect")
     return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
+
+
+def wander(rng, width, *shape):
+    """Smooth noise of unit variance; width in samples."""
+    return smooth(rng.standard_normal(shape), width) * (4 * np.pi * width ** 2) ** 0.25
 
 
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
     emotion = int(rng.integers(8))
-    mood = MOODS[emotion] * np.append(rng.uniform(0.8, 1.2, 5), np.ones(4))
-    target = toy_articulation(rng, mood, 4 * T)                            # articulators move at 100 Hz
-    motion, identity = toy_face(rng, mood, target)
-    return toy_voice(rng, mood, target), motion[2::4].astype(np.float32), emotion, identity
+    face, voice = np.split(MOODS[emotion], [5])
+    target = toy_articulation(rng, 4 * T, voice[-1])                       # articulators move at 100 Hz
+    motion, identity = toy_face(rng, face * rng.uniform(0.8, 1.2, 5), target)
+    return toy_voice(rng, voice, target), motion[2::4].astype(np.float32), emotion, identity
 
 
-def toy_articulation(rng, mood, n):
-    """Random syllables and pauses: the columns of PHONES and the stress, as targets in steps of 10 ms -> (n, 10)."""
-    rows, seconds = [], 0
-    while seconds < n / 100 + 1:
-        stress = rng.uniform(0.75, 1.25)
-        onset, vowel, coda = rng.choice(CONSONANTS), rng.choice(VOWELS), rng.choice(CONSONANTS)
-        for phone, odds in ((onset, 0.9), (vowel, 1.0), (coda, 0.25), (" ", 0.17)):
-            row = np.append(PHONES[phone], 0.0)
-            row[5] *= rng.uniform(0.5, 3) if phone == " " else rng.uniform(0.8, 1.25) / mood[8]
-            if phone == vowel:
-                row[[2, 6, 9]] = row[2] * stress, row[6] * stress, max(0, stress - 1)
-            if rng.random() < odds:
-                rows.append(row)
-                seconds += row[5]
-    ends = np.cumsum([row[5] for row in rows])
-    return np.stack(rows)[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+def toy_articulation(rng, n, rate):
+    """Random syllables and pauses: the columns of the phones and the stress, as targets per 10 ms -> (n, 10)."""
+    count = n // 6 + 20                                                    # enough, for none is shorter than 66 ms
+    parts = [table[rng.integers(len(table), size=count)] for table in (CONSONANTS, VOWELS, CONSONANTS, PAUSE)]
+    phones = np.pad(np.stack(parts, 1), ((0, 0), (0, 0), (0, 1)))          # (count, 4, 10)
+    stress = rng.uniform(0.75, 1.25, count)
+    phones[:, 1, [2, 6]] *= stress[:, None]
+    phones[:, 1, 9] = np.maximum(0, stress - 1)
+    phones[:, :3, 5] *= rng.uniform(0.8, 1.25, (count, 3)) / rate
+    phones[:, 3, 5] *= rng.uniform(0.3, 1.8, count)
+    phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
+    ends = np.cumsum(phones[:, 5])
+    return phones[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
 
 
 def toy_face(rng, mood, target):
@@ -326,19 +321,15 @@ def toy_face(rng, mood, target):
     identity = FACE * (1 + 0.12 * build[0], 1 + 0.08 * build[1], 1)
     identity[[14, 20], 0] *= 1 + 0.2 * build[2]
     identity[[1, 2], 1] -= 0.015 * build[3]
-
-    def wander(width, size):                                               # smooth noise of unit variance
-        white = smooth(rng.standard_normal((n + 6 * width, size)), width)[3 * width:-3 * width]
-        return white * (4 * np.pi * width ** 2) ** 0.25
     jaw, spread, rounding = smooth(target[:, 6:9], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
     speaking, blinks = smooth(target[:, 6] != 0, 10), 10 * smooth(rng.random(n) < 0.003, 4)
-    smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(80, 4))).T
-    motion, drift = np.zeros((n, M)), wander(60, 6)
+    smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(rng, 80, n, 4))).T
+    motion = np.zeros((n, M))
     motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
                                 brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
-    rest = rng.uniform(1.2, 1.4), rng.normal(0, 0.02), rng.normal(0.1, 0.02)
-    motion[:, 63:66] = rest + drift[:, :3] * (0.006, 0.012, 0.006)         # scale, t_x, t_y
-    motion[:, ROT] = rng.normal(0, 1, 3) * (2, 4, 1.5) + drift[:, 3:] * (2.5, 5, 2)
+    # scale, t_x, t_y, pitch, yaw, roll: where the head is at rest, and how far it drifts
+    rest = rng.normal((1.3, 0, 0.1, 0, 0, 0), (0.05, 0.02, 0.02, 2, 4, 1.5))
+    motion[:, [63, 64, 65, 67, 68, 69]] = rest + wander(rng, 60, n, 6) * (0.006, 0.012, 0.006, 2.5, 5, 2)
     motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
     return motion, identity.ravel()
 
@@ -346,32 +337,32 @@ def toy_face(rng, mood, target):
 def toy_voice(rng, mood, target):
     """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
     n, step = len(target), HOP // 4
-    upsample = lambda x: np.interp(np.arange(n * step), np.arange(n) * step + step / 2, x)
+    clock = np.arange(n * step)
+    upsample = lambda x: np.interp(clock, clock[step // 2::step], x)
     noise = lambda: rng.standard_normal(n * step)
-    voiced, hiss = smooth(target[:, 2:4], 2).T
-    melody = smooth(rng.standard_normal(n), 12) * 3 + smooth(target[:, 2], 15)
-    pitch = rng.uniform(90, 230) * mood[5] * 2 ** (0.25 * mood[6] * melody)
+    voiced, hiss = (upsample(x) for x in smooth(target[:, 2:4], 2).T)
+    melody = 0.5 * wander(rng, 12, n) + smooth(target[:, 2], 15)
+    pitch = rng.uniform(90, 230) * mood[0] * 2 ** (0.25 * mood[1] * melody)
     angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
-    r = np.clip(0.86 + 0.04 * mood[7] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
+    r = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
     pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
-    source, white = upsample(voiced) * (pulses + rng.uniform(0.02, 0.1) * noise()), upsample(hiss) * noise()
+    source = voiced * (pulses + rng.uniform(0.02, 0.1) * noise())
 
     hz, width = np.fft.rfftfreq(HOP, 1 / RATE), np.array([[80], [100], [140], [250]])
     f = np.hstack([smooth(target[:, :2], 3), np.tile((2550, 3600), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
-    gain = (f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)).prod(1)
+    gain = (f ** 2 / np.hypot(f ** 2 - hz ** 2, width * hz + 1)).prod(1)   # four resonances
     gain *= (0.02 + hz / 1000) ** rng.uniform(0.2, 1.0)                    # microphones differ
     band = 6 * np.exp(-0.5 * ((hz - 1000 * target[:, 4:5]) / 1200) ** 2)
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
-    spectrum = lambda x: torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n]
-    shaped = spectrum(source) * torch.tensor(gain.T) + spectrum(white) * torch.tensor(band.T)
-    wav = torch.istft(F.pad(shaped, (0, 1)), **stft).numpy()
+    filtered = sum(torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] * torch.tensor(shape.T)
+                   for x, shape in ((source, gain), (hiss * noise(), band)))
+    wav = torch.istft(F.pad(filtered, (0, 1)), **stft).numpy()
 
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
     wet = np.fft.irfft(np.fft.rfft(wav, 2 * len(wav)) * np.fft.rfft(echo, 2 * len(wav)))[:len(wav)]
-    beat = smooth(rng.standard_normal((n, 3)), 10).clip(0).T
-    music = sum(upsample(b) * np.sin(2 * np.pi * rng.uniform(40, 400) * np.arange(n * step) / RATE) for b in beat)
-    wav = wav / wav.std() + rng.uniform(0, 0.7) * wet / wet.std() + rng.choice([0, 0, 1.5]) * rng.random() * music
-    wav = mood[7] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9) * (wav + 10 ** rng.uniform(-3, -1) * noise())
+    music = sum(upsample(wander(rng, 10, n).clip(0)) * np.sin(rng.uniform(0.015, 0.15) * clock) for _ in range(3))
+    wav = wav / wav.std() + rng.uniform(0, 0.7) * wet / wet.std() + rng.choice([0, 0, 0.25]) * rng.random() * music
+    wav = mood[2] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9) * (wav + 10 ** rng.uniform(-3, -1) * noise())
     return np.clip(wav, -1, 1).astype(np.float32)
 
 
@@ -385,6 +376,14 @@ def frame_records(**columns):
     return records
 
 
+def load_records(path):
+    """A clip's file, of which only the parts that are looked at are read; ValueError if it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and prepare the data again") from None
+
+
 def moments(clips):
     """Mean and standard deviation of the motion in (T,) records, (2, 70), in one pass."""
     sums = sum(np.stack([m ** 0, m, m * m]).sum(1) for m in (clip["motion"].astype(float) for clip in clips))
@@ -396,64 +395,58 @@ class Clips(torch.utils.data.Dataset):
     """Windows of 1 + 80 consecutive frames from clips, each an array of records or the path of its .npy file.
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
-    mask (80,), false where a clip was too short and the window is filled up. For a window with NaN comes the next one
-    that shares no frame with it; ValueError where that happens to more than 1 % of them.
+    mask (80,), true: no window is cut short. For a window with NaN comes the next one that shares no frame with it;
+    ValueError where that happens to more than 1 % of them.
     """
     frames = 80                                    # Sec. 4.1.2
 
-    def __init__(self, clips, length, emotion, identity, moments):
-        self.clips, self.length, self.emotion = clips, np.array(length), np.array(emotion)
-        self.identity, self.moments = np.array(identity, np.float32), np.array(moments)
-        self.end = np.cumsum(np.maximum(self.length - self.frames, 1))     # windows up to and with each clip
-        self.audio_shape, self.asked, self.spoilt = self.records(0)["audio"].shape[1:], 0, 0
+    def __init__(self, clips, emotion, moments):
+        self.clips, self.emotion, self.moments = clips, np.array(emotion), np.array(moments)
+        sizes = np.array([self.records(k)["audio"].shape for k in range(len(clips))])        # T, L, A
+        other = (sizes[:, 1:] != sizes[0, 1:]).any(1)
+        if other.any():
+            raise ValueError(f"{clips[other.argmax()]}: other features than in {clips[0]}; prepare the data again")
+        self.length, self.audio_shape = sizes[:, 0], tuple(sizes[0, 1:].tolist())
+        self.start = np.cumsum([0, *np.maximum(self.length - self.frames, 0)])               # first window of each clip
+        self.asked = self.spoilt = 0
 
     @classmethod
     def open(cls, folder, split="train"):
         """What `python data.py` prepared, "train" or "val" clips, or "" for both; ValueError if it is damaged."""
         path = Path(folder, "manifest.json")
         try:
-            manifest = json.loads(path.read_text())
+            manifest = read_json(path)
             rows = [row for row in manifest["clips"] if split in ("", row["split"])]
-            columns = ([row[key] for row in rows] for key in ("frames", "emotion", "identity"))
-            data = cls([path.parent / row["file"] for row in rows], *columns, manifest["moments"])
-            sizes = {data.records(k)["audio"].shape[1:] for k in range(len(rows))}
-            if len(sizes) > 1:
-                raise ValueError(f"features of different sizes, {sizes}")
-            return data
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{path}: no usable {split} clips ({error!r}); prepare them: data.py --videos=DIR") from None
+            clips, emotion = ([row[key] for row in rows] for key in ("file", "emotion"))
+            return cls([path.parent / clip for clip in clips], emotion, manifest["moments"])
+        except (OSError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path}: no data set with {split} clips ({error!r}); prepare one: data.py --videos=DIR") from None
 
     def records(self, k):
-        """Clip k, (T,) records. A file is mapped anew each time: of thousands, few may be open, and only parts read."""
+        """Clip k, (T,) records. A file is mapped anew each time: of thousands, few may be open."""
         clip = self.clips[k]
-        clip = np.load(clip, mmap_mode="r", allow_pickle=False) if isinstance(clip, Path) else clip
-        if clip.shape != (self.length[k],):
-            raise ValueError(f"{self.clips[k]}: {clip.shape} records in place of {self.length[k]}; delete the file")
-        return clip
+        return load_records(clip) if isinstance(clip, Path) else clip
 
     def __len__(self):
-        return int(self.end[-1])
+        return int(self.start[-1])
 
     def __getitem__(self, i):
-        k = np.searchsorted(self.end, i, side="right")
-        first = i - (self.end[k - 1] if k else 0)
-        part = self.records(k)[first:first + 1 + self.frames]              # of a file, only these frames are read
-        window = np.zeros(1 + self.frames, part.dtype)
-        window[:len(part)] = part
-        motion, audio = (torch.tensor(window[name]).float() for name in ("motion", "audio"))
+        k = np.searchsorted(self.start, i, side="right") - 1
+        window = self.records(k)[i - self.start[k]:][:1 + self.frames]     # of a file, only these frames are read
+        motion, audio, identity = (torch.tensor(window[name]).float() for name in ("motion", "audio", "identity"))
         self.asked += 1
         if not (motion.isfinite().all() and audio.isfinite().all()):
             self.spoilt += 1
             if self.spoilt > max(10, self.asked / 100):
                 raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
             return self[(i + self.frames + 1) % len(self)]
-        return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
-                    identity=self.identity[k], mask=np.arange(1, self.frames + 1) < len(part))
+        return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k], identity=identity[0],
+                    mask=torch.ones(self.frames, dtype=torch.bool))
 
     def clip(self, k):
         """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
-        records = self.records(k)
-        return np.array(records["motion"]), records["audio"].astype(np.float32), int(self.emotion[k]), self.identity[k]
+        motion, audio, identity = (self.records(k)[name].astype(np.float32) for name in ("motion", "audio", "identity"))
+        return motion, audio, int(self.emotion[k]), identity[0]
 
 
 class ToyTalker(Clips):
@@ -464,8 +457,10 @@ class ToyTalker(Clips):
         seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
         wavs, motion, emotion, identity = zip(*(toy_clip(seed, self.T) for seed in seeds))
         self.wavs = wavs if split != "train" else None
-        made = [frame_records(motion=m, audio=log_mel(wav, self.T).numpy()) for m, wav in zip(motion, wavs)]
-        super().__init__(made, [self.T] * clips, emotion, identity, moments(made))
+        audio = (log_mel(wav, self.T).numpy() for wav in wavs)
+        made = [frame_records(motion=m, audio=a, identity=np.tile(x_c, (self.T, 1)))
+                for m, a, x_c in zip(motion, audio, identity)]
+        super().__init__(made, emotion, moments(made))
 
 
 # -------------------------------------------------------------------------------------------------------- preparation
@@ -502,10 +497,10 @@ def read_labels(path):
                          f"{' '.join(LABELS)}") from None
 
 
-def emotion_of(path, labels, votes):
-    """Emotion that the labels tell of a video, or its innermost folder that is named like one, or most of its frames."""
+def emotion_of(path, labels, otherwise):
+    """Number of the emotion that the labels tell of a video, or its innermost folder that is named like one."""
     folders = [LABELS.get(part.lower()) for part in path.parts[-2::-1] if not part.isdigit()]
-    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, int(np.bincount(votes).argmax())]
+    found = [labels.get(path.as_posix()), labels.get(path.stem), *folders, otherwise]
     return next(emotion for emotion in found if emotion is not None)
 
 
@@ -520,84 +515,79 @@ def hsemotion():
 
 
 @torch.inference_mode()
-def extract(path, face, encoder, crop, classify):
+def extract(path, face, hear, crop, classify):
     """One video -> the records of its frames. ValueError if it cannot be used."""
-    wav, parts = load_audio(path), [(torch.empty(0, M), torch.empty(0, 63), torch.empty(0).long())]
+    wav, motion, x_c, votes = load_audio(path), [], [], []
     for images in pictures(path, crop):
         heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
-        emotion = classify(images[0].numpy()) if classify else NO_EMOTION
-        parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.full((len(images),), emotion)))
-    motion, x_c, emotion = (torch.cat(column) for column in zip(*parts))
-    T = min(len(motion), len(wav) // HOP)
+        motion.append(to_motion(heads).cpu())
+        x_c.append(heads["kp"].cpu())
+        votes.append(classify(images[0].numpy()))
+    T = min(sum(map(len, motion)), len(wav) // HOP)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
     wav = wav[:T * HOP]                            # whole: what an encoder hears depends on where the sound is cut
-    mel, blocks = log_mel(wav, T), encoder.blocks if encoder else log_mel_blocks
-    audio = torch.cat([part.half() for part in blocks([wav])])
-    columns = dict(motion=motion, audio=audio, x_c=x_c, emotion=emotion, loudness=mel.mean((1, 2)))
+    identity = torch.cat(x_c)[:T].mean(0)          # of all frames: a blink or a blur in one shall not make a face
+    columns = dict(motion=torch.cat(motion)[:T], audio=torch.cat([part.half() for part in hear([wav])]),
+                   identity=identity.expand(T, 63), emotion=torch.full((T,), np.bincount(votes).argmax()),
+                   loudness=log_mel(wav, T).mean((1, 2)))
     if not all(x.isfinite().all() for x in columns.values()):
         raise ValueError(f"{path}: its motion or features hold NaN or infinity")
-    return frame_records(**{name: x[:T].numpy() for name, x in columns.items()})
+    return frame_records(**{name: x.numpy() for name, x in columns.items()})
 
 
 def write(path, content):
     """A file with these bytes, as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
-def begin(flags):
-    """The settings of a data set that is begun, or begun again: they may not change on the way."""
-    settings = {key: value for key, value in flags.items() if key not in ("data_dir", "check", "device", "labels")}
-    settings |= dict(format=1, torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
-    path = Path(flags["data_dir"], "settings.json")
-    old = json.loads(path.read_text()) if path.exists() else settings
-    new = [f"{key}={value!r}, not {old.get(key)!r}" for key, value in settings.items() if value != old.get(key)]
-    if new:
-        raise ValueError(f"{path}: begun with other settings ({'; '.join(new)}); use them, or another --data_dir")
-    write(path, json.dumps(settings, indent=1).encode())
-    return settings
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error}); the same command goes on from here") from None
 
 
 def prepare(flags):
     """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
     root, folder = Path(flags["videos"]), Path(flags["data_dir"])
-    videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file())
+    videos = sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in VIDEOS)
     if not videos:
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = read_labels(flags["labels"]) if flags["labels"] else {}
-    classify = hsemotion() if flags["emotion"] else None
-    device = flags["device"] or default_device()
+    classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
+    device, ears = flags["device"] or default_device(), flags["audio_encoder"]
     face = LivePortrait(flags["weights"], device)
-    encoder = AudioEncoder.from_pretrained(flags["audio_encoder"], device) if flags["audio_encoder"] else None
-    settings, rows, left_out = begin(flags), [], []
+    hear = AudioEncoder.from_pretrained(ears, device).blocks if ears else log_mel_blocks
+
+    path = folder / "manifest.json"
+    settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
+    settings |= dict(torch=torch.__version__, ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    manifest = read_json(path) if path.exists() else dict(settings=settings, clips=[])
+    if manifest["settings"] != settings:
+        raise ValueError(f"{path}: begun with {manifest['settings']}, not {settings}; use another --data_dir")
+    write(path, json.dumps(manifest, indent=1).encode())
+
+    rows, left_out, motion = [], [], []
     for name in tqdm(videos, "preparing", unit="video"):
-        file = f"clips/{name.as_posix()}.npy"
+        file = folder / "clips" / f"{name}.npy"
         try:
-            if not (folder / file).exists():
+            if not file.exists():
                 buffer = io.BytesIO()              # np.save into a file would not notice a full disk
-                np.save(buffer, extract(root / name, face, encoder, flags["crop"], classify))
-                write(folder / file, buffer.getvalue())
-            clip = np.load(folder / file, mmap_mode="r", allow_pickle=False)
-            identity = clip["x_c"].mean(0, dtype=float)                    # a blink or a blur shall not make a face
-            rows.append(dict(file=file, frames=len(clip), emotion=emotion_of(name, labels, clip["emotion"]),
-                             identity=identity.tolist(), split="train"))
+                np.save(buffer, extract(root / name, face, hear, flags["crop"], classify))
+                write(file, buffer.getvalue())
+            emotion = emotion_of(name, labels, int(load_records(file)["emotion"][0]))
+            split = "val" if len(rows) % 20 == 1 else "train"
+            rows.append(dict(file=file.relative_to(folder).as_posix(), emotion=emotion, split=split))
         except ValueError as error:
             left_out.append(error)
-        except OSError as error:
-            raise OSError(f"{folder / file}: could not be written ({error}); the same command goes on from here") from None
     for error in left_out:
         print(f"left out: {error}", file=sys.stderr)
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
-    lots = sorted((zlib.crc32(os.fsencode(row["file"])), k) for k, row in enumerate(rows))       # drawn once and for ever
-    for _, k in lots[:min(len(rows) - 1, max(1, len(rows) // 20))]:
-        rows[k]["split"] = "val"
-    train = moments(np.load(folder / row["file"], mmap_mode="r") for row in rows if row["split"] == "train")
-    write(folder / "manifest.json", json.dumps(dict(settings=settings, clips=rows, moments=train.tolist()), indent=1).encode())
-    print(f"{folder}: {len(rows)} clips, {sum(row['frames'] for row in rows) / 90_000:.2f} h; {len(left_out)} left out")
+    train = (load_records(folder / row["file"]) for row in rows if row["split"] == "train")
+    manifest = dict(settings=settings, clips=rows, moments=moments(train).tolist())
+    write(path, json.dumps(manifest, indent=1).encode())
+    print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out")
 
 
 def voice_lag(mouth, loud, reach=15):
@@ -613,19 +603,18 @@ def voice_lag(mouth, loud, reach=15):
 def check(folder):
     """Print what a data set holds next to what the released model was trained on, and the clips that look wrong."""
     data = Clips.open(folder, split="")
-    hours, counts = data.length.sum() / 90_000, np.bincount(data.emotion, minlength=len(EMOTIONS))
-    print(f"{folder}: {len(data.length)} clips, {hours:.2f} h, {len(data)} windows of {data.frames} frames")
-    print("emotions:", ", ".join(f"{name} {n}" for name, n in zip(EMOTIONS, counts) if n))
+    print(f"{folder}: {len(data.clips)} clips, {data.length.sum() / 90_000:.2f} h, {len(data)} windows")
+    print("emotions:", ", ".join(f"{name} {n}" for k, name in enumerate(EMOTIONS) if (n := sum(data.emotion == k))))
     for name, (channel, *published) in PUBLISHED.items():
         print("{:6}{:9.4f} +- {:7.4f}, published {:9.4f} +- {:7.4f}".format(name, *data.moments[:, channel], *published))
     for k, path in enumerate(data.clips):
-        clip = data.records(k)
-        lag, fit = voice_lag(clip["motion"][:, MOUTH], clip["loudness"])
+        motion = data.records(k)["motion"]
+        lag, fit = voice_lag(motion[:, MOUTH], data.records(k)["loudness"])
         if fit > 0.3 and abs(lag) > 3:
             print(f"look at {path}: the voice follows the lips by {lag:+d} frames (correlation {fit:.2f})")
         for name, (channel, mean, std) in PUBLISHED.items():
-            if abs(clip["motion"][:, channel].mean() - mean) > 4 * std:
-                print(f"look at {path}: {name} {clip['motion'][:, channel].mean():.4g} on average")
+            if abs(motion[:, channel].mean() - mean) > 4 * std:
+                print(f"look at {path}: {name} {motion[:, channel].mean():.4g} on average")
 
 
 def main(argv):
@@ -646,8 +635,8 @@ def parse_flags(doc, argv, defaults={}):
     """
     def literal(text):
         try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+            return json.loads(text.lower())                                # a number, or a bool
+        except ValueError:
             return text
     flags = {name: literal(text) for name, text in re.findall(r"^ +--(\w+)=(\S*)", doc, re.M)} | defaults
     if {"-h", "--help"} & set(argv):
