@@ -131,7 +131,7 @@ def build(flags, cfg, data, device):
     if flags["stats"]:
         load_statistics(model, flags["stats"])
     elif source in ("scratch", "resume"):
-        model.mean[:], model.std[:] = (torch.as_tensor(x) for x in data.statistics())
+        model.mean[:], model.std[:] = torch.as_tensor(data.moments)
     model.checkpointing = flags["checkpointing"]
     model.to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(flags["ema"])) if flags["ema"] else None
