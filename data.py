@@ -10,8 +10,8 @@ Flags and what they are without being given:
     --weights=               folder of LivePortrait's weights
     --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT; log-mel features without one
     --crop=                  the square around the face: x,y,size in pixels; the largest in the centre without
-    --labels=                csv file that begins with the line clip,emotion
-    --emotion=               hsemotion: that classifier labels what neither the csv file nor a folder's name does
+    --labels=                csv file that begins with the line clip,emotion; a clip is a path, a name or a folder
+    --emotion=               hsemotion (pip install hsemotion-onnx) labels what neither that file nor a folder's name does
     --check=False            look at the data set
     --device=                cuda if there is one
 
@@ -100,8 +100,7 @@ def log_mel_blocks(pieces):
         wav = np.concatenate([past, block, np.zeros(BLOCK * HOP - len(block), np.float32)])
         windows = np.lib.stride_tricks.sliding_window_view(wav, width)[::step] * taper
         power = np.abs(np.fft.rfft(windows, 512)) ** 2 / taper.sum() ** 2
-        mel = np.log1p(1e5 * power @ MEL) / 4
-        yield torch.from_numpy(mel.astype(np.float32)).reshape(BLOCK, 1, -1)[:-(-len(block) // HOP)]
+        yield torch.tensor(np.log1p(1e5 * power @ MEL) / 4).float().view(BLOCK, 1, -1)[:-(-len(block) // HOP)]
         past = wav[-len(past):]
 
 
@@ -291,8 +290,7 @@ def toy_articulation(rng, n, rate):
     stress = rng.uniform(0.75, 1.25, count)
     phones[:, 1, [2, 6]] *= stress[:, None]
     phones[:, 1, 9] = np.maximum(0, stress - 1)
-    phones[:, :3, 5] *= rng.uniform(0.8, 1.25, (count, 3)) / rate
-    phones[:, 3, 5] *= rng.uniform(0.3, 1.8, count)
+    phones[..., 5] *= rng.uniform((0.8, 0.8, 0.8, 0.3), (1.25, 1.25, 1.25, 1.8), (count, 4)) / rate
     phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
     ends = np.cumsum(phones[:, 5])
     return phones[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
@@ -355,8 +353,7 @@ def opened(clip):
 
 def moments(clips):
     """Mean and standard deviation of the motion of clips, (2, 70), in one pass."""
-    motions = (opened(clip)["motion"].double() for clip in clips)
-    sums = sum(torch.stack([m ** 0, m, m * m]).sum(1) for m in motions)
+    sums = sum(torch.stack([m ** 0, m, m * m]).sum(1) for m in (opened(clip)["motion"].double() for clip in clips))
     mean, square = sums[1:] / sums[0]
     return torch.stack([mean, (square - mean ** 2).clamp(min=0).sqrt()])
 
@@ -449,8 +446,7 @@ def pictures(path, crop, batch=16):
 
 
 def read_labels(path):
-    """csv file, columns clip and emotion -> {clip: number}. A clip is a path below --videos, or a name without suffix,
-    or a folder."""
+    """csv file -> {clip: number}; a clip is a path below --videos, a name without suffix, or a folder."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
@@ -468,19 +464,17 @@ def hsemotion():
 @torch.inference_mode()
 def extract(path, face, hear, crop, classify):
     """One video -> the tensors of its clip. ValueError if it cannot be used."""
-    wav, motion, x_c, votes = load_audio(path), [], [], []
+    wav, parts = load_audio(path), []
     for images in pictures(path, crop):
         heads = motion_heads(face.M, images.to(face.device).movedim(-1, 1) / 255)
-        motion.append(to_motion(heads).cpu())
-        x_c.append(heads["kp"].cpu())
-        votes.append(classify(images[0].numpy()))
-    T = min(sum(map(len, motion)), len(wav) // HOP)
+        parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.tensor([classify(images[0].numpy())])))
+    motion, x_c, votes = map(torch.cat, zip(*parts))
+    T = min(len(motion), len(wav) // HOP)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
     # whole, for what an encoder hears depends on where the sound is cut; the face of all frames, for one may be a blur
-    clip = dict(motion=torch.cat(motion)[:T], audio=torch.cat([part.half() for part in hear([wav[:T * HOP]])]),
-                identity=torch.cat(x_c)[:T].mean(0), loudness=log_mel(wav, T).mean((1, 2)),
-                emotion=torch.tensor(votes).mode().values)
+    clip = dict(motion=motion[:T].clone(), audio=torch.cat([part.half() for part in hear([wav[:T * HOP]])]),
+                identity=x_c[:T].mean(0), loudness=log_mel(wav, T).mean((1, 2)), emotion=votes.mode().values)
     if not all(x.isfinite().all() for x in clip.values()):
         raise ValueError(f"{path}: its motion or features hold NaN or infinity")
     return clip
@@ -503,7 +497,7 @@ def prepare(flags):
     path = folder / "manifest.pt"
     manifest = read_tensors(path) if path.exists() else dict(settings=settings)
     if manifest.get("settings") != settings:
-        raise ValueError(f"{path}: begun with other settings, {manifest.get('settings')}; use them, or another --data_dir")
+        raise ValueError(f"{path}: begun with other settings, {manifest.get('settings')}; use another --data_dir")
     save(path, manifest)
 
     rows, left_out = [], []
