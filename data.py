@@ -11,7 +11,7 @@ Flags and what they are without being given:
     --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT; log-mel features without one
     --crop=                  the square around the face: x,y,size in pixels; the largest in the centre without
     --labels=                csv file that begins with the line clip,emotion; a clip is a path, a name or a folder
-    --emotion=               hsemotion (pip install hsemotion-onnx) labels what neither that file nor a folder's name does
+    --emotion=               hsemotion, of pip install hsemotion-onnx, labels what neither file nor folder does
     --check=False            look at the data set
     --device=                cuda if there is one
 
