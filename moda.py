@@ -392,6 +392,7 @@ def smooth_pose(motion, before):
 def save(path, state, keep=""):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(f"{path}.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -403,10 +404,10 @@ def save(path, state, keep=""):
         raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None
 
 
-def read_tensors(path, advice="fetch it again"):
+def read_tensors(path, advice="fetch it again", mmap=False):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {advice}") from None
     except Exception as error:                                             # truncated, foreign, or a pickle with code

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import sample
 from data import Clips, ToyTalker, UsageError, default_device, parse_flags, run
-from moda import ALSE, PRESETS, Config, MoDA, draw, load_statistics, losses, read_tensors, save
+from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 MODELS = {"moda": MoDA, "alse": ALSE}
@@ -91,7 +91,7 @@ def build(flags, cfg, data, device):
     elif model.std.eq(1).all():                                            # it has none yet
         model.mean[:], model.std[:] = torch.as_tensor(data.moments)
     for block in model.modules():
-        if flags["checkpointing"] and hasattr(block, "n_mod"):          # a transformer block
+        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
 

@@ -5,7 +5,6 @@
 Makes data sets of random numbers with log-mel (1 x 160) and with wav2vec 2.0 (12 x 768) features below data_dir. Toy
 training takes about 50 windows a second.
 """
-import json
 import os
 import shutil
 import sys
@@ -21,14 +20,12 @@ from data import Clips, parse_flags, run
 
 
 def make(folder, clips, frames, features):
-    rng = np.random.default_rng(0)
-    rows = [dict(name=f"{k}.mp4", frames=frames, emotion=8, identity=[0.0] * 63, split="train") for k in range(clips)]
+    (folder / "clips").mkdir(parents=True)
+    rows = [dict(file=f"clips/{k}.pt", emotion=8, split="train") for k in range(clips)]
     for row in rows:
-        clip = folder / "clips" / row["name"]
-        clip.mkdir(parents=True)
-        np.save(clip / "motion.npy", rng.standard_normal((frames, 70), np.float32))
-        np.save(clip / "audio.npy", rng.standard_normal((frames, *features), np.float32).astype(np.float16))
-    (folder / "manifest.json").write_text(json.dumps(dict(settings={}, clips=rows, moments=[[0] * 70, [1] * 70])))
+        clip = dict(motion=torch.randn(frames, 70), audio=torch.randn(frames, *features).half(), identity=torch.zeros(63))
+        torch.save(clip, folder / row["file"])
+    torch.save(dict(clips=rows, moments=torch.ones(2, 70)), folder / "manifest.pt")
 
 
 def memory(kind):

@@ -111,3 +111,11 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
             AudioEncoder.from_pretrained(path)
     with pytest.raises(ValueError, match="no such file"):
         AudioEncoder.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_broken_config_is_named(tmp_path, name):
+    for text in ("", "{", "[1]"):
+        (write(tmp_path, SMALL) / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}: not readable as JSON"):
+            AudioEncoder.from_pretrained(tmp_path)
