@@ -3,8 +3,8 @@
 Letters: B images, T frames; x_c (21, 3) canonical keypoints, x right, y down, z inward, the image spans -1..1.
 Motion is in LivePortrait units: 63 expression offsets, scale, translation, pitch, yaw, roll in degrees.
 """
-import contextlib
 import ctypes
+import platform
 from collections import namedtuple
 from pathlib import Path
 
@@ -151,14 +151,13 @@ class Weights:
             b = self.take(f"{name}.bias", n) if bias else torch.zeros(n)
             if norm:
                 mean, var, scale, shift = (self.take(f"{norm}.{key}", n) for key in BATCH_NORM)
-                scale = scale / (var + 1e-5).sqrt()
-                weight, b = torch.einsum("n...,n->n...", weight, scale), (b - mean) * scale + shift
+                weight, b = torch.nn.utils.fuse_conv_bn_weights(weight, b, mean, var, 1e-5, scale, shift)
             return (spread(weight, up) if up > 1 else weight), b
 
         weight, b = self.once(name, x, make)
-        stride, padding = ([stride] * dims, [0] * dims) if stride else ((1, up, up)[-dims:], [k // 2] * dims)
-        # the two- and three-dimensional, plain and transposed convolution: dilation 1, transposed, output padding 0
-        return torch.convolution(x.to(weight.dtype), weight, b, stride, padding, [1] * dims, up > 1, [0] * dims, groups)
+        stride, padding = ([stride], 0) if stride else ((1, up, up)[-dims:], k // 2)
+        # of one, two or three dimensions, plain or transposed: dilation 1, transposed, output padding 0
+        return torch.convolution(x.to(weight.dtype), weight, b, stride, [padding], [1], up > 1, [0], groups)
 
     def block(self, x, name, n, up=1):
         return F.relu_(self.conv(x, f"{name}.conv", n, norm=f"{name}.norm", up=up))
@@ -248,19 +247,18 @@ def warp(net, f, x_s, x_d):
 
 
 def spade(net, name, x, h):
-    """x (1 + gamma) + beta, both made from the warped feature h; x is normalised. In place to spare memory."""
+    """x, normalised, (1 + gamma) + beta, both made from the warped feature h. In place to spare memory."""
     a = F.relu_(net.conv(h, f"{name}.mlp_shared.0", 128, up=x.size(-1) // h.size(-1)))
     gamma, beta = (net.conv(a, f"{name}.mlp_{which}", x.size(1)) for which in ("gamma", "beta"))
-    return beta.addcmul_(x, gamma.add_(1))
+    return beta.addcmul_(F.instance_norm(x), gamma.add_(1))
 
 
 def spade_block(net, name, x, h, n):
     """skip + conv_1 lrelu spade_1 conv_0 lrelu spade_0 x, to n channels."""
-    normed = F.instance_norm(x)
-    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_0", normed, h), 0.2), f"{name}.conv_0", min(x.size(1), n))
-    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_1", F.instance_norm(dx), h), 0.2), f"{name}.conv_1", n)
+    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_0", x, h), 0.2), f"{name}.conv_0", min(x.size(1), n))
+    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_1", dx, h), 0.2), f"{name}.conv_1", n)
     if x.size(1) != n:
-        x = net.conv(spade(net, f"{name}.norm_s", normed, h), f"{name}.conv_s", n, k=1, bias=False)
+        x = net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
     return dx.add_(x)
 
 
@@ -282,36 +280,27 @@ def stitching(net, x_s, x_d):
     return x_d + o[:, :63].unflatten(1, (21, 3)) + F.pad(o[:, None, 63:], (0, 1))    # o[63:]: one shift in x and y
 
 
-def keep_big_blocks():
-    """glibc hands every large block back to the system and pays page faults for the next one; let it keep them.
-
-    Worth a fifth of the time per frame on a CPU. Other C libraries have no mallopt and need none of this.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-4, 0)                                   # M_MMAP_MAX: no block of its own mapping
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                           # M_TRIM_THRESHOLD: keep what is free
-
-
 class LivePortrait:
     """LivePortrait with the public weights, from the folder that holds base_models; ValueError names what is wrong."""
 
     def __init__(self, weights_dir, device="cpu", dtype=torch.float32):
-        keep_big_blocks()
+        if platform.libc_ver()[0] == "glibc":      # large blocks: no mapping of their own (M_MMAP_MAX), kept when freed
+            ctypes.CDLL(None).mallopt(-4, 0)       # (M_TRIM_THRESHOLD), or a fifth of a CPU's time goes in page faults
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
         root, self.device = Path(weights_dir), torch.device(device)
         root = root / "liveportrait" if (root / "liveportrait").is_dir() else root
         if "animals" in root.name:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
 
-        def load(file, *args, part="", **options):
+        def load(file, network, *shapes, **options):
             tensors = read_tensors(root / file, GET)
-            tensors = tensors.get(part, {}) if part else tensors
-            return Weights(root / file, tensors, *args, advice=GET, device=self.device, **options)
-        image, x, f_s, h = (1, 3, 256, 256), (1, 21, 3), (1, 32, 16, 64, 64), (1, 256, 64, 64)
-        self.F = load("base_models/appearance_feature_extractor.pth", appearance, image)
-        self.M = load("base_models/motion_extractor.pth", motion_heads, image)
-        self.W = load("base_models/warping_module.pth", warp, f_s, x, x, dtype=dtype)
-        self.G = load("base_models/spade_generator.pth", generate, h, dtype=dtype)
-        self.S = load("retargeting_models/stitching_retargeting_module.pth", stitching, x, x, part="retarget_shoulder")
+            tensors = tensors.get("retarget_shoulder", tensors)            # the last file holds three networks
+            return Weights(root / file, tensors, network, *shapes, advice=GET, device=self.device, **options)
+        self.F = load("base_models/appearance_feature_extractor.pth", appearance, (1, 3, 256, 256))
+        self.M = load("base_models/motion_extractor.pth", motion_heads, (1, 3, 256, 256))
+        self.W = load("base_models/warping_module.pth", warp, (1, 32, 16, 64, 64), (1, 21, 3), (1, 21, 3), dtype=dtype)
+        self.G = load("base_models/spade_generator.pth", generate, (1, 256, 64, 64), dtype=dtype)
+        self.S = load("retargeting_models/stitching_retargeting_module.pth", stitching, (1, 21, 3), (1, 21, 3))
 
     @torch.inference_mode()
     def source(self, image):
@@ -340,62 +329,54 @@ class LivePortrait:
 
 # ----------------------------------------------------------------------------------------------------------- a sketch
 
-# where a made-up face has LivePortrait's 21 points
+# where a made-up face has LivePortrait's 21 points, and which are each other's mirror image
 FACE = np.array([
     (0, -.40, 0), (-.14, -.16, -.08), (.14, -.16, -.08), (-.20, .08, -.05), (-.29, -.06, .10), (0, .75, .20),
     (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10), (-.125, -.075, -.09),
     (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09), (.125, -.035, -.09),
     (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
-TWIN = {1: 2, 3: 7, 4: 10, 11: 15, 13: 16}          # right-hand partners of points on the left
-# a drawing enlarges what is small: brows (whose two points move in opposite senses), lids, corners of the mouth
-GAIN = np.ones((21, 2))
-GAIN[[1, 2], 1], GAIN[[11, 15], 1], GAIN[[14, 20], 1] = (-3, 3), 3, (1.5, 3)
-# outlines from back to front: a colour, then corners as a point of the face and how far from it
-HEAD = [line.split(maxsplit=1) for line in """
-    #3e2b26 4 -.06 .20  4 -.10 -.12  0 -.26 -.12  0 .26 -.12  10 .10 -.12  10 .06 .20
-    #e2ae92 4 -.06 -.06  4 .06 -.06  4 .06 .16  4 -.02 .16
-    #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 10 .03 -.1 10 .02 .16 7 .03 .26 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
-    #fcfaf6 13 -.09 -.02  13 -.045 -.07  13 .045 -.07  13 .09 -.02  13 .045 .03  13 -.045 .03
-    #407688 13 -.04 -.06  13 .04 -.06  13 .04 .02  13 -.04 .02
-    #1a181e 13 -.02 -.04  13 .02 -.04  13 .02 0  13 -.02 0
-    #f2c8ac 11 -.12 .05  11 -.11 -.13  11 .11 -.13  11 .12 .05  11 .05 -.01  11 -.05 -.01
-    #70463c 11 -.11 .044  11 -.05 -.022  11 .05 -.022  11 .11 .044  11 .05 -.002  11 -.05 -.002
-    #3e2b26 1 -.11 .03  1 -.04 -.03  1 .09 -.01  1 .09 .03  1 -.04 0
-    #e2ae92 9 -.02 -.08  9 .02 -.08  9 .06 .03  9 0 .05  9 -.06 .03
-    #581c24 14 -.01 0  17 0 0  20 .01 0  19 .08 0  19 -.08 0
-    #faf6f0 17 -.07 -.01  17 .07 -.01  17 .06 .03  17 -.06 .03
-    #cc6866 14 -.03 0  17 -.05 -.03  17 0 -.014  17 .05 -.03  20 .03 0  17 .05 .018  17 -.05 .018
-    #cc6866 14 -.02 0  19 -.06 -.022  19 .06 -.022  20 .02 0  19 .06 .028  19 -.06 .028
-    #3e2b26 4 -.05 -.08  4 -.06 -.18  0 -.22 -.1  0 .22 -.1  10 .06 -.18  10 .05 -.08  0 .2 .12  0 .06 .06  0 -.16 .12
-    """.strip().splitlines()]
+TWIN = [0, 2, 1, 7, 10, 5, 6, 3, 8, 9, 4, 15, 12, 16, 20, 11, 13, 17, 18, 19, 14, 23, 22, 21]   # then right, down, left
+# a drawing enlarges what is small: y of the brows (whose points move in opposite senses), of lids and corners of the
+# mouth; and turns the depth of 17 and 20 into width, since rounded lips are narrow and spread ones wide
+GAIN = torch.eye(M)
+GAIN.diagonal()[[4, 7, 34, 46, 43, 61]] = torch.tensor([-3.0, 3, 3, 3, 1.5, 3])
+GAIN[[53, 62, 53, 62], [42, 42, 60, 60]] = torch.tensor([-3.0, 1, 3, -1])
 
 
-def rounded(corners):
-    """A closed curve (8 n, 2) near its corners (n, 2): cut them off, three times (Chaikin)."""
-    for _ in range(3):
-        ahead = np.roll(corners, -1, 0)
-        corners = np.stack([3 * corners + ahead, corners + 3 * ahead], 1).reshape(-1, 2) / 4
-    return corners
+def outline(corners):
+    """ "point right down ...": corners as a point and how far from it -> the smooth closed curve that they pull."""
+    point, right, down = np.array(corners.split(), float).reshape(-1, 3).T
+    corners = np.column_stack([np.eye(21)[point.astype(int)], right, down, 0 * down]).repeat(8, 0)
+    return sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))         # a quadratic spline (8 n, 24)
+
+
+# from back to front; each is drawn once more as its mirror image
+HEAD = [
+    ("#e2ae92", outline("4 -.05 -.08  4 .06 -.08  4 .06 .18  4 -.02 .18")),
+    ("#f2c8ac", outline("4 -.03 -.1  0 -.24 0  0 .24 0  10 .03 -.1  10 .02 .16  7 .03 .26  19 .11 .24  19 -.11 .24  3 -.03 .26  4 -.02 .16")),
+    ("#fcfaf6", outline("13 -.09 -.02  13 -.045 -.07  13 .045 -.07  13 .09 -.02  13 .045 .03  13 -.045 .03")),
+    ("#407688", outline("13 -.04 -.06  13 .04 -.06  13 .04 .02  13 -.04 .02")),
+    ("#1a181e", outline("13 -.02 -.04  13 .02 -.04  13 .02 0  13 -.02 0")),
+    ("#f2c8ac", outline("11 -.12 .05  11 -.11 -.13  11 .11 -.13  11 .12 .05  11 .05 -.01  11 -.05 -.01")),
+    ("#70463c", outline("11 -.11 .044  11 -.05 -.022  11 .05 -.022  11 .11 .044  11 .05 -.002  11 -.05 -.002")),
+    ("#3e2b26", outline("1 -.11 .03  1 -.04 -.03  1 .09 -.01  1 .09 .03  1 -.04 0")),
+    ("#e2ae92", outline("9 -.02 -.08  9 .02 -.08  9 .06 .03  9 0 .05  9 -.06 .03")),
+    ("#581c24", outline("14 -.01 0  17 0 0  20 .01 0  19 .08 0  19 -.08 0")),
+    ("#faf6f0", outline("17 -.07 -.01  17 .07 -.01  17 .06 .03  17 -.06 .03")),
+    ("#cc6866", outline("14 -.03 0  17 -.05 -.03  17 0 -.014  17 .05 -.03  20 .03 0  17 .05 .018  17 -.05 .018")),
+    ("#cc6866", outline("14 -.02 0  19 -.06 -.022  19 .06 -.022  20 .02 0  19 .06 .028  19 -.06 .028")),
+    ("#3e2b26", outline("4 -.03 .04  4 -.09 -.2  0 -.22 -.14  0 .1 -.12  0 .1 .06  0 -.16 .12  4 .02 -.1")),
+]
 
 
 class Sketch:
     """A drawn face for canonical keypoints laid out like FACE. Same two methods as LivePortrait, and no weights."""
 
     def __init__(self):
-        sky = np.linspace((228, 236, 236), (178, 204, 208), 2 * SIZE)[:, None].repeat(2 * SIZE, 1)
-        self.background = Image.fromarray(sky.astype(np.uint8))            # twice the size, for smooth edges
-        self.draw(self.background, "#3a5c80", np.array([(-.75, 1.2), (-.6, .62), (0, .5), (.6, .62), (.75, 1.2)]))
-        self.draw(self.background, "#e2ae92", np.array([(-.17, .2), (.17, .2), (.2, .68), (0, .78), (-.2, .68)]))
-        self.shapes = []
-        for paint, corners in HEAD:
-            points, offsets = np.split(np.array(corners.split(), float).reshape(-1, 3), [1], 1)
-            points = points[:, 0].astype(int)
-            self.shapes.append((paint, points, offsets))
-            if set(points) <= set(TWIN):
-                self.shapes.append((paint, [TWIN[k] for k in points], offsets * (-1, 1)))
-
-    def draw(self, image, paint, corners):
-        ImageDraw.Draw(image).polygon([tuple(p) for p in (rounded(corners) + 1) * SIZE], paint)
+        # twice the size, for smooth edges
+        self.scene = ImageOps.colorize(Image.linear_gradient("L"), "#e4ecec", "#b2ccd0").resize((2 * SIZE, 2 * SIZE))
+        ImageDraw.Draw(self.scene).ellipse((160, 790, 864, 1400), "#3a5c80")
+        ImageDraw.Draw(self.scene).ellipse((425, 600, 599, 890), "#e2ae92")
 
     def source(self, image=None, x_c=FACE):
         """The face at rest; `image` is not looked at."""
@@ -404,15 +385,12 @@ class Sketch:
 
     def frames(self, source, motion, **unused):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
-        x_c = source.x_c.view(21, 3).double().numpy()
-        for m in checked(motion).double():
-            R, s, t = rotation(*m[ROT, None])[0].numpy(), m[SCALE].item(), m[64:66].numpy()
-            d = m[EXP].view(21, 3).numpy()
-            wide = 3 * d[17, 2] - d[20, 2]                                 # rounded lips are narrow, spread ones wide
-            delta = GAIN * d[:, :2]
-            delta[[14, 20], 0] += -wide, wide
-            image = self.background.copy()
-            for paint, points, offsets in self.shapes:
-                corners = x_c[points] + np.pad(offsets, ((0, 0), (0, 1)))
-                self.draw(image, paint, s * ((corners @ R)[:, :2] + delta[points]) + t)      # Eq. 3
+        motion = checked(motion) @ GAIN
+        points = keypoints(source.x_c.view(1, 21, 3), motion)
+        axes = motion[:, SCALE, None] * rotation(*motion[:, ROT].T)[:, :2]
+        for frame in torch.cat([points, axes, -axes[:, :1]], 1)[..., :2].numpy():        # (24, 2)
+            image = self.scene.copy()
+            for paint, curve in HEAD:
+                for side in (frame, frame[TWIN]):
+                    ImageDraw.Draw(image).polygon(list((curve @ side + 1).ravel() * SIZE), paint)
             yield np.asarray(image.reduce(2))
