@@ -17,7 +17,7 @@ from moda import EXP, M, ROT, SCALE, TRANS, read_tensors
 
 SIZE = 512                                         # pixels of a rendered frame, height and width
 GET = "get it with: huggingface-cli download KwaiVGI/LivePortrait --local-dir pretrained_weights"
-
+BATCH_NORM = "running_mean", "running_var", "weight", "bias"
 
 # a portrait, split: appearance f_s (B, 32, 16, 64, 64), canonical keypoints x_c (B, 63), motion (B, 70)
 Source = namedtuple("Source", "f_s x_c motion")
@@ -44,9 +44,8 @@ def relative(motion, portrait, neutral):
     R = R @ R_0.mT @ R_s
     roll, yaw, pitch = R[:, 0, 1].atan2(R[:, 0, 0]), -R[:, 0, 2].clamp(-1, 1).asin(), R[:, 1, 2].atan2(R[:, 2, 2])
     moved = portrait + motion - neutral
-    moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
-    moved[:, ROT] = torch.rad2deg(torch.stack([pitch, yaw, roll], 1))
-    return moved
+    scale, angles = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE], torch.stack([pitch, yaw, roll], 1)
+    return torch.cat([moved[:, EXP], scale, moved[:, TRANS], torch.rad2deg(angles)], 1)
 
 
 def checked(motion):
@@ -98,16 +97,13 @@ def paste_back(frames, image, box, longest=1280):
 # Five frozen networks, each a function of its file's weights. An image is (B, 3, H, W) in 0..1, a volume
 # (B, C, 16, H, W); everything is padded with zeros, and upsampled by repeating pixels.
 
-BATCH_NORM = "running_mean", "running_var", "weight", "bias"
-
-
 class Weights:
     """The weights of one file, ready for `network`. A dry run of it on meta tensors of `shapes` looks every key up,
     checks its shape and folds what can be folded; nothing may be left over. ValueError names the file and the key."""
 
     def __init__(self, path, tensors, network, *shapes, advice, device="cpu", dtype=torch.float32):
         self.path, self.advice, self.device, self.dtype, self.ready = path, advice, torch.device(device), dtype, {}
-        self.tensors = {key.removeprefix("module."): value for key, value in tensors.items()
+        self.tensors = {key.removeprefix("module.").removeprefix("detector."): value for key, value in tensors.items()
                         if not key.endswith("num_batches_tracked")}
         network(self, *(torch.empty(shape, device="meta") for shape in shapes))
         if self.tensors:
@@ -136,12 +132,8 @@ class Weights:
         return F.layer_norm(x, x.shape[-1:], *self.plain(name, x, weight=x.shape[-1:], bias=x.shape[-1:]), eps=eps)
 
     def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
-        """Nearest upsampling by `up` in height and width, convolution to n channels and BatchNorm `norm`, all in one.
-
-        The kernel slides over a padded input; with `stride`, over the input as it is.
-        """
+        """Nearest upsampling by `up`, convolution to n channels, BatchNorm `norm`; it pads, unless there is a `stride`."""
         dims = x.ndim - 2
-
         def make():
             spectral = f"{name}.weight_orig" in self.tensors
             weight = self.take(f"{name}.weight{'_orig' * spectral}", n, x.size(1) // groups, *[k] * dims)
@@ -153,7 +145,6 @@ class Weights:
                 mean, var, scale, shift = (self.take(f"{norm}.{key}", n) for key in BATCH_NORM)
                 weight, b = torch.nn.utils.fuse_conv_bn_weights(weight, b, mean, var, 1e-5, scale, shift)
             return (spread(weight, up) if up > 1 else weight), b
-
         weight, b = self.once(name, x, make)
         stride, padding = ([stride], 0) if stride else ((1, up, up)[-dims:], k // 2)
         # of one, two or three dimensions, plain or transposed: dilation 1, transposed, output padding 0
@@ -164,8 +155,7 @@ class Weights:
 
 
 def spread(weight, up):
-    """Kernel of the transposed convolution that equals nearest upsampling by `up`, then `weight`: each tap moves on by
-    0 .. up - 1 pixels. 16 products in place of 36 for up = 2, and 36 in place of 144 for up = 4."""
+    """`weight` after upsampling by `up`, as one transposed convolution: 16 products, not 36, for up = 2, 36 for 144."""
     weight = weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1)
     return F.avg_pool3d(F.pad(weight, [up - 1] * 4), (1, up, up), stride=1) * up ** 2
 
@@ -186,21 +176,20 @@ def appearance(net, image):
 def motion_heads(net, image):
     """M, a ConvNeXt V2: image (B, 3, 256, 256) -> dict of raw heads."""
     conv = lambda x, *args, **options: net.conv(x.movedim(-1, 1), *args, **options).movedim(1, -1)
-    down = "detector.downsample_layers"
-    x = net.layer_norm(conv(image.movedim(1, -1), f"{down}.0.0", 96, k=4, stride=4), f"{down}.0.1")  # (B, H, W, C)
-    for stage, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
-        if stage > 0:
-            x = conv(net.layer_norm(x, f"{down}.{stage}.0"), f"{down}.{stage}.1", n, k=2, stride=2)
-        for name in [f"detector.stages.{stage}.{i}" for i in range(depth)]:
+    x = net.layer_norm(conv(image.movedim(1, -1), "downsample_layers.0.0", 96, k=4, stride=4), "downsample_layers.0.1")
+    for s, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
+        if s > 0:
+            x = conv(net.layer_norm(x, f"downsample_layers.{s}.0"), f"downsample_layers.{s}.1", n, k=2, stride=2)
+        for name in [f"stages.{s}.{i}" for i in range(depth)]:
             y = net.layer_norm(conv(x, f"{name}.dwconv", n, k=7, groups=n), f"{name}.norm")
             y = F.gelu(net.linear(y, f"{name}.pwconv1", 4 * n))
             size = y.norm(dim=(1, 2), keepdim=True)                        # global response normalisation
             gamma, beta = net.plain(f"{name}.grn", x, gamma=(1, 1, 1, 4 * n), beta=(1, 1, 1, 4 * n))
             y = y + gamma * (y * size / (size.mean(-1, keepdim=True) + 1e-6)) + beta
             x = x + net.linear(y, f"{name}.pwconv2", n)
-    x = net.layer_norm(x.mean((1, 2)), "detector.norm")
+    x = net.layer_norm(x.mean((1, 2)), "norm")
     sizes = dict(kp=63, exp=63, scale=1, t=3, pitch=66, yaw=66, roll=66)
-    return {head: net.linear(x, f"detector.fc_{head}", n) for head, n in sizes.items()}
+    return {head: net.linear(x, f"fc_{head}", n) for head, n in sizes.items()}
 
 
 def to_motion(heads):
@@ -217,13 +206,11 @@ def dense_motion(net, f, x_s, x_d):
     # exp(-|grid - x|^2 / 0.02), a product of three
     heat = lambda x: torch.einsum("bnd,bnh,bnw->bndhw", *(
         torch.exp(-50 * (axis - x[..., 2 - i, None]) ** 2) for i, axis in enumerate(axes)))
-
     c = F.relu(net.conv(f, f"{name}.compress", 4, k=1, norm=f"{name}.norm"))
     grids = (grid + shift[:, :, None, None, None]).flatten(1, 2)           # (B, 22 * 16, 64, 64, 3)
     # the grid has its end points, yet is read as if it had none (align_corners): so the weights were trained
     sampled = F.grid_sample(c.float(), grids, align_corners=False).unflatten(2, (22, 16)).transpose(1, 2)
     heatmaps = F.pad(heat(x_d) - heat(x_s), (0, 0, 0, 0, 0, 0, 1, 0))      # (B, 22, 16, 64, 64)
-
     # the hourglass; the keypoints stay side by side: of its 110 channels 5 n + 0 is the heat of n
     skips = [torch.cat([heatmaps[:, :, None], sampled], 2).flatten(1, 2)]
     for i, n in enumerate((64, 128, 256, 512, 1024)):
@@ -284,9 +271,9 @@ class LivePortrait:
     """LivePortrait with the public weights, from the folder that holds base_models; ValueError names what is wrong."""
 
     def __init__(self, weights_dir, device="cpu", dtype=torch.float32):
-        if platform.libc_ver()[0] == "glibc":      # large blocks: no mapping of their own (M_MMAP_MAX), kept when freed
-            ctypes.CDLL(None).mallopt(-4, 0)       # (M_TRIM_THRESHOLD), or a fifth of a CPU's time goes in page faults
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+        if platform.libc_ver()[0] == "glibc":                              # or page faults take a fifth of the time:
+            ctypes.CDLL(None).mallopt(-4, 0)                               # M_MMAP_MAX: no block of its own mapping
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: keep what is free
         root, self.device = Path(weights_dir), torch.device(device)
         root = root / "liveportrait" if (root / "liveportrait").is_dir() else root
         if "animals" in root.name:
@@ -311,9 +298,8 @@ class LivePortrait:
         return Source(appearance(self.F, x), heads["kp"].cpu(), to_motion(heads).cpu())
 
     def render(self, f_s, x_s, x_d, stitch=True):
-        """f_s (B, 32, 16, 64, 64) and keypoints (B, 21, 3) -> uint8 (B, 512, 512, 3)."""
+        """f_s (B, 32, 16, 64, 64) and keypoints (B, 21, 3) -> uint8 (B, 512, 512, 3), truncated as in the reference."""
         x_d = stitching(self.S, x_s, x_d) if stitch else x_d
-        # truncated, as the reference does
         return (generate(self.G, warp(self.W, f_s, x_s, x_d)).float() * 255).byte().movedim(1, -1)
 
     @torch.inference_mode()
@@ -330,53 +316,47 @@ class LivePortrait:
 # ----------------------------------------------------------------------------------------------------------- a sketch
 
 # where a made-up face has LivePortrait's 21 points, and which are each other's mirror image
-FACE = np.array([
-    (0, -.40, 0), (-.14, -.16, -.08), (.14, -.16, -.08), (-.20, .08, -.05), (-.29, -.06, .10), (0, .75, .20),
-    (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10), (-.125, -.075, -.09),
-    (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09), (.125, -.035, -.09),
-    (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
+FACE = np.array([(0, -.40, 0), (-.14, -.16, -.08), (.14, -.16, -.08), (-.20, .08, -.05), (-.29, -.06, .10),
+                 (0, .75, .20), (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10),
+                 (-.125, -.075, -.09), (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09),
+                 (.125, -.035, -.09), (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
 TWIN = [0, 2, 1, 7, 10, 5, 6, 3, 8, 9, 4, 15, 12, 16, 20, 11, 13, 17, 18, 19, 14, 23, 22, 21]   # then right, down, left
-# a drawing enlarges what is small: y of the brows (whose points move in opposite senses), of lids and corners of the
-# mouth; and turns the depth of 17 and 20 into width, since rounded lips are narrow and spread ones wide
+# a drawing enlarges y (3 point + 1) of brows, whose points move in opposite senses, of lids and corners of the mouth;
+# and turns depth (3 point + 2) into the mouth's width, since rounded lips are narrow and spread ones wide
 GAIN = torch.eye(M)
 GAIN.diagonal()[[4, 7, 34, 46, 43, 61]] = torch.tensor([-3.0, 3, 3, 3, 1.5, 3])
 GAIN[[53, 62, 53, 62], [42, 42, 60, 60]] = torch.tensor([-3.0, 1, 3, -1])
 
 
-def outline(corners):
-    """ "point right down ...": corners as a point and how far from it -> the smooth closed curve that they pull."""
-    point, right, down = np.array(corners.split(), float).reshape(-1, 3).T
+def outline(paint, *corners):
+    """Colour, n corners (point, how far right, down) -> colour, closed spline (8 n, 24) as weights of points and axes."""
+    point, right, down = np.array(corners, float).reshape(-1, 3).T
     corners = np.column_stack([np.eye(21)[point.astype(int)], right, down, 0 * down]).repeat(8, 0)
-    return sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))         # a quadratic spline (8 n, 24)
+    return f"#{paint}", sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))
 
 
-# from back to front; each is drawn once more as its mirror image
-HEAD = [
-    ("#e2ae92", outline("4 -.05 -.08  4 .06 -.08  4 .06 .18  4 -.02 .18")),
-    ("#f2c8ac", outline("4 -.03 -.1  0 -.24 0  0 .24 0  10 .03 -.1  10 .02 .16  7 .03 .26  19 .11 .24  19 -.11 .24  3 -.03 .26  4 -.02 .16")),
-    ("#fcfaf6", outline("13 -.09 -.02  13 -.045 -.07  13 .045 -.07  13 .09 -.02  13 .045 .03  13 -.045 .03")),
-    ("#407688", outline("13 -.04 -.06  13 .04 -.06  13 .04 .02  13 -.04 .02")),
-    ("#1a181e", outline("13 -.02 -.04  13 .02 -.04  13 .02 0  13 -.02 0")),
-    ("#f2c8ac", outline("11 -.12 .05  11 -.11 -.13  11 .11 -.13  11 .12 .05  11 .05 -.01  11 -.05 -.01")),
-    ("#70463c", outline("11 -.11 .044  11 -.05 -.022  11 .05 -.022  11 .11 .044  11 .05 -.002  11 -.05 -.002")),
-    ("#3e2b26", outline("1 -.11 .03  1 -.04 -.03  1 .09 -.01  1 .09 .03  1 -.04 0")),
-    ("#e2ae92", outline("9 -.02 -.08  9 .02 -.08  9 .06 .03  9 0 .05  9 -.06 .03")),
-    ("#581c24", outline("14 -.01 0  17 0 0  20 .01 0  19 .08 0  19 -.08 0")),
-    ("#faf6f0", outline("17 -.07 -.01  17 .07 -.01  17 .06 .03  17 -.06 .03")),
-    ("#cc6866", outline("14 -.03 0  17 -.05 -.03  17 0 -.014  17 .05 -.03  20 .03 0  17 .05 .018  17 -.05 .018")),
-    ("#cc6866", outline("14 -.02 0  19 -.06 -.022  19 .06 -.022  20 .02 0  19 .06 .028  19 -.06 .028")),
-    ("#3e2b26", outline("4 -.03 .04  4 -.09 -.2  0 -.22 -.14  0 .1 -.12  0 .1 .06  0 -.16 .12  4 .02 -.1")),
-]
+# from back to front: ear, face; the white, iris and pupil of the eye, its lid and lash; brow and nose; inside of the
+# mouth and teeth; lips; hair. The mirror image is drawn too, so half an outline will do where it crosses the middle
+HEAD = [outline(*words.split()) for words in """
+    #e2ae92 4 -.1 -.1 4 .06 0 4 0 .24 #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
+    #fcfaf6 13 -.09 -.02 13 -.045 -.07 13 .045 -.07 13 .09 -.02 13 .045 .03 13 -.045 .03
+    #407688 13 -.04 -.06 13 .04 -.06 13 .04 .02 13 -.04 .02 #1a181e 13 -.02 -.04 13 .02 -.04 13 .02 0 13 -.02 0
+    #f2c8ac 11 -.12 .05 11 -.11 -.13 11 .11 -.13 11 .12 .05 11 .05 -.01 11 -.05 -.01
+    #70463c 11 -.11 .044 11 -.05 -.022 11 .05 -.022 11 .11 .044 11 .05 -.002 11 -.05 -.002
+    #3e2b26 1 -.11 .03 1 -.04 -.03 1 .09 -.01 1 .09 .03 1 -.04 0 #e2ae92 9 -.02 -.08 9 .02 -.08 9 .03 .05 9 -.06 .04
+    #581c24 14 -.01 0 17 0 0 20 .01 0 19 .08 0 19 -.08 0 #faf6f0 17 -.07 -.01 17 .07 -.01 17 .06 .03 17 -.06 .03
+    #cc6866 14 -.03 0 17 -.05 -.03 17 0 -.014 17 .05 -.03 20 .03 0 17 .05 .018 17 -.05 .018
+    #cc6866 14 -.02 0 19 -.06 -.022 19 .06 -.022 20 .02 0 19 .06 .028 19 -.06 .028
+    #3e2b26 4 -.03 .06 4 -.09 -.2 0 -.22 -.14 0 .2 -.13 0 .2 .06 0 -.16 .12 4 0 -.1""".split("#")[1:]]
 
 
 class Sketch:
-    """A drawn face for canonical keypoints laid out like FACE. Same two methods as LivePortrait, and no weights."""
+    """A face drawn, at twice the size, for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""
 
     def __init__(self):
-        # twice the size, for smooth edges
         self.scene = ImageOps.colorize(Image.linear_gradient("L"), "#e4ecec", "#b2ccd0").resize((2 * SIZE, 2 * SIZE))
         ImageDraw.Draw(self.scene).ellipse((160, 790, 864, 1400), "#3a5c80")
-        ImageDraw.Draw(self.scene).ellipse((425, 600, 599, 890), "#e2ae92")
+        ImageDraw.Draw(self.scene).ellipse((417, 600, 607, 905), "#e2ae92")
 
     def source(self, image=None, x_c=FACE):
         """The face at rest; `image` is not looked at."""
