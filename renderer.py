@@ -3,8 +3,8 @@
 Letters: B images, T frames; x_c (21, 3) canonical keypoints, x right, y down, z inward, the image spans -1..1.
 Motion is in LivePortrait units: 63 expression offsets, scale, translation, pitch, yaw, roll in degrees.
 """
-import contextlib
 import ctypes
+import platform
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from moda import EXP, M, ROT, SCALE, TRANS, read_tensors
 
 SIZE = 512                                         # pixels of a rendered frame, height and width
 GET = "get it with: huggingface-cli download KwaiVGI/LivePortrait --local-dir pretrained_weights"
-
+BATCH_NORM = "running_mean", "running_var", "weight", "bias"
 
 # a portrait, split: appearance f_s (B, 32, 16, 64, 64), canonical keypoints x_c (B, 63), motion (B, 70)
 Source = namedtuple("Source", "f_s x_c motion")
@@ -44,9 +44,8 @@ def relative(motion, portrait, neutral):
     R = R @ R_0.mT @ R_s
     roll, yaw, pitch = R[:, 0, 1].atan2(R[:, 0, 0]), -R[:, 0, 2].clamp(-1, 1).asin(), R[:, 1, 2].atan2(R[:, 2, 2])
     moved = portrait + motion - neutral
-    moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
-    moved[:, ROT] = torch.rad2deg(torch.stack([pitch, yaw, roll], 1))
-    return moved
+    scale, angles = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE], torch.stack([pitch, yaw, roll], 1)
+    return torch.cat([moved[:, EXP], scale, moved[:, TRANS], torch.rad2deg(angles)], 1)
 
 
 def checked(motion):
@@ -98,16 +97,13 @@ def paste_back(frames, image, box, longest=1280):
 # Five frozen networks, each a function of its file's weights. An image is (B, 3, H, W) in 0..1, a volume
 # (B, C, 16, H, W); everything is padded with zeros, and upsampled by repeating pixels.
 
-BATCH_NORM = "running_mean", "running_var", "weight", "bias"
-
-
 class Weights:
     """The weights of one file, ready for `network`. A dry run of it on meta tensors of `shapes` looks every key up,
     checks its shape and folds what can be folded; nothing may be left over. ValueError names the file and the key."""
 
     def __init__(self, path, tensors, network, *shapes, advice, device="cpu", dtype=torch.float32):
         self.path, self.advice, self.device, self.dtype, self.ready = path, advice, torch.device(device), dtype, {}
-        self.tensors = {key.removeprefix("module."): value for key, value in tensors.items()
+        self.tensors = {key.removeprefix("module.").removeprefix("detector."): value for key, value in tensors.items()
                         if not key.endswith("num_batches_tracked")}
         network(self, *(torch.empty(shape, device="meta") for shape in shapes))
         if self.tensors:
@@ -136,12 +132,8 @@ class Weights:
         return F.layer_norm(x, x.shape[-1:], *self.plain(name, x, weight=x.shape[-1:], bias=x.shape[-1:]), eps=eps)
 
     def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
-        """Nearest upsampling by `up` in height and width, convolution to n channels and BatchNorm `norm`, all in one.
-
-        The kernel slides over a padded input; with `stride`, over the input as it is.
-        """
+        """Nearest upsampling by `up`, convolution to n channels, BatchNorm `norm`; it pads, unless there is a `stride`."""
         dims = x.ndim - 2
-
         def make():
             spectral = f"{name}.weight_orig" in self.tensors
             weight = self.take(f"{name}.weight{'_orig' * spectral}", n, x.size(1) // groups, *[k] * dims)
@@ -151,22 +143,19 @@ class Weights:
             b = self.take(f"{name}.bias", n) if bias else torch.zeros(n)
             if norm:
                 mean, var, scale, shift = (self.take(f"{norm}.{key}", n) for key in BATCH_NORM)
-                scale = scale / (var + 1e-5).sqrt()
-                weight, b = torch.einsum("n...,n->n...", weight, scale), (b - mean) * scale + shift
+                weight, b = torch.nn.utils.fuse_conv_bn_weights(weight, b, mean, var, 1e-5, scale, shift)
             return (spread(weight, up) if up > 1 else weight), b
-
         weight, b = self.once(name, x, make)
-        stride, padding = ([stride] * dims, [0] * dims) if stride else ((1, up, up)[-dims:], [k // 2] * dims)
-        # the two- and three-dimensional, plain and transposed convolution: dilation 1, transposed, output padding 0
-        return torch.convolution(x.to(weight.dtype), weight, b, stride, padding, [1] * dims, up > 1, [0] * dims, groups)
+        stride, padding = ([stride], 0) if stride else ((1, up, up)[-dims:], k // 2)
+        # of one, two or three dimensions, plain or transposed: dilation 1, transposed, output padding 0
+        return torch.convolution(x.to(weight.dtype), weight, b, stride, [padding], [1], up > 1, [0], groups)
 
     def block(self, x, name, n, up=1):
         return F.relu_(self.conv(x, f"{name}.conv", n, norm=f"{name}.norm", up=up))
 
 
 def spread(weight, up):
-    """Kernel of the transposed convolution that equals nearest upsampling by `up`, then `weight`: each tap moves on by
-    0 .. up - 1 pixels. 16 products in place of 36 for up = 2, and 36 in place of 144 for up = 4."""
+    """`weight` after upsampling by `up`, as one transposed convolution: 16 products, not 36, for up = 2, 36 for 144."""
     weight = weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1)
     return F.avg_pool3d(F.pad(weight, [up - 1] * 4), (1, up, up), stride=1) * up ** 2
 
@@ -187,21 +176,20 @@ def appearance(net, image):
 def motion_heads(net, image):
     """M, a ConvNeXt V2: image (B, 3, 256, 256) -> dict of raw heads."""
     conv = lambda x, *args, **options: net.conv(x.movedim(-1, 1), *args, **options).movedim(1, -1)
-    down = "detector.downsample_layers"
-    x = net.layer_norm(conv(image.movedim(1, -1), f"{down}.0.0", 96, k=4, stride=4), f"{down}.0.1")  # (B, H, W, C)
-    for stage, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
-        if stage > 0:
-            x = conv(net.layer_norm(x, f"{down}.{stage}.0"), f"{down}.{stage}.1", n, k=2, stride=2)
-        for name in [f"detector.stages.{stage}.{i}" for i in range(depth)]:
+    x = net.layer_norm(conv(image.movedim(1, -1), "downsample_layers.0.0", 96, k=4, stride=4), "downsample_layers.0.1")
+    for s, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
+        if s > 0:
+            x = conv(net.layer_norm(x, f"downsample_layers.{s}.0"), f"downsample_layers.{s}.1", n, k=2, stride=2)
+        for name in [f"stages.{s}.{i}" for i in range(depth)]:
             y = net.layer_norm(conv(x, f"{name}.dwconv", n, k=7, groups=n), f"{name}.norm")
             y = F.gelu(net.linear(y, f"{name}.pwconv1", 4 * n))
             size = y.norm(dim=(1, 2), keepdim=True)                        # global response normalisation
             gamma, beta = net.plain(f"{name}.grn", x, gamma=(1, 1, 1, 4 * n), beta=(1, 1, 1, 4 * n))
             y = y + gamma * (y * size / (size.mean(-1, keepdim=True) + 1e-6)) + beta
             x = x + net.linear(y, f"{name}.pwconv2", n)
-    x = net.layer_norm(x.mean((1, 2)), "detector.norm")
+    x = net.layer_norm(x.mean((1, 2)), "norm")
     sizes = dict(kp=63, exp=63, scale=1, t=3, pitch=66, yaw=66, roll=66)
-    return {head: net.linear(x, f"detector.fc_{head}", n) for head, n in sizes.items()}
+    return {head: net.linear(x, f"fc_{head}", n) for head, n in sizes.items()}
 
 
 def to_motion(heads):
@@ -218,13 +206,11 @@ def dense_motion(net, f, x_s, x_d):
     # exp(-|grid - x|^2 / 0.02), a product of three
     heat = lambda x: torch.einsum("bnd,bnh,bnw->bndhw", *(
         torch.exp(-50 * (axis - x[..., 2 - i, None]) ** 2) for i, axis in enumerate(axes)))
-
     c = F.relu(net.conv(f, f"{name}.compress", 4, k=1, norm=f"{name}.norm"))
     grids = (grid + shift[:, :, None, None, None]).flatten(1, 2)           # (B, 22 * 16, 64, 64, 3)
     # the grid has its end points, yet is read as if it had none (align_corners): so the weights were trained
     sampled = F.grid_sample(c.float(), grids, align_corners=False).unflatten(2, (22, 16)).transpose(1, 2)
     heatmaps = F.pad(heat(x_d) - heat(x_s), (0, 0, 0, 0, 0, 0, 1, 0))      # (B, 22, 16, 64, 64)
-
     # the hourglass; the keypoints stay side by side: of its 110 channels 5 n + 0 is the heat of n
     skips = [torch.cat([heatmaps[:, :, None], sampled], 2).flatten(1, 2)]
     for i, n in enumerate((64, 128, 256, 512, 1024)):
@@ -248,19 +234,18 @@ def warp(net, f, x_s, x_d):
 
 
 def spade(net, name, x, h):
-    """x (1 + gamma) + beta, both made from the warped feature h; x is normalised. In place to spare memory."""
+    """x, normalised, (1 + gamma) + beta, both made from the warped feature h. In place to spare memory."""
     a = F.relu_(net.conv(h, f"{name}.mlp_shared.0", 128, up=x.size(-1) // h.size(-1)))
     gamma, beta = (net.conv(a, f"{name}.mlp_{which}", x.size(1)) for which in ("gamma", "beta"))
-    return beta.addcmul_(x, gamma.add_(1))
+    return beta.addcmul_(F.instance_norm(x), gamma.add_(1))
 
 
 def spade_block(net, name, x, h, n):
     """skip + conv_1 lrelu spade_1 conv_0 lrelu spade_0 x, to n channels."""
-    normed = F.instance_norm(x)
-    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_0", normed, h), 0.2), f"{name}.conv_0", min(x.size(1), n))
-    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_1", F.instance_norm(dx), h), 0.2), f"{name}.conv_1", n)
+    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_0", x, h), 0.2), f"{name}.conv_0", min(x.size(1), n))
+    dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_1", dx, h), 0.2), f"{name}.conv_1", n)
     if x.size(1) != n:
-        x = net.conv(spade(net, f"{name}.norm_s", normed, h), f"{name}.conv_s", n, k=1, bias=False)
+        x = net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
     return dx.add_(x)
 
 
@@ -282,36 +267,27 @@ def stitching(net, x_s, x_d):
     return x_d + o[:, :63].unflatten(1, (21, 3)) + F.pad(o[:, None, 63:], (0, 1))    # o[63:]: one shift in x and y
 
 
-def keep_big_blocks():
-    """glibc hands every large block back to the system and pays page faults for the next one; let it keep them.
-
-    Worth a fifth of the time per frame on a CPU. Other C libraries have no mallopt and need none of this.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-4, 0)                                   # M_MMAP_MAX: no block of its own mapping
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                           # M_TRIM_THRESHOLD: keep what is free
-
-
 class LivePortrait:
     """LivePortrait with the public weights, from the folder that holds base_models; ValueError names what is wrong."""
 
     def __init__(self, weights_dir, device="cpu", dtype=torch.float32):
-        keep_big_blocks()
+        if platform.libc_ver()[0] == "glibc":                              # or page faults take a fifth of the time:
+            ctypes.CDLL(None).mallopt(-4, 0)                               # M_MMAP_MAX: no block of its own mapping
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: keep what is free
         root, self.device = Path(weights_dir), torch.device(device)
         root = root / "liveportrait" if (root / "liveportrait").is_dir() else root
         if "animals" in root.name:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
 
-        def load(file, *args, part="", **options):
+        def load(file, network, *shapes, **options):
             tensors = read_tensors(root / file, GET)
-            tensors = tensors.get(part, {}) if part else tensors
-            return Weights(root / file, tensors, *args, advice=GET, device=self.device, **options)
-        image, x, f_s, h = (1, 3, 256, 256), (1, 21, 3), (1, 32, 16, 64, 64), (1, 256, 64, 64)
-        self.F = load("base_models/appearance_feature_extractor.pth", appearance, image)
-        self.M = load("base_models/motion_extractor.pth", motion_heads, image)
-        self.W = load("base_models/warping_module.pth", warp, f_s, x, x, dtype=dtype)
-        self.G = load("base_models/spade_generator.pth", generate, h, dtype=dtype)
-        self.S = load("retargeting_models/stitching_retargeting_module.pth", stitching, x, x, part="retarget_shoulder")
+            tensors = tensors.get("retarget_shoulder", tensors)            # the last file holds three networks
+            return Weights(root / file, tensors, network, *shapes, advice=GET, device=self.device, **options)
+        self.F = load("base_models/appearance_feature_extractor.pth", appearance, (1, 3, 256, 256))
+        self.M = load("base_models/motion_extractor.pth", motion_heads, (1, 3, 256, 256))
+        self.W = load("base_models/warping_module.pth", warp, (1, 32, 16, 64, 64), (1, 21, 3), (1, 21, 3), dtype=dtype)
+        self.G = load("base_models/spade_generator.pth", generate, (1, 256, 64, 64), dtype=dtype)
+        self.S = load("retargeting_models/stitching_retargeting_module.pth", stitching, (1, 21, 3), (1, 21, 3))
 
     @torch.inference_mode()
     def source(self, image):
@@ -322,9 +298,8 @@ class LivePortrait:
         return Source(appearance(self.F, x), heads["kp"].cpu(), to_motion(heads).cpu())
 
     def render(self, f_s, x_s, x_d, stitch=True):
-        """f_s (B, 32, 16, 64, 64) and keypoints (B, 21, 3) -> uint8 (B, 512, 512, 3)."""
+        """f_s (B, 32, 16, 64, 64) and keypoints (B, 21, 3) -> uint8 (B, 512, 512, 3), truncated as in the reference."""
         x_d = stitching(self.S, x_s, x_d) if stitch else x_d
-        # truncated, as the reference does
         return (generate(self.G, warp(self.W, f_s, x_s, x_d)).float() * 255).byte().movedim(1, -1)
 
     @torch.inference_mode()
@@ -340,62 +315,48 @@ class LivePortrait:
 
 # ----------------------------------------------------------------------------------------------------------- a sketch
 
-# where a made-up face has LivePortrait's 21 points
-FACE = np.array([
-    (0, -.40, 0), (-.14, -.16, -.08), (.14, -.16, -.08), (-.20, .08, -.05), (-.29, -.06, .10), (0, .75, .20),
-    (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10), (-.125, -.075, -.09),
-    (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09), (.125, -.035, -.09),
-    (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
-TWIN = {1: 2, 3: 7, 4: 10, 11: 15, 13: 16}          # right-hand partners of points on the left
-# a drawing enlarges what is small: brows (whose two points move in opposite senses), lids, corners of the mouth
-GAIN = np.ones((21, 2))
-GAIN[[1, 2], 1], GAIN[[11, 15], 1], GAIN[[14, 20], 1] = (-3, 3), 3, (1.5, 3)
-# outlines from back to front: a colour, then corners as a point of the face and how far from it
-HEAD = [line.split(maxsplit=1) for line in """
-    #3e2b26 4 -.06 .20  4 -.10 -.12  0 -.26 -.12  0 .26 -.12  10 .10 -.12  10 .06 .20
-    #e2ae92 4 -.06 -.06  4 .06 -.06  4 .06 .16  4 -.02 .16
-    #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 10 .03 -.1 10 .02 .16 7 .03 .26 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
-    #fcfaf6 13 -.09 -.02  13 -.045 -.07  13 .045 -.07  13 .09 -.02  13 .045 .03  13 -.045 .03
-    #407688 13 -.04 -.06  13 .04 -.06  13 .04 .02  13 -.04 .02
-    #1a181e 13 -.02 -.04  13 .02 -.04  13 .02 0  13 -.02 0
-    #f2c8ac 11 -.12 .05  11 -.11 -.13  11 .11 -.13  11 .12 .05  11 .05 -.01  11 -.05 -.01
-    #70463c 11 -.11 .044  11 -.05 -.022  11 .05 -.022  11 .11 .044  11 .05 -.002  11 -.05 -.002
-    #3e2b26 1 -.11 .03  1 -.04 -.03  1 .09 -.01  1 .09 .03  1 -.04 0
-    #e2ae92 9 -.02 -.08  9 .02 -.08  9 .06 .03  9 0 .05  9 -.06 .03
-    #581c24 14 -.01 0  17 0 0  20 .01 0  19 .08 0  19 -.08 0
-    #faf6f0 17 -.07 -.01  17 .07 -.01  17 .06 .03  17 -.06 .03
-    #cc6866 14 -.03 0  17 -.05 -.03  17 0 -.014  17 .05 -.03  20 .03 0  17 .05 .018  17 -.05 .018
-    #cc6866 14 -.02 0  19 -.06 -.022  19 .06 -.022  20 .02 0  19 .06 .028  19 -.06 .028
-    #3e2b26 4 -.05 -.08  4 -.06 -.18  0 -.22 -.1  0 .22 -.1  10 .06 -.18  10 .05 -.08  0 .2 .12  0 .06 .06  0 -.16 .12
-    """.strip().splitlines()]
+# where a made-up face has LivePortrait's 21 points, and which are each other's mirror image
+FACE = np.array([(0, -.40, 0), (-.14, -.16, -.08), (.14, -.16, -.08), (-.20, .08, -.05), (-.29, -.06, .10),
+                 (0, .75, .20), (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10),
+                 (-.125, -.075, -.09), (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09),
+                 (.125, -.035, -.09), (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
+TWIN = [0, 2, 1, 7, 10, 5, 6, 3, 8, 9, 4, 15, 12, 16, 20, 11, 13, 17, 18, 19, 14, 23, 22, 21]   # then right, down, left
+# a drawing enlarges y (3 point + 1) of brows, whose points move in opposite senses, of lids and corners of the mouth;
+# and turns depth (3 point + 2) into the mouth's width, since rounded lips are narrow and spread ones wide
+GAIN = torch.eye(M)
+GAIN.diagonal()[[4, 7, 34, 46, 43, 61]] = torch.tensor([-3.0, 3, 3, 3, 1.5, 3])
+GAIN[[53, 62, 53, 62], [42, 42, 60, 60]] = torch.tensor([-3.0, 1, 3, -1])
 
 
-def rounded(corners):
-    """A closed curve (8 n, 2) near its corners (n, 2): cut them off, three times (Chaikin)."""
-    for _ in range(3):
-        ahead = np.roll(corners, -1, 0)
-        corners = np.stack([3 * corners + ahead, corners + 3 * ahead], 1).reshape(-1, 2) / 4
-    return corners
+def outline(paint, *corners):
+    """Colour, n corners (point, how far right, down) -> colour, closed spline (8 n, 24) as weights of points and axes."""
+    point, right, down = np.array(corners, float).reshape(-1, 3).T
+    corners = np.column_stack([np.eye(21)[point.astype(int)], right, down, 0 * down]).repeat(8, 0)
+    return f"#{paint}", sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))
+
+
+# from back to front: ear, face; the white, iris and pupil of the eye, its lid and lash; brow and nose; inside of the
+# mouth and teeth; lips; hair. The mirror image is drawn too, so half an outline will do where it crosses the middle
+HEAD = [outline(*words.split()) for words in """
+    #e2ae92 4 -.1 -.1 4 .06 0 4 0 .24 #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
+    #fcfaf6 13 -.09 -.02 13 -.045 -.07 13 .045 -.07 13 .09 -.02 13 .045 .03 13 -.045 .03
+    #407688 13 -.04 -.06 13 .04 -.06 13 .04 .02 13 -.04 .02 #1a181e 13 -.02 -.04 13 .02 -.04 13 .02 0 13 -.02 0
+    #f2c8ac 11 -.12 .05 11 -.11 -.13 11 .11 -.13 11 .12 .05 11 .05 -.01 11 -.05 -.01
+    #70463c 11 -.11 .044 11 -.05 -.022 11 .05 -.022 11 .11 .044 11 .05 -.002 11 -.05 -.002
+    #3e2b26 1 -.11 .03 1 -.04 -.03 1 .09 -.01 1 .09 .03 1 -.04 0 #e2ae92 9 -.02 -.08 9 .02 -.08 9 .03 .05 9 -.06 .04
+    #581c24 14 -.01 0 17 0 0 20 .01 0 19 .08 0 19 -.08 0 #faf6f0 17 -.07 -.01 17 .07 -.01 17 .06 .03 17 -.06 .03
+    #cc6866 14 -.03 0 17 -.05 -.03 17 0 -.014 17 .05 -.03 20 .03 0 17 .05 .018 17 -.05 .018
+    #cc6866 14 -.02 0 19 -.06 -.022 19 .06 -.022 20 .02 0 19 .06 .028 19 -.06 .028
+    #3e2b26 4 -.03 .06 4 -.09 -.2 0 -.22 -.14 0 .2 -.13 0 .2 .06 0 -.16 .12 4 0 -.1""".split("#")[1:]]
 
 
 class Sketch:
-    """A drawn face for canonical keypoints laid out like FACE. Same two methods as LivePortrait, and no weights."""
+    """A face drawn, at twice the size, for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""
 
     def __init__(self):
-        sky = np.linspace((228, 236, 236), (178, 204, 208), 2 * SIZE)[:, None].repeat(2 * SIZE, 1)
-        self.background = Image.fromarray(sky.astype(np.uint8))            # twice the size, for smooth edges
-        self.draw(self.background, "#3a5c80", np.array([(-.75, 1.2), (-.6, .62), (0, .5), (.6, .62), (.75, 1.2)]))
-        self.draw(self.background, "#e2ae92", np.array([(-.17, .2), (.17, .2), (.2, .68), (0, .78), (-.2, .68)]))
-        self.shapes = []
-        for paint, corners in HEAD:
-            points, offsets = np.split(np.array(corners.split(), float).reshape(-1, 3), [1], 1)
-            points = points[:, 0].astype(int)
-            self.shapes.append((paint, points, offsets))
-            if set(points) <= set(TWIN):
-                self.shapes.append((paint, [TWIN[k] for k in points], offsets * (-1, 1)))
-
-    def draw(self, image, paint, corners):
-        ImageDraw.Draw(image).polygon([tuple(p) for p in (rounded(corners) + 1) * SIZE], paint)
+        self.scene = ImageOps.colorize(Image.linear_gradient("L"), "#e4ecec", "#b2ccd0").resize((2 * SIZE, 2 * SIZE))
+        ImageDraw.Draw(self.scene).ellipse((160, 790, 864, 1400), "#3a5c80")
+        ImageDraw.Draw(self.scene).ellipse((417, 600, 607, 905), "#e2ae92")
 
     def source(self, image=None, x_c=FACE):
         """The face at rest; `image` is not looked at."""
@@ -404,15 +365,12 @@ class Sketch:
 
     def frames(self, source, motion, **unused):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
-        x_c = source.x_c.view(21, 3).double().numpy()
-        for m in checked(motion).double():
-            R, s, t = rotation(*m[ROT, None])[0].numpy(), m[SCALE].item(), m[64:66].numpy()
-            d = m[EXP].view(21, 3).numpy()
-            wide = 3 * d[17, 2] - d[20, 2]                                 # rounded lips are narrow, spread ones wide
-            delta = GAIN * d[:, :2]
-            delta[[14, 20], 0] += -wide, wide
-            image = self.background.copy()
-            for paint, points, offsets in self.shapes:
-                corners = x_c[points] + np.pad(offsets, ((0, 0), (0, 1)))
-                self.draw(image, paint, s * ((corners @ R)[:, :2] + delta[points]) + t)      # Eq. 3
+        motion = checked(motion) @ GAIN
+        points = keypoints(source.x_c.view(1, 21, 3), motion)
+        axes = motion[:, SCALE, None] * rotation(*motion[:, ROT].T)[:, :2]
+        for frame in torch.cat([points, axes, -axes[:, :1]], 1)[..., :2].numpy():        # (24, 2)
+            image = self.scene.copy()
+            for paint, curve in HEAD:
+                for side in (frame, frame[TWIN]):
+                    ImageDraw.Draw(image).polygon(list((curve @ side + 1).ravel() * SIZE), paint)
             yield np.asarray(image.reduce(2))

@@ -321,7 +321,8 @@ def test_motion_that_is_none_is_refused(face, portrait, shape, value):
 
 
 def test_the_script_says_what_is_wrong_in_one_line(copy, tiny, tmp_path):
-    save(tmp_path / "ckpt.pt", dict(kind="MoDA", config=asdict(tiny.cfg), model=tiny.state_dict()))
+    model = tiny.state_dict() | {"std": torch.full((70,), 0.5)}
+    save(tmp_path / "ckpt.pt", dict(kind="MoDA", config=asdict(tiny.cfg), model=model))
     Image.new("RGB", (100, 80)).save(tmp_path / "face.png")
     (tmp_path / "text.jpg").write_text("a portrait of my aunt")
     shorten(copy / APPEARANCE)
