@@ -84,8 +84,6 @@ def build(flags, cfg, data, device):
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
     kind, source = MODELS[flags["model"]], flags["init_from"]
     model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(device).train()
-    if (model.cfg.audio_layers, model.cfg.audio_dim) != data.audio_shape:
-        raise ValueError(f"{source}: hears other features than the data set holds, {data.audio_shape}")
     if flags["stats"]:
         load_statistics(model, flags["stats"])
     elif model.std.eq(1).all():                                            # it has none yet
@@ -115,11 +113,6 @@ def micro_batch(i, data, cfg, flags):
     drawn = draw(cfg, flags["batch_size"], data.frames, generator)
     mine = lambda x: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k]
     return default_collate([data[i] for i in mine(index).tolist()]) | {name: mine(x) for name, x in drawn.items()}
-
-
-def outlive_sigterm(worker):
-    """A preempted node signals workers too: let them serve the step at hand; a minute later none is needed."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def objective(net, expert, tau, motion, prev, **batch):
@@ -163,7 +156,7 @@ def train(flags, data, parts, first_step, log, device):
     fetch, clock = partial(micro_batch, data=data, cfg=model.cfg, flags=flags), {}
     loader = sample.timed("data", DataLoader(
         range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
-        num_workers=flags["workers"], worker_init_fn=outlive_sigterm, pin_memory=device.type == "cuda"), clock)
+        num_workers=flags["workers"], pin_memory=device.type == "cuda"), clock)
 
     for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
         began, clock["data"] = time.perf_counter(), 0.0
