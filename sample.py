@@ -1,11 +1,10 @@
 """Make a face talk: voice, portrait and emotion in, video out.
 
-    python sample.py --audio_path=voice.wav --emotion=happiness --output_path=out.mp4
+    python sample.py --audio_path=voice.wav --emotion=happiness
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
     python sample.py --eval                              a table of metrics on toy clips the model never saw
 
-The voice may be any sound file, or a video with sound. The film is as long as the voice: ceil(25 x seconds) frames.
-Flags and what they are without being given:
+The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they are without being given:
 
     --audio_path=            the voice: any sound, or a video with sound
     --output_path=out.mp4
@@ -47,7 +46,6 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image, ImageDraw
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from data import (LABELS, MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
@@ -56,18 +54,6 @@ from moda import ALSE, EMOTIONS, EXP, MOUTH, ROT, MoDA, load_statistics, sample,
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
-
-
-def check(flags):
-    """UsageError, before any work, where a flag is missing or makes no sense."""
-    out = Path(flags["output_path"])
-    for fine, told in (
-            (flags["audio_path"] or flags["eval"], "--audio_path=FILE is missing: which voice?"),
-            (bool(flags["weights"]) == bool(flags["image_path"]), "--image_path=PICTURE needs --weights=FOLDER, and back"),
-            (out.suffix and out.parent.is_dir(), f"--output_path={out}: expected NAME.mp4 in a folder that exists"),
-            (flags["emotion"] in LABELS, f"--emotion={flags['emotion']}: known are {', '.join(EMOTIONS)}")):
-        if not fine:
-            raise UsageError(told)
 
 
 def open_face(flags, device):
@@ -113,13 +99,11 @@ def talk(flags, model, source, features):
 
 def write_video(path, frames, audio_path):
     """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, and H.264 and AAC in an .mp4.
-
-    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away.
-    """
+    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away."""
     coding = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0 -preset veryfast -crf 18 -pix_fmt yuv420p".split()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(f"{folder}/log", "w+", errors="replace") as log:
-        part, voice = Path(folder, path.name), ["-v", "error", "-i", f"file:{audio_path}"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), *voice, *coding, f"file:{part}"]
+        part = Path(folder, path.name)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{audio_path}", *coding, f"file:{part}"]
         # when the pipe breaks, ffmpeg has said why
         with suppress(BrokenPipeError), closing(frames), Popen(command, stdin=PIPE, stderr=log) as ffmpeg:
             ffmpeg.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
@@ -141,7 +125,14 @@ def timed(name, items, clock):
 def main(argv):
     """Make the video that the flags ask for -> its motion (T, 70)."""
     flags, began = parse_flags(__doc__, argv), time.perf_counter()
-    check(flags)
+    out = Path(flags["output_path"])
+    for fine, told in (
+            (flags["audio_path"] or flags["eval"], "--audio_path=FILE is missing: which voice?"),
+            (bool(flags["weights"]) == bool(flags["image_path"]), "--image_path=FILE and --weights=FOLDER go together"),
+            (out.suffix and out.parent.is_dir(), f"--output_path={out}: no NAME.mp4 in a folder that exists"),
+            (flags["emotion"] in LABELS, f"--emotion={flags['emotion']}: known are {', '.join(EMOTIONS)}")):
+        if not fine:
+            raise UsageError(told)
     model = MoDA.from_pretrained(flags["ckpt"])
     flags = parse_flags(__doc__, argv, RELEASED if model.cfg.rope_streams == 2 else {})
     if model.std.eq(1).all():
@@ -151,31 +142,27 @@ def main(argv):
     model.to(flags["device"] or default_device())
     face, source, place = open_face(flags, model.mean.device)
     features = listen(flags, model, audio_blocks(flags["audio_path"]))
-
     # each stage pulls from the one before: its clock holds the seconds of all before it too
     clock = dict.fromkeys(("loading", "sound", "motion", "render"), time.perf_counter() - began)
     parts, kept = itertools.tee(timed("motion", talk(flags, model, source, timed("sound", features, clock)), clock))
     frames = place(frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
-    frames = timed("render", tqdm(frames, "frames", unit=""), clock)
-    write_video(Path(flags["output_path"]), frames, flags["audio_path"])
+    write_video(out, timed("render", tqdm(frames, "frames", unit=""), clock), flags["audio_path"])
     motion, clock["encode"] = torch.cat(list(kept)), time.perf_counter() - began
     if flags["save_motion"]:
         np.save(f"{flags['save_motion']}.part.npy", motion)
         Path(f"{flags['save_motion']}.part.npy").replace(flags["save_motion"])
     stages = [f"{name} {seconds:.2f} s" for name, seconds in zip(clock, np.diff([0, *clock.values()]))]
     factor = (clock["encode"] - clock["loading"]) / len(motion) * 25
-    print(f"{flags['output_path']}: {len(motion)} frames; {', '.join(stages)}; real-time factor {factor:.3f}")
+    print(f"{out}: {len(motion)} frames; {', '.join(stages)}; real-time factor {factor:.3f}")
     return motion
 
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
     C, the confidence, is how far the median lies above it."""
     a, m = expert(audio, z, torch.ones(z.shape[:2], dtype=torch.bool))
-    shifted = m.unfold(1, m.size(1) - 30, 1)                               # (K, 31, D, T - 30)
-    distance = (shifted - a[:, None, 15:-15].mT).norm(dim=2).mean(-1)
+    # every offset's stretch of motion (K, 31, D, T - 30) against the middle of the voice
+    distance = (m.unfold(1, m.size(1) - 30, 1) - a[:, None, 15:-15].mT).norm(dim=2).mean(-1)
     best = distance.amin(1)
     return {"Sync-C": (distance.median(1).values - best).mean().item(), "Sync-D": best.mean().item()}
 
@@ -185,7 +172,7 @@ def evaluate(flags, model, talker):
     """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
     expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
     audio = torch.stack([torch.cat(list(listen(flags, model, [wav])))[1:] for wav in talker.wavs])
-    truth, _, emotion, identity = default_collate([talker.clip(k) for k in range(len(audio))])
+    truth, _, emotion, identity = torch.utils.data.default_collate([talker.clip(k) for k in range(len(audio))])
     prev, truth = model.normalise(truth).split([1, audio.size(1)], 1)
 
     def speak(voices, **other):
@@ -208,8 +195,7 @@ def evaluate(flags, model, talker):
 
 
 def after_training(ckpt, out, clips):
-    """What `train.py` ends with on the toy talker: the table, and one unseen clip as a film and as a strip of frames,
-    sound wave and mouth opening, generated (red) over true (grey)."""
+    """The table, a film of an unseen clip, and its strip: frames, sound, mouth opening generated (red) over true."""
     flags, model, talker = parse_flags(__doc__, []), MoDA.from_pretrained(ckpt), ToyTalker("val", clips)
     evaluate(flags, model, talker)
     motion, audio, emotion, identity = (torch.as_tensor(x) for x in talker.clip(0))
@@ -220,9 +206,9 @@ def after_training(ckpt, out, clips):
     strip = Image.new("RGB", (1280, 440), "white")
     strip.paste(Image.fromarray(np.hstack(list(face.frames(source, made[::25])))).resize((1280, 160)))
     for curve, zoom, base, colour in ((wav[::40], 55 / np.abs(wav).max(), 220, "#7896aa"),
-                                      (motion[:, MOUTH], 2000, 405, "#969696"), (made[:, MOUTH], 2000, 405, "#c83c3c")):
-        points = zip(np.linspace(0, 1280, len(curve)), np.asarray(base - zoom * curve))
-        ImageDraw.Draw(strip).line(list(points), colour, 2)
+                                      (motion[:, MOUTH], 2000, 390, "#969696"), (made[:, MOUTH], 2000, 390, "#c83c3c")):
+        points = np.c_[np.linspace(0, 1280, len(curve)), base - zoom * curve]
+        ImageDraw.Draw(strip).line(points.ravel().tolist(), colour, 2)
     strip.save(out / "sample.png")
 
 
