@@ -3,7 +3,6 @@
     python sample.py --audio_path=voice.wav --emotion=happiness
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
     python sample.py --eval                              a table of metrics on toy clips the model never saw
-
 The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they are without being given:
 
     --audio_path=            the voice: any sound, or a video with sound
