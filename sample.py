@@ -1,11 +1,9 @@
 """Make a face talk: voice, portrait and emotion in, video out.
 
-    python sample.py --audio_path=voice.wav --emotion=happiness --output_path=out.mp4
+    python sample.py --audio_path=voice.wav --emotion=happiness
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
     python sample.py --eval                              a table of metrics on toy clips the model never saw
-
-The voice may be any sound file, or a video with sound. The film is as long as the voice: ceil(25 x seconds) frames.
-Flags and what they are without being given:
+The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they are without being given:
 
     --audio_path=            the voice: any sound, or a video with sound
     --output_path=out.mp4
@@ -17,7 +15,7 @@ Flags and what they are without being given:
     --relative=False         motion relative to the portrait's own pose and expression; so it is by default,
     --absolute=False         or as the model makes it, which is the default for the released checkpoint
     --ckpt=out/toy/ckpt.pt   MoDA's weights, ours or the released net-200.pth
-    --stats=                 the mean.pt that belongs to net-200.pth
+    --stats=mean.pt          the statistics that belong to net-200.pth, which does not hold them
     --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT, for models that hear it instead of log-mel
     --emotion=none           anger contempt disgust fear happiness neutral sadness surprise none, or their number
     --seed=1                 another seed, another head motion
@@ -35,12 +33,12 @@ Flags and what they are without being given:
     --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
     --device=
 """
-import contextlib
 import itertools
-import subprocess
 import tempfile
 import time
+from contextlib import closing, suppress
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import imageio_ffmpeg
 import numpy as np
@@ -51,23 +49,10 @@ from tqdm import tqdm
 
 from data import (LABELS, MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
                   parse_flags, run, toy_prototypes)
-from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
+from moda import ALSE, EMOTIONS, EXP, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
-
-
-def check(flags):
-    """UsageError, before any work, where a flag is missing or makes no sense."""
-    out = Path(flags["output_path"])
-    if not flags["audio_path"] and not flags["eval"]:
-        raise UsageError("--audio_path=FILE is missing: which voice?")
-    if bool(flags["weights"]) != bool(flags["image_path"]):
-        raise UsageError("--image_path=PICTURE and --weights=FOLDER go together: LivePortrait moves the portrait")
-    if not out.suffix or not out.parent.is_dir():
-        raise UsageError(f"--output_path={out}: expected a name such as out.mp4 in a folder that exists")
-    if flags["emotion"] not in LABELS:
-        raise UsageError(f"--emotion={flags['emotion']}: known are {', '.join(EMOTIONS)}")
 
 
 def open_face(flags, device):
@@ -83,20 +68,19 @@ def open_face(flags, device):
     return face, face.source(np.asarray(crop)), place
 
 
-def listen(flags, model):
-    """What the model hears of --audio_path, piece by piece (n, L, A)."""
-    sound, path = audio_blocks(flags["audio_path"]), flags["audio_encoder"]
-    encoder = AudioEncoder.from_pretrained(path, model.mean.device) if path else None
-    gives, hears = encoder.shape if path else (1, 4 * MEL.shape[1]), (model.cfg.audio_layers, model.cfg.audio_dim)
+def listen(flags, model, sound):
+    """What the model hears of a sound in pieces, piece by piece (n, L, A)."""
+    encoder = flags["audio_encoder"] and AudioEncoder.from_pretrained(flags["audio_encoder"], model.mean.device)
+    gives, hears = encoder.shape if encoder else (1, 4 * MEL.shape[1]), (model.cfg.audio_layers, model.cfg.audio_dim)
     if gives != hears:
         raise ValueError(f"{flags['ckpt']}: hears {hears} features per frame, not {gives}; name their --audio_encoder")
-    return encoder.blocks(sound) if path else log_mel_blocks(sound)
+    return encoder.blocks(sound) if encoder else log_mel_blocks(sound)
 
 
 def sampling(flags):
     """What the flags say to moda.stream."""
     guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
-    return {name: flags[name] for name in ("steps", "chunk", "overlap", "smooth")} | {"guidance": guidance}
+    return {name: flags[name] for name in ("seed", "steps", "chunk", "overlap", "smooth")} | {"guidance": guidance}
 
 
 def talk(flags, model, source, features):
@@ -107,27 +91,22 @@ def talk(flags, model, source, features):
     scale = torch.ones_like(portrait)
     scale[EXP], scale[ROT] = flags["exp_scale"], flags["pose_scale"]
     prev, emotion = model.normalise(neutral, size), LABELS[flags["emotion"]]
-    for z in stream(model, features, source.x_c, prev, emotion, seed=flags["seed"], **sampling(flags)):
+    for z in stream(model, features, source.x_c, prev, emotion, **sampling(flags)):
         motion = neutral + scale * (model.denormalise(z.to(portrait), size) - neutral)
         yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
 
 
 def write_video(path, frames, audio_path):
-    """Encode a generator of frames (H, W, 3) as they come, with their sound: H.264 and AAC, 25 fps.
-
-    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away.
-    """
-    pictures = "-v error -f image2pipe -c:v ppm -framerate 25 -i -".split()
-    coding = "-map 0:v -map 1:a:0 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -c:a aac".split()
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), *pictures, "-i", f"file:{audio_path}", *coding]
-    with tempfile.TemporaryFile("w+", errors="replace") as log, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, and H.264 and AAC in an .mp4.
+    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away."""
+    coding = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0 -preset veryfast -crf 18 -pix_fmt yuv420p".split()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(f"{folder}/log", "w+", errors="replace") as log:
         part = Path(folder, path.name)
-        encoder = subprocess.Popen([*ffmpeg, f"file:{part}"], stdin=subprocess.PIPE, stderr=log)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{audio_path}", *coding, f"file:{part}"]
         # when the pipe breaks, ffmpeg has said why
-        with contextlib.suppress(BrokenPipeError), contextlib.closing(frames), encoder:
-            for frame in frames:
-                encoder.stdin.write(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes())
-        if encoder.returncode:
+        with suppress(BrokenPipeError), closing(frames), Popen(command, stdin=PIPE, stderr=log) as ffmpeg:
+            ffmpeg.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
+        if ffmpeg.returncode:
             log.seek(0)
             raise OSError(f"{path}: could not be written ({' '.join(log.read().split())[-300:]})")
         part.replace(path)
@@ -142,111 +121,94 @@ def timed(name, items, clock):
         began = time.perf_counter()
 
 
-def main(argv, opened=None):
-    """Make the video that the flags ask for -> its motion (T, 70). `opened`: what to use in place of open_face's."""
+def main(argv):
+    """Make the video that the flags ask for -> its motion (T, 70)."""
     flags, began = parse_flags(__doc__, argv), time.perf_counter()
-    check(flags)
+    out = Path(flags["output_path"])
+    for fine, told in (
+            (flags["audio_path"] or flags["eval"], "--audio_path=FILE is missing: which voice?"),
+            (bool(flags["weights"]) == bool(flags["image_path"]), "--image_path=FILE and --weights=FOLDER go together"),
+            (out.suffix and out.parent.is_dir(), f"--output_path={out}: no NAME.mp4 in a folder that exists"),
+            (flags["emotion"] in LABELS, f"--emotion={flags['emotion']}: known are {', '.join(EMOTIONS)}")):
+        if not fine:
+            raise UsageError(told)
     model = MoDA.from_pretrained(flags["ckpt"])
-    if model.cfg.rope_streams == 2:
-        flags = parse_flags(__doc__, argv, RELEASED)
-    if flags["stats"]:
+    flags = parse_flags(__doc__, argv, RELEASED if model.cfg.rope_streams == 2 else {})
+    if model.std.eq(1).all():
         load_statistics(model, flags["stats"])
-    elif model.std.eq(1).all():
-        raise UsageError("--stats=mean.pt is missing: the released checkpoint does not hold its statistics")
     if flags["eval"]:
         return evaluate(flags, model, ToyTalker("val", 16))
     model.to(flags["device"] or default_device())
-    face, source, place = opened or open_face(flags, model.mean.device)
-    features = listen(flags, model)
-
-    clock, loaded = dict(sound=0.0, motion=0.0, render=0.0), time.perf_counter()
-    parts = talk(flags, model, source, timed("sound", features, clock))
-    parts, kept = itertools.tee(timed("motion", parts, clock))
-    frames = (frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
-    frames = timed("render", tqdm(place(frames), "frames", unit=""), clock)
-    write_video(Path(flags["output_path"]), frames, flags["audio_path"])
-    motion, total = torch.cat(list(kept)), time.perf_counter() - loaded
+    face, source, place = open_face(flags, model.mean.device)
+    features = listen(flags, model, audio_blocks(flags["audio_path"]))
+    # each stage pulls from the one before: its clock holds the seconds of all before it too
+    clock = dict.fromkeys(("loading", "sound", "motion", "render"), time.perf_counter() - began)
+    parts, kept = itertools.tee(timed("motion", talk(flags, model, source, timed("sound", features, clock)), clock))
+    frames = place(frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
+    write_video(out, timed("render", tqdm(frames, "frames", unit=""), clock), flags["audio_path"])
+    motion, clock["encode"] = torch.cat(list(kept)), time.perf_counter() - began
     if flags["save_motion"]:
-        with tempfile.TemporaryDirectory(dir=Path(flags["save_motion"]).parent) as folder:
-            np.save(f"{folder}/motion.npy", motion)
-            Path(folder, "motion.npy").replace(flags["save_motion"])
-    # each stage pulls from the one before: its own time is the difference
-    stages = zip(("sound", "motion", "render", "encode"), np.diff([0, *clock.values(), total]))
-    print(f"{flags['output_path']}: {len(motion)} frames; loading {loaded - began:.2f} s, "
-          + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages)
-          + f"; real-time factor {total / len(motion) * 25:.3f}")
+        np.save(f"{flags['save_motion']}.part.npy", motion)
+        Path(f"{flags['save_motion']}.part.npy").replace(flags["save_motion"])
+    stages = [f"{name} {seconds:.2f} s" for name, seconds in zip(clock, np.diff([0, *clock.values()]))]
+    factor = (clock["encode"] - clock["loading"]) / len(motion) * 25
+    print(f"{out}: {len(motion)} frames; {', '.join(stages)}; real-time factor {factor:.3f}")
     return motion
 
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
     C, the confidence, is how far the median lies above it."""
     a, m = expert(audio, z, torch.ones(z.shape[:2], dtype=torch.bool))
-    n = z.size(1) - 30
-    distance = torch.stack([(a[:, 15:15 + n] - m[:, k:k + n]).norm(dim=-1).mean(1) for k in range(31)])
-    best = distance.amin(0)
-    return {"Sync-C": (distance.median(0).values - best).mean().item(), "Sync-D": best.mean().item()}
+    # every offset's stretch of motion (K, 31, D, T - 30) against the middle of the voice
+    distance = (m.unfold(1, m.size(1) - 30, 1) - a[:, None, 15:-15].mT).norm(dim=2).mean(-1)
+    best = distance.amin(1)
+    return {"Sync-C": (distance.median(1).values - best).mean().item(), "Sync-D": best.mean().item()}
 
 
 @torch.inference_mode()
 def evaluate(flags, model, talker):
     """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
     expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
-    if (model.cfg.audio_layers, model.cfg.audio_dim) != talker.audio_shape:
-        raise ValueError(f"{flags['ckpt']}: does not hear the log-mel features that the toy talker comes with")
-    clips = zip(*[talker.clip(k) for k in range(len(talker.length))])
-    motion, audio, emotion, identity = (torch.as_tensor(np.stack(column)) for column in clips)
-    truth, audio = model.normalise(motion), audio[:, 1:]                   # (K, T, 70); the first frame is prev
+    audio = torch.stack([torch.cat(list(listen(flags, model, [wav])))[1:] for wav in talker.wavs])
+    truth, _, emotion, identity = torch.utils.data.default_collate([talker.clip(k) for k in range(len(audio))])
+    prev, truth = model.normalise(truth).split([1, audio.size(1)], 1)
 
-    def speak(voices, seed=1):
-        given = tqdm(zip(voices, identity, truth[:, 0], emotion), "evaluating", len(voices), leave=False)
-        return torch.stack([sample(model, *one, seed=seed, **sampling(flags)) for one in given])
-    rows = {"truth": truth[:, 1:], "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
-    still = [c for c in range(63) if c not in LIPS]
-    moods = model.normalise(torch.from_numpy(np.pad(toy_prototypes(), ((0, 0), (0, 7)))).float())[:, still]
-    table = {}
+    def speak(voices, **other):
+        given = zip(tqdm(voices, "evaluating", leave=False), identity, prev, emotion)
+        return torch.stack([sample(model, *one, **sampling(flags | other)) for one in given])
+    rows = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
+    moods, table = torch.from_numpy(toy_prototypes()).float(), {}
     for name, z in rows.items():
-        mouths, mood = zip(z[..., MOUTH], truth[:, 1:, MOUTH]), torch.cdist(z[..., still].mean(1), moods).argmin(1)
+        mouths = zip(z[..., MOUTH], truth[..., MOUTH])
+        mood = torch.cdist(model.denormalise(z)[..., EXP].mean(1), moods).argmin(1)
         table[name] = {"mouth corr": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths])),
                        **(sync_scores(expert, audio, z) if expert else {}),
                        "emotion": (mood == emotion).float().mean().item(),
                        "jerk": z.diff(n=3, dim=1).abs().mean().item()}
-    table["model"]["pose diversity"] = (rows["model"] - speak(audio, seed=2))[..., ROT].std().item()
+    table["model"]["pose diversity"] = (rows["model"] - speak(audio, seed=flags["seed"] + 1))[..., ROT].std().item()
     print(" " * 15, *(f"{metric:>14}" for metric in table["model"]))
     for name, row in table.items():
-        print(f"{name:15}", *(f"{row[metric]:14.3f}" if metric in row else f"{'-':>14}" for metric in table["model"]))
-    if not expert:
-        print(f"for Sync-C and Sync-D train the expert: python train.py --model=alse (looked for {flags['alse']})")
+        print(f"{name:15}", *(f"{row.get(metric, '-'):>14.3}" for metric in table["model"]))
     return table
 
 
-def film_strip(path, frames, wav, true, made):
-    """A picture of a clip: frames in a row, the sound wave, and the mouth opening generated (red) over true (grey)."""
-    image = Image.new("RGB", (1280, 440), "white")
-    image.paste(Image.fromarray(np.hstack(list(frames))).resize((1280, 160)))
-    brush = ImageDraw.Draw(image)
-    wave, mouth = 55 / np.abs(wav).max(), 110 / max(true.max(), made.max())
-    for curve, zoom, base, colour in ((wav[::40], wave, 220, "#7896aa"), (true, mouth, 405, "#969696"),
-                                      (made, mouth, 405, "#c83c3c")):
-        brush.line(list(zip(np.linspace(0, 1280, len(curve)), np.asarray(base - zoom * curve))), colour, 2)
-    brush.text((8, 282), "mouth opening: grey true, red generated", "#505050", font_size=14)
-    image.save(path)
-
-
 def after_training(ckpt, out, clips):
-    """What `train.py` ends with on the toy talker: the table, and one unseen clip as a film and as a strip."""
-    talker = ToyTalker("val", clips)
-    motion, _, emotion, identity = (torch.as_tensor(x) for x in talker.clip(0))
-    argv = [f"--ckpt={ckpt}", f"--audio_path={out}/sample.wav", f"--output_path={out}/sample.mp4", "--absolute",
-            f"--emotion={emotion}"]
-    evaluate(parse_flags(__doc__, argv), MoDA.from_pretrained(ckpt), talker)
-    soundfile.write(out / "sample.wav", talker.wavs[0], RATE)
-    face = Sketch()
-    source = face.source(x_c=identity)._replace(motion=motion[:1])
-    made = main(argv, (face, source, iter))
-    film_strip(out / "sample.png", face.frames(source, made[::25]), talker.wavs[0], motion[:, MOUTH], made[:, MOUTH])
+    """The table, a film of an unseen clip, and its strip: frames, sound, mouth opening generated (red) over true."""
+    flags, model, talker = parse_flags(__doc__, []), MoDA.from_pretrained(ckpt), ToyTalker("val", clips)
+    evaluate(flags, model, talker)
+    motion, audio, emotion, identity = (torch.as_tensor(x) for x in talker.clip(0))
+    made = model.denormalise(sample(model, audio, identity, model.normalise(motion[0]), emotion, **sampling(flags)))
+    face, source, wav = Sketch(), Sketch().source(x_c=identity), talker.wavs[0]
+    soundfile.write(out / "sample.wav", wav, RATE)
+    write_video(out / "sample.mp4", face.frames(source, made), out / "sample.wav")
+    strip = Image.new("RGB", (1280, 440), "white")
+    strip.paste(Image.fromarray(np.hstack(list(face.frames(source, made[::25])))).resize((1280, 160)))
+    for curve, zoom, base, colour in ((wav[::40], 55 / np.abs(wav).max(), 220, "#7896aa"),
+                                      (motion[:, MOUTH], 2000, 390, "#969696"), (made[:, MOUTH], 2000, 390, "#c83c3c")):
+        points = np.c_[np.linspace(0, 1280, len(curve)), base - zoom * curve]
+        ImageDraw.Draw(strip).line(points.ravel().tolist(), colour, 2)
+    strip.save(out / "sample.png")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
     (sample, "--seed=1", "--audio_path=FILE is missing"),
     (sample, "--emotion=glee", "--emotion=glee: known are anger, contempt"),
     (sample, "--image_path=me.jpg", "--weights=FOLDER"),
-    (sample, "--output_path=film", "--output_path=film: expected a name such as out.mp4"),
+    (sample, "--output_path=film", "--output_path=film: no NAME.mp4"),
     (sample, "--output_path=nowhere/out.mp4", "folder that exists")])
 def test_wrong_flags_are_named_before_any_work(main, argument, message):
     voice = [] if argument == "--seed=1" else ["--audio_path=nope.wav"]
