@@ -62,8 +62,8 @@ def open_face(flags, device):
     image = read_image(flags["image_path"])
     x, y, size = box = crop_box(image, flags["crop"])
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
-    crop.save(f"{flags['output_path']}.crop.png")
     face = LivePortrait(flags["weights"], device)
+    crop.save(f"{flags['output_path']}.crop.png")
     place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
     return face, face.source(np.asarray(crop)), place
 
