@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from data import (LABELS, MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
                   parse_flags, run, toy_prototypes)
-from moda import ALSE, EMOTIONS, EXP, MOUTH, ROT, MoDA, load_statistics, sample, stream
+from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
@@ -178,10 +178,11 @@ def evaluate(flags, model, talker):
         given = zip(tqdm(voices, "evaluating", leave=False), identity, prev, emotion)
         return torch.stack([sample(model, *one, **sampling(flags | other)) for one in given])
     rows = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
-    moods, table = torch.from_numpy(toy_prototypes()).float(), {}
+    still = [c for c in range(63) if c not in LIPS]
+    moods, table = torch.from_numpy(toy_prototypes()).float()[:, still], {}
     for name, z in rows.items():
         mouths = zip(z[..., MOUTH], truth[..., MOUTH])
-        mood = torch.cdist(model.denormalise(z)[..., EXP].mean(1), moods).argmin(1)
+        mood = torch.cdist(model.denormalise(z)[..., still].mean(1), moods).argmin(1)
         table[name] = {"mouth corr": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths])),
                        **(sync_scores(expert, audio, z) if expert else {}),
                        "emotion": (mood == emotion).float().mean().item(),
