@@ -18,7 +18,6 @@ from moda import EXP, M, ROT, SCALE, TRANS, read_tensors
 SIZE = 512                                         # pixels of a rendered frame, height and width
 GET = "get it with: huggingface-cli download KwaiVGI/LivePortrait --local-dir pretrained_weights"
 BATCH_NORM = "running_mean", "running_var", "weight", "bias"
-
 # a portrait, split: appearance f_s (B, 32, 16, 64, 64), canonical keypoints x_c (B, 63), motion (B, 70)
 Source = namedtuple("Source", "f_s x_c motion")
 
@@ -132,7 +131,7 @@ class Weights:
         return F.layer_norm(x, x.shape[-1:], *self.plain(name, x, weight=x.shape[-1:], bias=x.shape[-1:]), eps=eps)
 
     def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
-        """Nearest upsampling by `up`, convolution to n channels, BatchNorm `norm`; it pads, unless there is a `stride`."""
+        """Nearest upsampling by `up`, convolution to n channels, BatchNorm `norm`; padded unless there is a stride."""
         dims = x.ndim - 2
         def make():
             spectral = f"{name}.weight_orig" in self.tensors
@@ -329,7 +328,7 @@ GAIN[[53, 62, 53, 62], [42, 42, 60, 60]] = torch.tensor([-3.0, 1, 3, -1])
 
 
 def outline(paint, *corners):
-    """Colour, n corners (point, how far right, down) -> colour, closed spline (8 n, 24) as weights of points and axes."""
+    """Colour, n corners (point, how far right, down) -> colour, closed spline (8 n, 24): weights of points and axes."""
     point, right, down = np.array(corners, float).reshape(-1, 3).T
     corners = np.column_stack([np.eye(21)[point.astype(int)], right, down, 0 * down]).repeat(8, 0)
     return f"#{paint}", sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))
