@@ -18,7 +18,6 @@ from moda import EXP, M, ROT, SCALE, TRANS, read_tensors
 SIZE = 512                                         # pixels of a rendered frame, height and width
 GET = "get it with: huggingface-cli download KwaiVGI/LivePortrait --local-dir pretrained_weights"
 BATCH_NORM = "running_mean", "running_var", "weight", "bias"
-
 # a portrait, split: appearance f_s (B, 32, 16, 64, 64), canonical keypoints x_c (B, 63), motion (B, 70)
 Source = namedtuple("Source", "f_s x_c motion")
 
