@@ -18,7 +18,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --tau=0.4                Eq. 7: its loss counts only below this
     --steps=1200
     --batch_size=8           windows per step, over all processes
-    --micro_batch=0          windows per pass of one process; 0 = all at once, else gradients accumulate
+    --passes=1               into how many passes each process divides its windows, to save memory
     --learning_rate=2e-3
     --warmup=50              steps
     --cooldown=0.5           last share of the steps, over which the rate falls to zero
@@ -44,10 +44,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import sample
@@ -55,43 +52,25 @@ from data import Clips, ToyTalker, UsageError, default_device, parse_flags, run
 from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-MODELS = {"moda": MoDA, "alse": ALSE}
 TRAINING = {"toy": {}, "moda": dict(               # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
     steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=1000)}
-AT_LEAST_ONE = {"steps", "batch_size", "clips", "save_every", "width", "heads"}
+AT_LEAST_ONE = {"steps", "batch_size", "passes", "clips", "save_every", "width", "heads"}
 
 
 def settings(argv):
     """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
     flags = parse_flags(__doc__, argv, asdict(Config()))
-    for name, known in ("preset", PRESETS), ("model", MODELS), ("fusion", ("c2f", "four", "cross")):
+    for name, known in ("preset", PRESETS), ("model", ("moda", "alse")), ("fusion", ("c2f", "four", "cross")):
         if flags[name] not in known:
             raise UsageError(f"--{name}={flags[name]}: known are {', '.join(known)}")
     flags = parse_flags(__doc__, argv, TRAINING[flags["preset"]] | asdict(Config(**PRESETS[flags["preset"]])))
     for name, value in flags.items():
         if type(value) in (int, float) and value < (name in AT_LEAST_ONE):
             raise UsageError(f"--{name}={value}: should be {int(name in AT_LEAST_ONE)} or more")
-    micro = flags["micro_batch"] or flags["batch_size"] // WORLD
-    flags["passes"], rest = divmod(flags["batch_size"], max(1, micro) * WORLD)
-    if rest:
-        raise UsageError(f"--batch_size={flags['batch_size']} does not divide into {WORLD} x --micro_batch={micro}")
+    if flags["batch_size"] % (WORLD * flags["passes"]):
+        raise UsageError(f"--batch_size={flags['batch_size']} does not divide by {WORLD} x --passes={flags['passes']}")
     flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
     return flags, Config(**{name: flags.pop(name) for name in asdict(Config())})
-
-
-def build(flags, cfg, data, device):
-    """What a checkpoint holds by name: the model and the optimizer."""
-    cfg.audio_layers, cfg.audio_dim = data.audio_shape
-    kind, source = MODELS[flags["model"]], flags["init_from"]
-    model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(device).train()
-    if flags["stats"]:
-        load_statistics(model, flags["stats"])
-    elif model.std.eq(1).all():                                            # it has none yet
-        model.mean[:], model.std[:] = torch.as_tensor(data.moments)
-    for block in model.modules():
-        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
 
 
 def resume(path, parts):
@@ -110,38 +89,18 @@ def micro_batch(i, data, cfg, flags):
     step, k = divmod(i, flags["passes"])
     generator = torch.Generator().manual_seed(flags["seed"] * 10**9 + step)
     index = torch.randint(len(data), (flags["batch_size"],), generator=generator)
-    drawn = draw(cfg, flags["batch_size"], data.frames, generator)
-    mine = lambda x: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k]
-    return default_collate([data[i] for i in mine(index).tolist()]) | {name: mine(x) for name, x in drawn.items()}
+    whole = draw(cfg, flags["batch_size"], data.frames, generator) | dict(index=index)
+    mine = {name: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k] for name, x in whole.items()}
+    return torch.utils.data.default_collate([data[i] for i in mine.pop("index").tolist()]) | mine
 
 
-def objective(net, expert, tau, motion, prev, **batch):
-    """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: a model or DDP around it."""
-    model = getattr(net, "module", net)
+def objective(model, net, expert, tau, motion, prev, **batch):
+    """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
     z0 = model.normalise(motion)
     if isinstance(model, ALSE):
         shift = int(3 + 27 * batch["t"][0])                                # frames
         return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
     return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
-
-
-def learning_rate(step, flags):
-    """Linear warm-up, constant, linear cool-down."""
-    left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])
-    return flags["learning_rate"] * min(1, (step + 1) / max(1, flags["warmup"]), left)
-
-
-def gradients(net, expert, loader, flags, device):
-    """Gradients of one step, summed over its passes -> mean losses (3,)."""
-    total = torch.zeros(3, device=device)
-    for k in range(flags["passes"]):
-        batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
-        net.require_backward_grad_sync = k + 1 == flags["passes"]          # DDP's no_sync() in a line
-        with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
-            part = objective(net, expert, flags["tau"], **batch) / flags["passes"]
-        part.sum().backward()
-        total += part.detach()
-    return total
 
 
 def train(flags, data, parts, first_step, log, device):
@@ -154,28 +113,35 @@ def train(flags, data, parts, first_step, log, device):
     # the last block of an all four-stream network has parts that nobody hears
     net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
     fetch, clock = partial(micro_batch, data=data, cfg=model.cfg, flags=flags), {}
-    loader = sample.timed("data", DataLoader(
+    loader = sample.timed("data", torch.utils.data.DataLoader(
         range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
         num_workers=flags["workers"], pin_memory=device.type == "cuda"), clock)
 
     for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
         began, clock["data"] = time.perf_counter(), 0.0
-        optimizer.param_groups[0]["lr"] = rate = learning_rate(step, flags)
-        means = gradients(net, expert, loader, flags, device)
+        left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])          # 1..0 in the cool-down
+        rate = flags["learning_rate"] * min(1, (step + 1) / max(1, flags["warmup"]), left)
+        optimizer.param_groups[0]["lr"] = rate
+        total = torch.zeros(3, device=device)
+        for k in range(flags["passes"]):
+            batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
+            net.require_backward_grad_sync = k + 1 == flags["passes"]      # DDP's no_sync() in a line
+            with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
+                part = objective(model, net, expert, flags["tau"], **batch) / flags["passes"]
+            part.sum().backward()
+            total += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])
-        means = torch.cat([means, norm[None], means.new_tensor([len(signals)])])
+        means = torch.cat([total, norm[None], total.new_tensor([len(signals)])])
         if WORLD > 1:
-            dist.all_reduce(means)
+            torch.distributed.all_reduce(means)
         rf, vel, sync, norm, stop = (means / WORLD).tolist()
         if not means.isfinite().all():
-            good = path if path.exists() else "none"
-            raise ValueError(f"step {step}: the loss is {rf + vel + sync}; the last good checkpoint is {good}")
+            raise ValueError(f"step {step}: loss {rf + vel + sync}, gradients {norm}; {path}, if there, is still good")
         optimizer.step()
         optimizer.zero_grad()
         loss, seconds = rf + vel + sync, time.perf_counter() - began
         print(step, loss, rf, vel, sync, norm, rate, seconds, clock["data"], sep=",", file=log, flush=True)
-        bar.set_postfix_str(f"loss {loss:.3f}, {flags['batch_size'] / seconds:.0f} windows/s, "
-                            f"{clock['data'] / seconds:.0%} waiting")
+        bar.set_postfix_str(f"loss {loss:.3f}, {clock['data'] / seconds:.0%} waiting for data")
         if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]):
             about = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
@@ -189,21 +155,32 @@ def main(argv):
     flags["out_dir"].mkdir(parents=True, exist_ok=True)
     device = torch.device(flags["device"] or default_device())
     if WORLD > 1:
-        dist.init_process_group()
+        torch.distributed.init_process_group()
     if WORLD > 1 and device.type == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     torch.manual_seed(flags["seed"])
     torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
     data = Clips.open(flags["data_dir"], "train") if flags["data_dir"] else ToyTalker("train", flags["clips"])
-    parts = build(flags, cfg, data, device)
-    first_step = resume(flags["out_dir"] / "ckpt.pt", parts) if flags["init_from"] == "resume" else 0
+    cfg.audio_layers, cfg.audio_dim = data.audio_shape
+    kind, source = ALSE if flags["model"] == "alse" else MoDA, flags["init_from"]
+    model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(device).train()
+    if flags["stats"]:
+        load_statistics(model, flags["stats"])
+    elif model.std.eq(1).all():                                            # it has none yet
+        model.mean[:], model.std[:] = torch.as_tensor(data.moments)
+    for block in model.modules():
+        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    # what a checkpoint holds, by name
+    parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
+    first_step = resume(flags["out_dir"] / "ckpt.pt", parts) if source == "resume" else 0
     path = flags["out_dir"] / "log.csv"
-    rows = path.read_text().splitlines()[1:first_step + 1] if first_step and path.exists() else []
+    rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []
     with open(path if RANK == 0 else os.devnull, "w") as log:
         print("step,loss,rf,vel,sync,grad_norm,learning_rate,seconds,waiting", *rows, sep="\n", file=log, flush=True)
         train(flags, data, parts, first_step, log, device)
     if WORLD > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     if RANK == 0 and flags["eval_clips"] and not flags["data_dir"] and flags["model"] == "moda":
         sample.after_training(flags["out_dir"] / "ckpt.pt", flags["out_dir"], flags["eval_clips"])
 
