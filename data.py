@@ -45,11 +45,10 @@ def decoded(path, what, options, size):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
-        pieces = 0
-        while piece := ffmpeg.stdout.read(size):
+        piece = b""
+        for piece in iter(lambda: ffmpeg.stdout.read(size), b""):
             yield piece
-            pieces += 1
-        if ffmpeg.wait() or not pieces:
+        if ffmpeg.wait() or not piece:
             log.seek(0)
             reason = log.read(1000).decode(errors="replace").splitlines() or ["there is none"]
             raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
@@ -112,10 +111,8 @@ def log_mel(wav, n_frames):
 
 # --------------------------------------------------------------------------------------------------- the audio encoder
 
-PARTS = "feature_extractor.", "feature_projection.", "encoder."            # what else a file holds served its training
-# files of a larger class carry a prefix, and torch names weight norm differently since 2.1
-SPELLINGS = {"wav2vec2.": "", "hubert.": "", "parametrizations.weight.original0": "weight_g",
-             "parametrizations.weight.original1": "weight_v"}
+# tensors by their names without the prefix that some files carry; what else a file holds served its training
+PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
 
@@ -131,12 +128,11 @@ def read_safetensors(path):
     """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
     dtypes, data = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, bytearray(path.read_bytes())
     try:
-        start, tensors = 8 + int.from_bytes(data[:8], "little"), {}
-        for key, entry in json.loads(data[8:start]).items():
-            if key != "__metadata__":
-                first, last = (start + offset for offset in entry["data_offsets"])
-                tensors[key] = torch.frombuffer(data[first:last], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
-        return tensors
+        start = 8 + int.from_bytes(data[:8], "little")
+        header, numbers = json.loads(data[8:start]), data[start:]
+        header.pop("__metadata__", None)
+        return {key: torch.frombuffer(numbers[slice(*e["data_offsets"])], dtype=dtypes[e["dtype"]]).view(e["shape"])
+                for key, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
 
@@ -147,40 +143,32 @@ class AudioEncoder:
     GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then.
     """
 
-    def __init__(self, path, tensors, heads, normalise, device):
-        """`tensors` as in the file, without prefix."""
-        conv = "encoder.pos_conv_embed.conv.weight"
-        try:
-            g, v = tensors.pop(f"{conv}_g").float(), tensors.pop(f"{conv}_v").float()
-            self.width, self.channels = tensors["feature_projection.projection.weight"].shape
-            self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
-        except KeyError as error:
-            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, {error} is missing; {ENCODERS}") from None
-        if self.width > 768:
-            raise ValueError(f"{path}: a large model, but MoDA listens to the base size; {ENCODERS}")
-        tensors[conv] = g * v / v.norm(dim=(0, 1), keepdim=True)
-        self.heads, self.groups, self.normalise = heads, self.width // v.size(1), normalise
-        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
-        self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
-
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
-        path = Path(path)
+        self, path, conv = cls(), Path(path), "encoder.pos_conv_embed.conv"
         if path.is_dir():
             path = next(path.glob("model.safetensors"), path / "pytorch_model.bin")
-        heads = read_json(path.with_name("config.json")).get("num_attention_heads", 12)
-        normalise = read_json(path.with_name("preprocessor_config.json")).get("do_normalize", True)
+        self.heads = read_json(path.with_name("config.json")).get("num_attention_heads", 12)
+        self.normalise = read_json(path.with_name("preprocessor_config.json")).get("do_normalize", True)
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
-        for spelling, plain in SPELLINGS.items():
-            tensors = {key.replace(spelling, plain): value for key, value in tensors.items()}
-        return cls(path, {key: tensors[key] for key in tensors if key.startswith(PARTS)}, heads, normalise, device)
+        tensors = {part[0]: value for key, value in tensors.items() if (part := PART.search(key))}
+        try:                                                               # _g and _v; original0 and 1 since torch 2.1
+            g, v = (tensors.pop(key).float() for key in sorted(tensors) if conv in key and "weight" in key)
+            self.width, self.channels = tensors["feature_projection.projection.weight"].shape
+            self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, or incomplete ({error}); {ENCODERS}") from None
+        tensors[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
+        self.groups = self.width // v.size(1)
+        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
+        self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
+        return self
 
     def layers(self, net, x):
         """The network: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, A)."""
         C, A = self.channels, self.width
-        for _ in range(2):                                                 # as released: not the same as 40 at once
-            x = F.pad(x, (20, 20), mode="reflect")
+        x = F.pad(F.pad(x, (20, 20), mode="reflect"), (20, 20), mode="reflect")    # as released, other than 40 at once
         for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
             name = f"feature_extractor.conv_layers.{i}"
             x = net.conv(x, f"{name}.conv", C, k=kernel, stride=stride, bias=False)
@@ -223,20 +211,16 @@ class AudioEncoder:
 # (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
 CONTROLS = {
     "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
-    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4},
+    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4}, "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
-              (3, 1): -3.5e-3, (7, 1): -3.5e-3},
-    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4}}
+              (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
+    "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4}}
 
 
 def expression(**controls):
     """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
-    delta = np.zeros((*np.broadcast_shapes(*map(np.shape, controls.values())), 21, 3))
-    for name, value in controls.items():
-        for (point, axis), step in CONTROLS[name].items():
-            delta[..., point, axis] += np.multiply(value, step)
-    return delta.reshape(*delta.shape[:-2], 63)
+    return sum(np.multiply.outer(value, step * np.eye(63)[3 * point + axis])
+               for name, value in controls.items() for (point, axis), step in CONTROLS[name].items())
 
 
 # first two formants in kHz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
@@ -292,8 +276,7 @@ def toy_articulation(rng, n, rate):
     phones[:, 1, 9] = np.maximum(0, stress - 1)
     phones[..., 5] *= rng.uniform((0.8, 0.8, 0.8, 0.3), (1.25, 1.25, 1.25, 1.8), (count, 4)) / rate
     phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
-    ends = np.cumsum(phones[:, 5])
-    return phones[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+    return phones[np.searchsorted(np.cumsum(phones[:, 5]), rng.uniform(0, 1) + np.arange(n) / 100)]
 
 
 def toy_face(rng, mood, target):
@@ -412,12 +395,11 @@ class Clips(torch.utils.data.Dataset):
 
 class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of 8 s; clip k of a split never changes."""
-    T = 200
 
-    def __init__(self, split="train", clips=300):
+    def __init__(self, split="train", clips=300, T=200):
         seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
-        self.wavs, motion, emotion, identity = zip(*(toy_clip(seed, self.T) for seed in seeds))
-        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, self.T), identity=torch.tensor(x_c))
+        self.wavs, motion, emotion, identity = zip(*(toy_clip(seed, T) for seed in seeds))
+        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x_c))
                  for m, wav, x_c in zip(motion, self.wavs, identity)]
         super().__init__(clips, emotion, moments(clips))
 
@@ -488,9 +470,8 @@ def prepare(flags):
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(flags["labels"]) if flags["labels"] else {})
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
-    device, ears = flags["device"] or default_device(), flags["audio_encoder"]
-    face = LivePortrait(flags["weights"], device)
-    hear = AudioEncoder.from_pretrained(ears, device).blocks if ears else log_mel_blocks
+    face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
+    hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
 
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
@@ -585,11 +566,9 @@ def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, ImportError, UsageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, UsageError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
 
 
 if __name__ == "__main__":
