@@ -91,8 +91,7 @@ def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), as soon as they are known.
 
     Four 40-band spectra of 25 ms per frame; 0 is silence. A window reaches back, never ahead, and blocks have one size,
-    so that the features of a sound are the same to the bit however it was cut.
-    """
+    so that the features of a sound are the same to the bit however it was cut."""
     step, width = HOP // 4, 400
     past, taper = np.zeros(width - step, np.float32), np.hanning(width)
     for block in regroup(pieces, BLOCK * HOP):
@@ -139,9 +138,7 @@ def read_safetensors(path):
 
 class AudioEncoder:
     """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
-
-    GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then.
-    """
+    GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then."""
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
@@ -213,8 +210,8 @@ CONTROLS = {
     "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
     "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4}, "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
-              (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4}}
+              (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
+    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4}}
 
 
 def expression(**controls):
@@ -305,11 +302,10 @@ def toy_voice(rng, mood, target):
     noise = lambda: rng.standard_normal(n * step)
     melody = 0.5 * wander(rng, 12, n) + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[0] * 2 ** (0.25 * mood[1] * melody)
-    angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
-    r = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
-    pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
+    effort = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)
+    z = effort * np.exp(2j * np.pi * np.cumsum(upsample(pitch)) / RATE)    # z + z^2 + z^3 + ... = z / (1 - z)
     voice, hiss = (upsample(x) for x in smooth(target[:, 2:4], 2).T)
-    sources = voice * (pulses + rng.uniform(0.02, 0.1) * noise()), hiss * noise()
+    sources = voice * ((z / (1 - z)).real + rng.uniform(0.02, 0.1) * noise()), hiss * noise()
 
     khz, width = np.fft.rfftfreq(HOP, 1000 / RATE), np.array([[.08], [.1], [.14], [.25]])
     f = np.hstack([smooth(target[:, :2], 3), np.tile((2.55, 3.6), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
@@ -347,19 +343,17 @@ class Clips(torch.utils.data.Dataset):
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
     mask (80,), true: no window is cut short. For a window with NaN comes the next one that shares no frame with it;
-    ValueError where that happens to more than 1 % of them.
-    """
+    ValueError where more than 1 % of the windows are such."""
     frames = 80                                    # Sec. 4.1.2
 
     def __init__(self, clips, emotion, moments):
-        self.clips, self.emotion, self.moments = clips, emotion, moments
+        self.clips, self.emotion, self.moments, self.spoilt = clips, emotion, moments, set()
         sizes = np.array([opened(clip)["audio"].shape for clip in clips])  # T, L, A
         other = (sizes[:, 1:] != sizes[0, 1:]).any(1)
         if other.any():
             raise ValueError(f"{clips[other.argmax()]}: other features than in {clips[0]}; prepare the data again")
         self.length, self.audio_shape = sizes[:, 0], tuple(sizes[0, 1:].tolist())
         self.start = np.cumsum([0, *np.maximum(self.length - self.frames, 0)])               # first window of each clip
-        self.asked = self.spoilt = 0
 
     @classmethod
     def open(cls, folder, split="train"):
@@ -378,11 +372,10 @@ class Clips(torch.utils.data.Dataset):
         k = np.searchsorted(self.start, i, side="right") - 1
         clip, window = opened(self.clips[k]), slice(i - self.start[k], i - self.start[k] + 1 + self.frames)
         motion, audio = clip["motion"][window], clip["audio"][window].float()
-        self.asked += 1
         if not (motion.isfinite().all() and audio.isfinite().all()):
-            self.spoilt += 1
-            if self.spoilt > max(10, self.asked / 100):
-                raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
+            self.spoilt.add(i)
+            if len(self.spoilt) > max(10, len(self) / 100):
+                raise ValueError(f"{len(self.spoilt)} of {len(self)} windows hold NaN or infinity; prepare them again")
             return self[(i + self.frames + 1) % len(self)]
         return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
                     identity=clip["identity"], mask=torch.ones(self.frames, dtype=torch.bool))
@@ -513,8 +506,7 @@ def check(folder):
     print("emotions:", ", ".join(f"{name} {data.emotion.count(k)}" for k, name in enumerate(EMOTIONS)))
     for name, (channel, *published) in PUBLISHED.items():
         print("{:6}{:9.4f} +- {:7.4f}, published{:9.4f} +- {:7.4f}".format(name, *data.moments[:, channel], *published))
-    for path in data.clips:
-        clip = opened(path)
+    for path, clip in zip(data.clips, map(opened, data.clips)):
         mean, (lag, fit) = clip["motion"].mean(0), voice_lag(clip["motion"][:, MOUTH].numpy(), clip["loudness"].numpy())
         odd = [name for name, (c, usual, std) in PUBLISHED.items() if abs(mean[c] - usual) > 4 * std]
         odd += ["voice"] if fit > 0.3 and abs(lag) > 3 else []
@@ -534,9 +526,7 @@ def main(argv):
 
 def parse_flags(doc, argv, defaults={}):
     """The flags that a script's docstring lists as `--name=default`, other `defaults`, and what argv says instead.
-
-    A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong.
-    """
+    A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong."""
     value = lambda text: json.loads(text.lower()) if re.fullmatch(r"True|False|\d[\d.e-]*", text) else text
     flags = {name: value(text) for name, text in re.findall(r"^ +--(\w+)=(\S*)", doc, re.M)} | defaults
     if {"-h", "--help"} & set(argv):
