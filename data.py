@@ -45,11 +45,10 @@ def decoded(path, what, options, size):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
-        pieces = 0
-        while piece := ffmpeg.stdout.read(size):
+        piece = b""
+        for piece in iter(lambda: ffmpeg.stdout.read(size), b""):
             yield piece
-            pieces += 1
-        if ffmpeg.wait() or not pieces:
+        if ffmpeg.wait() or not piece:
             log.seek(0)
             reason = log.read(1000).decode(errors="replace").splitlines() or ["there is none"]
             raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
@@ -92,8 +91,7 @@ def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), as soon as they are known.
 
     Four 40-band spectra of 25 ms per frame; 0 is silence. A window reaches back, never ahead, and blocks have one size,
-    so that the features of a sound are the same to the bit however it was cut.
-    """
+    so that the features of a sound are the same to the bit however it was cut."""
     step, width = HOP // 4, 400
     past, taper = np.zeros(width - step, np.float32), np.hanning(width)
     for block in regroup(pieces, BLOCK * HOP):
@@ -112,10 +110,8 @@ def log_mel(wav, n_frames):
 
 # --------------------------------------------------------------------------------------------------- the audio encoder
 
-PARTS = "feature_extractor.", "feature_projection.", "encoder."            # what else a file holds served its training
-# files of a larger class carry a prefix, and torch names weight norm differently since 2.1
-SPELLINGS = {"wav2vec2.": "", "hubert.": "", "parametrizations.weight.original0": "weight_g",
-             "parametrizations.weight.original1": "weight_v"}
+# tensors by their names without the prefix that some files carry; what else a file holds served its training
+PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
 
@@ -131,56 +127,45 @@ def read_safetensors(path):
     """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
     dtypes, data = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, bytearray(path.read_bytes())
     try:
-        start, tensors = 8 + int.from_bytes(data[:8], "little"), {}
-        for key, entry in json.loads(data[8:start]).items():
-            if key != "__metadata__":
-                first, last = (start + offset for offset in entry["data_offsets"])
-                tensors[key] = torch.frombuffer(data[first:last], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
-        return tensors
+        start = 8 + int.from_bytes(data[:8], "little")
+        header, numbers = json.loads(data[8:start]), data[start:]
+        header.pop("__metadata__", None)
+        return {key: torch.frombuffer(numbers[slice(*e["data_offsets"])], dtype=dtypes[e["dtype"]]).view(e["shape"])
+                for key, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
 
 
 class AudioEncoder:
     """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
-
-    GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then.
-    """
-
-    def __init__(self, path, tensors, heads, normalise, device):
-        """`tensors` as in the file, without prefix."""
-        conv = "encoder.pos_conv_embed.conv.weight"
-        try:
-            g, v = tensors.pop(f"{conv}_g").float(), tensors.pop(f"{conv}_v").float()
-            self.width, self.channels = tensors["feature_projection.projection.weight"].shape
-            self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
-        except KeyError as error:
-            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, {error} is missing; {ENCODERS}") from None
-        if self.width > 768:
-            raise ValueError(f"{path}: a large model, but MoDA listens to the base size; {ENCODERS}")
-        tensors[conv] = g * v / v.norm(dim=(0, 1), keepdim=True)
-        self.heads, self.groups, self.normalise = heads, self.width // v.size(1), normalise
-        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
-        self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
+    GroupNorm and attention see the whole sound, so features depend on where it is cut: encode first, cut then."""
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
-        path = Path(path)
+        self, path, conv = cls(), Path(path), "encoder.pos_conv_embed.conv"
         if path.is_dir():
             path = next(path.glob("model.safetensors"), path / "pytorch_model.bin")
-        heads = read_json(path.with_name("config.json")).get("num_attention_heads", 12)
-        normalise = read_json(path.with_name("preprocessor_config.json")).get("do_normalize", True)
+        self.heads = read_json(path.with_name("config.json")).get("num_attention_heads", 12)
+        self.normalise = read_json(path.with_name("preprocessor_config.json")).get("do_normalize", True)
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
-        for spelling, plain in SPELLINGS.items():
-            tensors = {key.replace(spelling, plain): value for key, value in tensors.items()}
-        return cls(path, {key: tensors[key] for key in tensors if key.startswith(PARTS)}, heads, normalise, device)
+        tensors = {part[0]: value for key, value in tensors.items() if (part := PART.search(key))}
+        try:                                                               # _g and _v; original0 and 1 since torch 2.1
+            g, v = (tensors.pop(key).float() for key in sorted(tensors) if conv in key and "weight" in key)
+            self.width, self.channels = tensors["feature_projection.projection.weight"].shape
+            self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, or incomplete ({error}); {ENCODERS}") from None
+        tensors[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
+        self.groups = self.width // v.size(1)
+        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
+        self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
+        return self
 
     def layers(self, net, x):
         """The network: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, A)."""
         C, A = self.channels, self.width
-        for _ in range(2):                                                 # as released: not the same as 40 at once
-            x = F.pad(x, (20, 20), mode="reflect")
+        x = F.pad(F.pad(x, (20, 20), mode="reflect"), (20, 20), mode="reflect")    # as released, other than 40 at once
         for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
             name = f"feature_extractor.conv_layers.{i}"
             x = net.conv(x, f"{name}.conv", C, k=kernel, stride=stride, bias=False)
@@ -223,20 +208,16 @@ class AudioEncoder:
 # (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
 CONTROLS = {
     "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
-    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4},
+    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4}, "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
     "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
-              (3, 1): -3.5e-3, (7, 1): -3.5e-3},
-    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4},
-    "brow": {(1, 1): 1e-3, (2, 1): -1e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4}}
+              (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
+    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4}}
 
 
 def expression(**controls):
     """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
-    delta = np.zeros((*np.broadcast_shapes(*map(np.shape, controls.values())), 21, 3))
-    for name, value in controls.items():
-        for (point, axis), step in CONTROLS[name].items():
-            delta[..., point, axis] += np.multiply(value, step)
-    return delta.reshape(*delta.shape[:-2], 63)
+    return sum(np.multiply.outer(value, step * np.eye(63)[3 * point + axis])
+               for name, value in controls.items() for (point, axis), step in CONTROLS[name].items())
 
 
 # first two formants in kHz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
@@ -292,8 +273,7 @@ def toy_articulation(rng, n, rate):
     phones[:, 1, 9] = np.maximum(0, stress - 1)
     phones[..., 5] *= rng.uniform((0.8, 0.8, 0.8, 0.3), (1.25, 1.25, 1.25, 1.8), (count, 4)) / rate
     phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
-    ends = np.cumsum(phones[:, 5])
-    return phones[np.searchsorted(ends, rng.uniform(0, 1) + np.arange(n) / 100)]
+    return phones[np.searchsorted(np.cumsum(phones[:, 5]), rng.uniform(0, 1) + np.arange(n) / 100)]
 
 
 def toy_face(rng, mood, target):
@@ -322,11 +302,10 @@ def toy_voice(rng, mood, target):
     noise = lambda: rng.standard_normal(n * step)
     melody = 0.5 * wander(rng, 12, n) + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[0] * 2 ** (0.25 * mood[1] * melody)
-    angle = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
-    r = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)    # harmonic k has strength r^k: effort
-    pulses = (1 - r * np.cos(angle)) / (1 - 2 * r * np.cos(angle) + r * r) - 1
+    effort = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)
+    z = effort * np.exp(2j * np.pi * np.cumsum(upsample(pitch)) / RATE)    # z + z^2 + z^3 + ... = z / (1 - z)
     voice, hiss = (upsample(x) for x in smooth(target[:, 2:4], 2).T)
-    sources = voice * (pulses + rng.uniform(0.02, 0.1) * noise()), hiss * noise()
+    sources = voice * ((z / (1 - z)).real + rng.uniform(0.02, 0.1) * noise()), hiss * noise()
 
     khz, width = np.fft.rfftfreq(HOP, 1000 / RATE), np.array([[.08], [.1], [.14], [.25]])
     f = np.hstack([smooth(target[:, :2], 3), np.tile((2.55, 3.6), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
@@ -364,19 +343,17 @@ class Clips(torch.utils.data.Dataset):
 
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
     mask (80,), true: no window is cut short. For a window with NaN comes the next one that shares no frame with it;
-    ValueError where that happens to more than 1 % of them.
-    """
+    ValueError where more than 1 % of the windows are such."""
     frames = 80                                    # Sec. 4.1.2
 
     def __init__(self, clips, emotion, moments):
-        self.clips, self.emotion, self.moments = clips, emotion, moments
+        self.clips, self.emotion, self.moments, self.spoilt = clips, emotion, moments, set()
         sizes = np.array([opened(clip)["audio"].shape for clip in clips])  # T, L, A
         other = (sizes[:, 1:] != sizes[0, 1:]).any(1)
         if other.any():
             raise ValueError(f"{clips[other.argmax()]}: other features than in {clips[0]}; prepare the data again")
         self.length, self.audio_shape = sizes[:, 0], tuple(sizes[0, 1:].tolist())
         self.start = np.cumsum([0, *np.maximum(self.length - self.frames, 0)])               # first window of each clip
-        self.asked = self.spoilt = 0
 
     @classmethod
     def open(cls, folder, split="train"):
@@ -395,11 +372,10 @@ class Clips(torch.utils.data.Dataset):
         k = np.searchsorted(self.start, i, side="right") - 1
         clip, window = opened(self.clips[k]), slice(i - self.start[k], i - self.start[k] + 1 + self.frames)
         motion, audio = clip["motion"][window], clip["audio"][window].float()
-        self.asked += 1
         if not (motion.isfinite().all() and audio.isfinite().all()):
-            self.spoilt += 1
-            if self.spoilt > max(10, self.asked / 100):
-                raise ValueError(f"{self.spoilt} of {self.asked} windows hold NaN or infinity; prepare the data again")
+            self.spoilt.add(i)
+            if len(self.spoilt) > max(10, len(self) / 100):
+                raise ValueError(f"{len(self.spoilt)} of {len(self)} windows hold NaN or infinity; prepare them again")
             return self[(i + self.frames + 1) % len(self)]
         return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
                     identity=clip["identity"], mask=torch.ones(self.frames, dtype=torch.bool))
@@ -412,12 +388,11 @@ class Clips(torch.utils.data.Dataset):
 
 class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of 8 s; clip k of a split never changes."""
-    T = 200
 
-    def __init__(self, split="train", clips=300):
+    def __init__(self, split="train", clips=300, T=200):
         seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
-        self.wavs, motion, emotion, identity = zip(*(toy_clip(seed, self.T) for seed in seeds))
-        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, self.T), identity=torch.tensor(x_c))
+        self.wavs, motion, emotion, identity = zip(*(toy_clip(seed, T) for seed in seeds))
+        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x_c))
                  for m, wav, x_c in zip(motion, self.wavs, identity)]
         super().__init__(clips, emotion, moments(clips))
 
@@ -488,9 +463,8 @@ def prepare(flags):
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(flags["labels"]) if flags["labels"] else {})
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
-    device, ears = flags["device"] or default_device(), flags["audio_encoder"]
-    face = LivePortrait(flags["weights"], device)
-    hear = AudioEncoder.from_pretrained(ears, device).blocks if ears else log_mel_blocks
+    face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
+    hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
 
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
@@ -532,8 +506,7 @@ def check(folder):
     print("emotions:", ", ".join(f"{name} {data.emotion.count(k)}" for k, name in enumerate(EMOTIONS)))
     for name, (channel, *published) in PUBLISHED.items():
         print("{:6}{:9.4f} +- {:7.4f}, published{:9.4f} +- {:7.4f}".format(name, *data.moments[:, channel], *published))
-    for path in data.clips:
-        clip = opened(path)
+    for path, clip in zip(data.clips, map(opened, data.clips)):
         mean, (lag, fit) = clip["motion"].mean(0), voice_lag(clip["motion"][:, MOUTH].numpy(), clip["loudness"].numpy())
         odd = [name for name, (c, usual, std) in PUBLISHED.items() if abs(mean[c] - usual) > 4 * std]
         odd += ["voice"] if fit > 0.3 and abs(lag) > 3 else []
@@ -553,9 +526,7 @@ def main(argv):
 
 def parse_flags(doc, argv, defaults={}):
     """The flags that a script's docstring lists as `--name=default`, other `defaults`, and what argv says instead.
-
-    A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong.
-    """
+    A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong."""
     value = lambda text: json.loads(text.lower()) if re.fullmatch(r"True|False|\d[\d.e-]*", text) else text
     flags = {name: value(text) for name, text in re.findall(r"^ +--(\w+)=(\S*)", doc, re.M)} | defaults
     if {"-h", "--help"} & set(argv):
@@ -585,11 +556,9 @@ def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, ImportError, UsageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, UsageError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
 
 
 if __name__ == "__main__":
