@@ -4,7 +4,6 @@ Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, 
 blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
 Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers.
 """
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -44,10 +43,9 @@ PRESETS = {"toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_lay
 
 
 # ------------------------------------------------------------------------------------------ positions and attention
-def rope(n, dim, theta=256.0, device=None):
-    """Rotary table for frames 0..n-1 of a head with `dim` channels: unit complex numbers, (n, dim / 2)."""
-    freqs = theta ** (-torch.arange(0, dim, 2, device=device) / dim)
-    angle = torch.outer(torch.arange(n, device=device), freqs)
+def waves(position, n, theta):
+    """exp(i position theta^(-2j / n)), complex (..., n / 2): the turns of RoPE, and the sinusoids that embed time."""
+    angle = position[..., None] * theta ** (-torch.arange(0, n, 2, device=position.device) / n)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -78,16 +76,11 @@ def mlp(n_in, n_hidden, n_out, act):
     return nn.Sequential(linear(n_in, n_hidden), act, linear(n_hidden, n_out))
 
 
-class Heads(nn.Module):
-    """Splits q, k, v (B, n, D) into heads (B, H, n, d); q and k get their per-head RMSNorm, then their rotation."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.dim = cfg.width // cfg.heads
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.dim, eps=1e-5) for _ in range(2))
-
-    def forward(self, q, k, v, table):
-        q, k, v = (x.unflatten(-1, (-1, self.dim)).transpose(1, 2) for x in (q, k, v))
-        return rotate(self.q_norm(q), table), rotate(self.k_norm(k), table), v
+def heads(qkv, gain, table):
+    """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
+    q, k, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
+    q, k = (rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip((q, k), gain))
+    return q, k, v
 
 
 class JointBlock(nn.Module):
@@ -97,7 +90,7 @@ class JointBlock(nn.Module):
         D = cfg.width
         self.adaln = linear(D, 6 * n * D, gain=0)  # per stream: shift, scale, gate of attention and of feed-forward
         self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(n))
-        self.heads = nn.ModuleList(Heads(cfg) for _ in range(n))
+        self.qk_gain = nn.Parameter(torch.ones(n, 2, D // cfg.heads))
         self.out = nn.ModuleList(linear(D, D) for _ in range(n))
         self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
 
@@ -107,8 +100,8 @@ class JointBlock(nn.Module):
         mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count.
         """
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
-        qkv = [f(modulate(x, m[0], m[1])).chunk(3, -1) for f, x, m in zip(self.qkv, xs, mods)]
-        q, k, v = zip(*[heads(*parts, table) for heads, parts in zip(self.heads, qkv)])    # (B, H, n, d) per stream
+        qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
+        q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
         k, v = ([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)] for ys in (k, v))
         y = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2), heard)
         ys = y.transpose(1, 2).flatten(2).split(lengths, 1)                # (B, n, D), back to their owners
@@ -123,17 +116,15 @@ class SingleBlock(nn.Module):
         D = cfg.width
         self.adaln = linear(D, 3 * D, gain=0)      # shift, scale, gate
         self.qkv_mlp = linear(D, 7 * D, aligned=2 * D)
-        self.heads = Heads(cfg)
+        self.qk_gain = nn.Parameter(torch.ones(2, D // cfg.heads))
         self.out = linear(5 * D, D)
 
     def forward(self, x, mods, table, heard=None, keep=None):
         """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
-        u, sizes = modulate(x, mods[0], mods[1]), [3 * x.size(-1), 4 * x.size(-1)]
-        weights, biases = self.qkv_mlp.weight.split(sizes), self.qkv_mlp.bias.split(sizes)
-        q, k, v = F.linear(u, weights[0], biases[0]).chunk(3, -1)
-        h = F.gelu(F.linear(u[:, :keep], weights[1], biases[1]), approximate="tanh")
-        y = F.scaled_dot_product_attention(*self.heads(q[:, :keep], k, v, table), heard).transpose(1, 2).flatten(2)
-        return x[:, :keep] + mods[2] * self.out(torch.cat([y, h], -1))
+        qkv, h = self.qkv_mlp(modulate(x, mods[0], mods[1])).tensor_split([3 * x.size(-1)], -1)    # 3D, 4D channels
+        q, k, v = heads(qkv, self.qk_gain, table)
+        y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
+        return x[:, :keep] + mods[2] * self.out(torch.cat([y, F.gelu(h[:, :keep], approximate="tanh")], -1))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -213,14 +204,13 @@ class MoDA(MotionModel):
         e, i = self.emotion_in(emotion)[:, None], self.identity_in(identity)[:, None]
         if self.cfg.rope_streams == 4:     # Sec. 3.2.2; unrotated, all N stay equal: one token stands for them
             e, i = e.expand(-1, N, -1), i.expand(-1, N, -1)
-        table = rope(N, self.cfg.width // self.cfg.heads, device=audio.device)
+        table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256.0)
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
-        freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        angle = 1000 * t[..., None] * freqs
-        c = self.time_in(torch.cat([angle.cos(), angle.sin()], -1))
+        wave = waves(1000 * t, 256, 10000.0)
+        c = self.time_in(torch.cat([wave.real, wave.imag], -1))
         c = F.silu(c + self.emotion_in(emotion) if self.cfg.emotion_adaln else c)
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
