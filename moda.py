@@ -38,8 +38,7 @@ class Config:
     p_drop_emotion: float = 0.1
 
 
-PRESETS = {"toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160),
-           "moda": {}}
+PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160)}
 
 
 # ------------------------------------------------------------------------------------------ positions and attention
@@ -149,6 +148,13 @@ class MotionModel(nn.Module):
         motion = z * (self.std + 1e-5) + self.mean
         return torch.cat([motion[..., EXP], motion[..., SIZED] * size, motion[..., ROT]], -1)
 
+    def hear(self, audio):
+        """Audio (B, N, L, A) flat, (B, N, L * A); ValueError if its features are not the kind that the model knows."""
+        hears = self.cfg.audio_layers, self.cfg.audio_dim
+        if audio.shape[2:] != hears:
+            raise ValueError(f"the model hears {hears} features per frame, not {(*audio.shape[2:],)}: another encoder's?")
+        return audio.flatten(2)
+
     @classmethod
     def from_pretrained(cls, path):
         """Load a checkpoint of ours or the released net-200.pth, ready for inference; ValueError if it does not fit."""
@@ -169,8 +175,9 @@ class MoDA(MotionModel):
         super().__init__(cfg)
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
         stages = {"c2f": (cfg.n_four, cfg.n_two, cfg.n_one, 0), "four": (depth, 0, 0, 0), "cross": (0, 0, 0, depth)}
-        if cfg.fusion not in stages:
-            raise ValueError(f"fusion {cfg.fusion!r}: known are {', '.join(stages)}")
+        if cfg.fusion not in stages or cfg.width % (2 * cfg.heads):
+            raise ValueError(f"fusion={cfg.fusion} should be one of {', '.join(stages)}, "
+                             f"width={cfg.width} an even multiple of heads={cfg.heads}")
         four, two, one, cross = stages[cfg.fusion]
         self.motion_in, self.identity_in, self.time_in = (mlp(n, D, D, nn.SiLU()) for n in (2 * M, 63, 256))
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
@@ -198,12 +205,10 @@ class MoDA(MotionModel):
     def conditions(self, audio, emotion, identity, prev, drop_audio=None):
         """All that no denoising step changes: prev and the embedded conditions, (B, N, .) each, and the RoPE table."""
         N = audio.size(1)
-        if drop_audio is not None:
-            audio = torch.where(drop_audio[:, None, None, None], self.null_audio, audio)
-        a = self.audio_in(audio.flatten(2))                                # (B, N, L * A) -> (B, N, D)
-        e, i = self.emotion_in(emotion)[:, None], self.identity_in(identity)[:, None]
-        if self.cfg.rope_streams == 4:     # Sec. 3.2.2; unrotated, all N stay equal: one token stands for them
-            e, i = e.expand(-1, N, -1), i.expand(-1, N, -1)
+        a, null = self.hear(audio), self.null_audio.repeat(self.cfg.audio_layers)          # (B, N, L * A), (L * A)
+        a = self.audio_in(a if drop_audio is None else torch.where(drop_audio[:, None, None], null, a))    # (B, N, D)
+        n = N if self.cfg.rope_streams == 4 else 1     # Sec. 3.2.2; unrotated, all N are equal: one stands for them
+        e, i = (x[:, None].expand(-1, n, -1) for x in (self.emotion_in(emotion), self.identity_in(identity)))
         table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256.0)
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
 
@@ -278,7 +283,7 @@ class ALSE(MotionModel):
             for conv in tower[1:]:
                 x = x + conv(F.gelu(F.rms_norm(x.mT, x.shape[1:2]).mT))
             return F.normalize(F.relu(x).mT, dim=-1)                       # >= 0, so that a cosine is a probability
-        return embed(self.audio, audio.flatten(2)), embed(self.motion, z[..., LIPS])
+        return embed(self.audio, self.hear(audio)), embed(self.motion, z[..., LIPS])
 
     @staticmethod
     def loss(a, m, mask, in_sync=True):
@@ -313,23 +318,6 @@ def euler(velocity, z, times):
     return z
 
 
-def window_sampler(model, identity, emotion, steps, guidance):
-    """All that windows share, computed once; returns sample_window(z, audio, prev) -> motion (N, 70)."""
-    device = model.mean.device
-    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    if not times:
-        raise ValueError("steps must be 1 or more")
-    weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
-    mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
-    batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
-
-    def sample_window(z, audio, prev):
-        conditions = model.conditions(batch(audio), emotions, batch(identity), batch(prev), drop_audio)
-        passes = lambda z, k: model.fuse(batch(z), conditions, [x[:, k] for x in mods])    # (B, N, 70)
-        return euler(lambda z, k: torch.tensordot(weight, passes(z, k), 1), z.to(device), times).cpu()    # Eq. 8
-    return sample_window
-
-
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
            seed=0, noise=None, smooth=False):
@@ -342,21 +330,29 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
     """
-    if not 0 <= overlap < chunk:
-        raise ValueError(f"overlap must lie between 0 and chunk - 1 = {chunk - 1}, not {overlap}")
-    sample_window = window_sampler(model, identity.flatten(), emotion, steps, guidance)
+    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
+    if not (times and 0 <= overlap < chunk):
+        raise ValueError(f"steps={steps} should be 1 or more, overlap={overlap} from 0 to chunk - 1 = {chunk - 1}")
+    device = model.mean.device
+    weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
+    mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
+    batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
+
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
     given, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     stride, fade = chunk - overlap, torch.linspace(0, 1, overlap + 1)[:-1, None]           # 0, 1/16 .. 15/16
     calm = smooth_pose if smooth else lambda motion, before: motion
-    voice, prev = list(islice(frames, chunk)), prev.flatten()
+    voice = list(islice(frames, chunk))
     z = before = tail = torch.empty(0, M)
     if not voice:
         raise ValueError("the audio has no frames")
     while len(voice) > len(tail):
         window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, chunk - len(voice)))
         z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])    # chunks agree on a shared frame
-        motion = calm(sample_window(next(given, z), window, prev), before[:0])
+        conditions = model.conditions(batch(window), emotions, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
+        passes = lambda z, k: model.fuse(batch(z), conditions, [x[:, k] for x in mods])    # (B, chunk, 70)
+        guided = lambda z, k: torch.tensordot(weight, passes(z, k), 1)     # Eq. 8
+        motion = calm(euler(guided, next(given, z).to(device), times).cpu(), before[:0])
         motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
         ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
         yield ready[:stride]                                               # what no later chunk will touch
@@ -382,9 +378,8 @@ def smooth_pose(motion, before):
 def save(path, state, keep=""):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
+        torch.save(state, f"{path}.tmp")
+        with open(f"{path}.tmp", "rb+") as file:
             os.fsync(file.fileno())
         if keep and os.path.exists(path):
             os.replace(path, os.path.join(os.path.dirname(path), keep))
@@ -409,27 +404,26 @@ def released_parameters(model):
 
     Streams are called xs (motion) and au or au1..3 (audio, emotion, identity); "audio" where a name is long.
     """
-    layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
-              "final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
+    layers = {"motion_embedder.mlp": model.motion_in, "identity_embedder.mlp": model.identity_in,
+              "time_embedder.mlp": model.time_in, "emo_embedder.embedding_table": model.emotion_in,
+              "audio_embedder.norm": model.audio_in[5], "final_layer.linear": model.head,
+              "final_layer.adaLN_modulation.1": model.adaln}
     layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
-    mlps = {"motion": model.motion_in, "identity": model.identity_in, "time": model.time_in}
-    layers |= {f"{name}_embedder.mlp.{i}": net[i] for name, net in mlps.items() for i in (0, 2)}
-    places = {"null_audio_feat": model.null_audio.view(1, 1, 1, 1, -1)}
+    places = {"null_audio_feat": model.null_audio}
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
     joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
     for name, block, numbers in joint:
         for s, n in enumerate(numbers):
             short, long = ("au", "audio") if s else ("xs", "xs")
             layers |= {f"{name}.attn1.qkv_{short}{n}": block.qkv[s], f"{name}.attn1.{short}_proj{n}": block.out[s],
-                       f"{name}.attn1.{short}_q_norm{n}": block.heads[s].q_norm,
-                       f"{name}.attn1.{short}_k_norm{n}": block.heads[s].k_norm,
                        f"{name}.{long}_mlp{n}.fc1": block.mlp[s][0], f"{name}.{long}_mlp{n}.fc2": block.mlp[s][2]}
-            for p, value in block.adaln.named_parameters():                # ours holds the rows of all streams
-                places[f"{name}.adaLN_modulation_{long}{n}.1.{p}"] = value.chunk(len(numbers))[s]
+            places |= {f"{name}.attn1.{short}_{x}_norm{n}.weight": gain for x, gain in zip("qk", block.qk_gain[s])}
+            places |= {f"{name}.adaLN_modulation_{long}{n}.1.{p}": rows.chunk(len(numbers))[s]     # ours holds all
+                       for p, rows in block.adaln.named_parameters()}
     for i, block in enumerate(model.one):
         layers |= {f"blocks.{i}.adaLN_modulation_xs.1": block.adaln, f"blocks.{i}.qkv_xs": block.qkv_mlp,
-                   f"blocks.{i}.attn1.xs_q_norm": block.heads.q_norm,
-                   f"blocks.{i}.attn1.xs_k_norm": block.heads.k_norm, f"blocks.{i}.linear2": block.out}
+                   f"blocks.{i}.linear2": block.out}
+        places |= {f"blocks.{i}.attn1.xs_{x}_norm.weight": gain for x, gain in zip("qk", block.qk_gain)}
     return places | {f"{name}.{p}": value for name, layer in layers.items() for p, value in layer.named_parameters()}
 
 
@@ -447,8 +441,7 @@ def from_released(state, path):
     model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
     if "null_audio_feat" not in state:     # the authors' Parameter(...).to("cuda") was no parameter: never saved
         print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
-        fixed = torch.Generator().manual_seed(42)
-        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=fixed).view(1, 1, 1, 1, -1)
+        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
     return load_strictly(model, state, path, released_parameters(model))
 
 
@@ -456,7 +449,7 @@ def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
     places = {"mean": model.mean, "std": model.std}
-    load_strictly(model, {name: state[name].flatten() for name in places if name in state}, path, places)
+    load_strictly(model, {name: state[name] for name in places if name in state}, path, places)
 
 
 @torch.no_grad()
@@ -464,10 +457,8 @@ def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
     places = places or module.state_dict()
     for name in places | tensors:
-        if name not in tensors or name not in places:
-            raise ValueError(f"{path}: {name} is {'missing' if name in places else 'unknown'}: another model's file?")
-        shape, found = tuple(places[name].shape), tensors[name]
-        if found.shape != shape or not found.isfinite().all():
-            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, it should be {shape} finite numbers")
-        places[name].copy_(found)
+        needed, found = (list(x[name].squeeze().shape) if name in x else "nothing" for x in (places, tensors))
+        if needed != found or not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has shape {found}, not {needed} and finite numbers: another model's file?")
+        places[name].copy_(tensors[name].view_as(places[name]))
     return module
