@@ -4,6 +4,7 @@ Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, 
 blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
 Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers.
 """
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 
 M = 70                                             # motion numbers per frame, in the released order:
 EXP, SCALE, TRANS, ROT = slice(0, 63), slice(63, 64), slice(64, 67), slice(67, 70)
-SIZED = slice(63, 67)                              # what grows with the face: scale and translation
 MOUTH = 58                                         # (19, y): the mouth opening, the widest channel of real speech
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
@@ -44,7 +44,7 @@ PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=
 # ------------------------------------------------------------------------------------------ positions and attention
 def waves(position, n, theta):
     """exp(i position theta^(-2j / n)), complex (..., n / 2): the turns of RoPE, and the sinusoids that embed time."""
-    angle = position[..., None] * theta ** (-torch.arange(0, n, 2, device=position.device) / n)
+    angle = position[..., None] * torch.exp(-math.log(theta) * torch.arange(0, n, 2, device=position.device) / n)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -60,14 +60,11 @@ def modulate(x, shift, scale):
 
 def linear(n_in, n_out, aligned=0, gain=1.0):
     """Linear layer, Xavier-uniform, biases zero except the first `aligned`: those of q and k start at 1.
-
     Not in the paper: with a common direction in every q and k, RoPE alone makes attention begin on the diagonal, each
-    frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has.
-    """
+    frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has."""
     layer = nn.Linear(n_in, n_out)
     nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    nn.init.ones_(layer.bias.detach()[:aligned])
+    layer.bias.data.copy_(torch.arange(n_out) < aligned)
     return layer
 
 
@@ -94,10 +91,8 @@ class JointBlock(nn.Module):
         self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
 
     def forward(self, xs, mods, table, heard=None):
-        """Streams xs, (B, n, D) each -> the same; first motion, N tokens. A single token stands for N equal ones.
-
-        mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count.
-        """
+        """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
+        mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count."""
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
         qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
         q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
@@ -136,23 +131,22 @@ class MotionModel(nn.Module):
         self.register_buffer("std", torch.ones(M))
 
     def size(self, portrait):
-        """How large a face is against the average of the training data: portrait (..., 70) -> (..., 1)."""
-        return (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+        """How large a face is against the average of the training data: (..., 70) -> factors per channel, (..., 70)."""
+        size = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+        return F.pad(size[..., [0] * 4], (63, 3), value=1.0)               # only scale and translation grow with it
 
     def normalise(self, motion, size=1.0):
         """(..., 70) in LivePortrait units -> the network's; with `size`, as if the face were of average size."""
-        motion = torch.cat([motion[..., EXP], motion[..., SIZED] / size, motion[..., ROT]], -1)
-        return (motion - self.mean) / (self.std + 1e-5)                    # some channels never move: std 0
+        return (motion / size - self.mean) / (self.std + 1e-5)             # some channels never move: std 0
 
     def denormalise(self, z, size=1.0):
-        motion = z * (self.std + 1e-5) + self.mean
-        return torch.cat([motion[..., EXP], motion[..., SIZED] * size, motion[..., ROT]], -1)
+        return (z * (self.std + 1e-5) + self.mean) * size
 
     def hear(self, audio):
         """Audio (B, N, L, A) flat, (B, N, L * A); ValueError if its features are not the kind that the model knows."""
-        hears = self.cfg.audio_layers, self.cfg.audio_dim
-        if audio.shape[2:] != hears:
-            raise ValueError(f"the model hears {hears} features per frame, not {(*audio.shape[2:],)}: another encoder's?")
+        if audio.shape[2:] != (self.cfg.audio_layers, self.cfg.audio_dim):
+            L, A, given = self.cfg.audio_layers, self.cfg.audio_dim, " x ".join(map(str, audio.shape[2:]))
+            raise ValueError(f"the model hears {L} x {A} features per frame, not {given}: name their audio encoder")
         return audio.flatten(2)
 
     @classmethod
@@ -161,10 +155,8 @@ class MotionModel(nn.Module):
         state = read_tensors(path)
         if cls is MoDA and any(key.endswith("motion_embedder.mlp.0.weight") for key in state):
             return from_released(state, path).eval()
-        if state.get("kind") != cls.__name__:
-            raise ValueError(f"{path}: holds {state.get('kind', 'no checkpoint of ours')}, not {cls.__name__}")
-        for name in state["config"].keys() - vars(Config()):
-            raise ValueError(f"{path}: written by a newer version (its setting {name} is unknown here); update moda")
+        if state.get("kind") != cls.__name__ or state["config"].keys() - vars(Config()):
+            raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not {cls.__name__} as this version knows it")
         averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
         return load_strictly(cls(Config(**state["config"])), averaged or state["model"], path).eval()
 
@@ -176,8 +168,7 @@ class MoDA(MotionModel):
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
         stages = {"c2f": (cfg.n_four, cfg.n_two, cfg.n_one, 0), "four": (depth, 0, 0, 0), "cross": (0, 0, 0, depth)}
         if cfg.fusion not in stages or cfg.width % (2 * cfg.heads):
-            raise ValueError(f"fusion={cfg.fusion} should be one of {', '.join(stages)}, "
-                             f"width={cfg.width} an even multiple of heads={cfg.heads}")
+            raise ValueError(f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
         four, two, one, cross = stages[cfg.fusion]
         self.motion_in, self.identity_in, self.time_in = (mlp(n, D, D, nn.SiLU()) for n in (2 * M, 63, 256))
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
@@ -195,12 +186,10 @@ class MoDA(MotionModel):
 
     def forward(self, z, t, audio, emotion, identity, prev, drop_audio=None, mask=None):
         """Velocity v, estimating eps - z0, of normalised noisy motion.
-
         z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity (B, 63); prev (B, 70)
-        the normalised frame before the window; drop_audio (B,) bool; mask (B, N) bool, real frames -> (B, N, 70).
-        """
-        conditions = self.conditions(audio, emotion, identity, prev, drop_audio)
-        return self.fuse(z, conditions, self.modulations(t, emotion), mask)
+        the normalised frame before the window; drop_audio (B,) bool; mask (B, N) bool, real frames -> (B, N, 70)."""
+        given = self.conditions(audio, emotion, identity, prev, drop_audio)
+        return self.fuse(z, given, self.modulations(t, emotion), mask)
 
     def conditions(self, audio, emotion, identity, prev, drop_audio=None):
         """All that no denoising step changes: prev and the embedded conditions, (B, N, .) each, and the RoPE table."""
@@ -209,12 +198,12 @@ class MoDA(MotionModel):
         a = self.audio_in(a if drop_audio is None else torch.where(drop_audio[:, None, None], null, a))    # (B, N, D)
         n = N if self.cfg.rope_streams == 4 else 1     # Sec. 3.2.2; unrotated, all N are equal: one stands for them
         e, i = (x[:, None].expand(-1, n, -1) for x in (self.emotion_in(emotion), self.identity_in(identity)))
-        table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256.0)
+        table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256)
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
-        wave = waves(1000 * t, 256, 10000.0)
+        wave = waves(1000 * t, 256, 10000)
         c = self.time_in(torch.cat([wave.real, wave.imag], -1))
         c = F.silu(c + self.emotion_in(emotion) if self.cfg.emotion_adaln else c)
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
@@ -259,17 +248,21 @@ def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, 
     for _ in range(3):                                                     # itself, its first and second differences
         means.append((error ** 2 * both[..., None]).sum() / (M * both.sum()).clamp(min=1))
         error, both = error.diff(dim=1), both[:, 1:] & both[:, :-1]
-    sync = torch.zeros_like(t) if expert is None else expert.loss(*expert(audio, z_t - t_ * v, mask), mask)
+    sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)
     gate = (sync < tau) & ~drop_audio                                      # clip by clip: (B,)
     return means[0], means[1] + means[2], (sync * gate).mean()             # Eq. 4, Eq. 5, Eq. 7
 
 
+def sync_loss(a, m, mask, in_sync=True):
+    """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
+    p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
+    return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
-
     The paper's supplement is not public; its text and SyncNet support this reading: an audio and a lip-motion tower, a
-    unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs.
-    """
+    unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs."""
     def __init__(self, cfg, kernel=5, depth=4):
         super().__init__(cfg)
         tower = lambda n_in: nn.ModuleList([linear(n_in, cfg.width)] + [
@@ -285,18 +278,11 @@ class ALSE(MotionModel):
             return F.normalize(F.relu(x).mT, dim=-1)                       # >= 0, so that a cosine is a probability
         return embed(self.audio, self.hear(audio)), embed(self.motion, z[..., LIPS])
 
-    @staticmethod
-    def loss(a, m, mask, in_sync=True):
-        """Cross-entropy of the cosine of a and m, averaged over each clip's frames -> (B,)."""
-        p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
-        return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
-
     def pretraining_loss(self, audio, z, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
         a, m = self(audio, z, mask)
-        late = ALSE.loss(a.roll(shift, 1), m, mask & mask.roll(shift, 1), in_sync=False)
-        foreign = ALSE.loss(a.roll(1, 0), m, mask & mask.roll(1, 0), in_sync=False)
-        return (ALSE.loss(a, m, mask) + (late + foreign) / 2).mean()
+        apart = [sync_loss(a.roll(*by), m, mask & mask.roll(*by), in_sync=False) for by in ((shift, 1), (1, 0))]
+        return (sync_loss(a, m, mask) + sum(apart) / 2).mean()
 
 
 # -------------------------------------------------------------------------------------------------------- the sampler
@@ -337,22 +323,20 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
     mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
     batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
-
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
-    given, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
+    noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     stride, fade = chunk - overlap, torch.linspace(0, 1, overlap + 1)[:-1, None]           # 0, 1/16 .. 15/16
     calm = smooth_pose if smooth else lambda motion, before: motion
-    voice = list(islice(frames, chunk))
+    voice, identity, prev = list(islice(frames, chunk)), identity.flatten(), prev.flatten()
     z = before = tail = torch.empty(0, M)
     if not voice:
         raise ValueError("the audio has no frames")
     while len(voice) > len(tail):
         window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, chunk - len(voice)))
         z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])    # chunks agree on a shared frame
-        conditions = model.conditions(batch(window), emotions, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
-        passes = lambda z, k: model.fuse(batch(z), conditions, [x[:, k] for x in mods])    # (B, chunk, 70)
-        guided = lambda z, k: torch.tensordot(weight, passes(z, k), 1)     # Eq. 8
-        motion = calm(euler(guided, next(given, z).to(device), times).cpu(), before[:0])
+        given = model.conditions(batch(window), emotions, batch(identity), batch(prev), drop_audio)
+        guided = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]), 1)
+        motion = calm(euler(guided, next(noises, z).to(device), times).cpu(), before[:0])              # Eq. 8, 2
         motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
         ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
         yield ready[:stride]                                               # what no later chunk will touch
@@ -392,22 +376,18 @@ def read_tensors(path, advice="fetch it again"):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {advice}") from None
     except Exception as error:                                             # truncated, foreign, or a pickle with code
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}); {advice}") from None
+        reason = f"not a readable checkpoint: {type(error).__name__} {error}".splitlines()[0][:130]
+        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+        raise ValueError(f"{path}: {reason}; {advice}") from None
 
 
 def released_parameters(model):
-    """Every tensor of the released file by its name there, as our parameter.
-
-    Streams are called xs (motion) and au or au1..3 (audio, emotion, identity); "audio" where a name is long.
-    """
-    layers = {"motion_embedder.mlp": model.motion_in, "identity_embedder.mlp": model.identity_in,
-              "time_embedder.mlp": model.time_in, "emo_embedder.embedding_table": model.emotion_in,
-              "audio_embedder.norm": model.audio_in[5], "final_layer.linear": model.head,
-              "final_layer.adaLN_modulation.1": model.adaln}
+    """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
+    au or au1..3 (audio, emotion, identity); "audio" where a name is long."""
+    layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
+              "final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
+    layers |= {f"{name}_embedder.mlp": getattr(model, f"{name}_in") for name in ("motion", "identity", "time")}
     layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
     places = {"null_audio_feat": model.null_audio}
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
@@ -452,13 +432,12 @@ def load_statistics(model, path):
     load_strictly(model, {name: state[name] for name in places if name in state}, path, places)
 
 
-@torch.no_grad()
 def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
     places = places or module.state_dict()
     for name in places | tensors:
-        needed, found = (list(x[name].squeeze().shape) if name in x else "nothing" for x in (places, tensors))
+        needed, found = (f"shape {[*x[name].squeeze().shape]}" if name in x else "missing" for x in (places, tensors))
         if needed != found or not tensors[name].isfinite().all():
-            raise ValueError(f"{path}: {name} has shape {found}, not {needed} and finite numbers: another model's file?")
-        places[name].copy_(tensors[name].view_as(places[name]))
+            raise ValueError(f"{path}: {name} is {found}, should be {needed} and finite: another model's file?")
+        places[name].data.copy_(tensors[name].view_as(places[name]))
     return module
