@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 M = 70                                             # motion numbers per frame, in the released order:
 EXP, SCALE, TRANS, ROT = slice(0, 63), slice(63, 64), slice(64, 67), slice(67, 70)
-SIZED = slice(63, 67)                              # what grows with the face: scale and translation
 MOUTH = 58                                         # (19, y): the mouth opening, the widest channel of real speech
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
@@ -39,15 +38,13 @@ class Config:
     p_drop_emotion: float = 0.1
 
 
-PRESETS = {"toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160),
-           "moda": {}}
+PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160)}
 
 
 # ------------------------------------------------------------------------------------------ positions and attention
-def rope(n, dim, theta=256.0, device=None):
-    """Rotary table for frames 0..n-1 of a head with `dim` channels: unit complex numbers, (n, dim / 2)."""
-    freqs = theta ** (-torch.arange(0, dim, 2, device=device) / dim)
-    angle = torch.outer(torch.arange(n, device=device), freqs)
+def waves(position, n, theta):
+    """exp(i position theta^(-2j / n)), complex (..., n / 2): the turns of RoPE, and the sinusoids that embed time."""
+    angle = position[..., None] * torch.exp(-math.log(theta) * torch.arange(0, n, 2, device=position.device) / n)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -63,14 +60,11 @@ def modulate(x, shift, scale):
 
 def linear(n_in, n_out, aligned=0, gain=1.0):
     """Linear layer, Xavier-uniform, biases zero except the first `aligned`: those of q and k start at 1.
-
     Not in the paper: with a common direction in every q and k, RoPE alone makes attention begin on the diagonal, each
-    frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has.
-    """
+    frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has."""
     layer = nn.Linear(n_in, n_out)
     nn.init.xavier_uniform_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    nn.init.ones_(layer.bias.detach()[:aligned])
+    layer.bias.data.copy_(torch.arange(n_out) < aligned)
     return layer
 
 
@@ -78,16 +72,11 @@ def mlp(n_in, n_hidden, n_out, act):
     return nn.Sequential(linear(n_in, n_hidden), act, linear(n_hidden, n_out))
 
 
-class Heads(nn.Module):
-    """Splits q, k, v (B, n, D) into heads (B, H, n, d); q and k get their per-head RMSNorm, then their rotation."""
-    def __init__(self, cfg):
-        super().__init__()
-        self.dim = cfg.width // cfg.heads
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.dim, eps=1e-5) for _ in range(2))
-
-    def forward(self, q, k, v, table):
-        q, k, v = (x.unflatten(-1, (-1, self.dim)).transpose(1, 2) for x in (q, k, v))
-        return rotate(self.q_norm(q), table), rotate(self.k_norm(k), table), v
+def heads(qkv, gain, table):
+    """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
+    q, k, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
+    q, k = (rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip((q, k), gain))
+    return q, k, v
 
 
 class JointBlock(nn.Module):
@@ -97,18 +86,16 @@ class JointBlock(nn.Module):
         D = cfg.width
         self.adaln = linear(D, 6 * n * D, gain=0)  # per stream: shift, scale, gate of attention and of feed-forward
         self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(n))
-        self.heads = nn.ModuleList(Heads(cfg) for _ in range(n))
+        self.qk_gain = nn.Parameter(torch.ones(n, 2, D // cfg.heads))
         self.out = nn.ModuleList(linear(D, D) for _ in range(n))
         self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
 
     def forward(self, xs, mods, table, heard=None):
-        """Streams xs, (B, n, D) each -> the same; first motion, N tokens. A single token stands for N equal ones.
-
-        mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count.
-        """
+        """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
+        mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count."""
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
-        qkv = [f(modulate(x, m[0], m[1])).chunk(3, -1) for f, x, m in zip(self.qkv, xs, mods)]
-        q, k, v = zip(*[heads(*parts, table) for heads, parts in zip(self.heads, qkv)])    # (B, H, n, d) per stream
+        qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
+        q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
         k, v = ([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)] for ys in (k, v))
         y = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2), heard)
         ys = y.transpose(1, 2).flatten(2).split(lengths, 1)                # (B, n, D), back to their owners
@@ -123,17 +110,15 @@ class SingleBlock(nn.Module):
         D = cfg.width
         self.adaln = linear(D, 3 * D, gain=0)      # shift, scale, gate
         self.qkv_mlp = linear(D, 7 * D, aligned=2 * D)
-        self.heads = Heads(cfg)
+        self.qk_gain = nn.Parameter(torch.ones(2, D // cfg.heads))
         self.out = linear(5 * D, D)
 
     def forward(self, x, mods, table, heard=None, keep=None):
         """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
-        u, sizes = modulate(x, mods[0], mods[1]), [3 * x.size(-1), 4 * x.size(-1)]
-        weights, biases = self.qkv_mlp.weight.split(sizes), self.qkv_mlp.bias.split(sizes)
-        q, k, v = F.linear(u, weights[0], biases[0]).chunk(3, -1)
-        h = F.gelu(F.linear(u[:, :keep], weights[1], biases[1]), approximate="tanh")
-        y = F.scaled_dot_product_attention(*self.heads(q[:, :keep], k, v, table), heard).transpose(1, 2).flatten(2)
-        return x[:, :keep] + mods[2] * self.out(torch.cat([y, h], -1))
+        qkv, h = self.qkv_mlp(modulate(x, mods[0], mods[1])).tensor_split([3 * x.size(-1)], -1)    # 3D, 4D channels
+        q, k, v = heads(qkv, self.qk_gain, table)
+        y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
+        return x[:, :keep] + mods[2] * self.out(torch.cat([y, F.gelu(h[:, :keep], approximate="tanh")], -1))
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -146,17 +131,23 @@ class MotionModel(nn.Module):
         self.register_buffer("std", torch.ones(M))
 
     def size(self, portrait):
-        """How large a face is against the average of the training data: portrait (..., 70) -> (..., 1)."""
-        return (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+        """How large a face is against the average of the training data: (..., 70) -> factors per channel, (..., 70)."""
+        size = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+        return F.pad(size[..., [0] * 4], (63, 3), value=1.0)               # only scale and translation grow with it
 
     def normalise(self, motion, size=1.0):
         """(..., 70) in LivePortrait units -> the network's; with `size`, as if the face were of average size."""
-        motion = torch.cat([motion[..., EXP], motion[..., SIZED] / size, motion[..., ROT]], -1)
-        return (motion - self.mean) / (self.std + 1e-5)                    # some channels never move: std 0
+        return (motion / size - self.mean) / (self.std + 1e-5)             # some channels never move: std 0
 
     def denormalise(self, z, size=1.0):
-        motion = z * (self.std + 1e-5) + self.mean
-        return torch.cat([motion[..., EXP], motion[..., SIZED] * size, motion[..., ROT]], -1)
+        return (z * (self.std + 1e-5) + self.mean) * size
+
+    def hear(self, audio):
+        """Audio (B, N, L, A) flat, (B, N, L * A); ValueError if its features are not the kind that the model knows."""
+        if audio.shape[2:] != (self.cfg.audio_layers, self.cfg.audio_dim):
+            L, A, given = self.cfg.audio_layers, self.cfg.audio_dim, " x ".join(map(str, audio.shape[2:]))
+            raise ValueError(f"the model hears {L} x {A} features per frame, not {given}: name their audio encoder")
+        return audio.flatten(2)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -164,10 +155,8 @@ class MotionModel(nn.Module):
         state = read_tensors(path)
         if cls is MoDA and any(key.endswith("motion_embedder.mlp.0.weight") for key in state):
             return from_released(state, path).eval()
-        if state.get("kind") != cls.__name__:
-            raise ValueError(f"{path}: holds {state.get('kind', 'no checkpoint of ours')}, not {cls.__name__}")
-        for name in state["config"].keys() - vars(Config()):
-            raise ValueError(f"{path}: written by a newer version (its setting {name} is unknown here); update moda")
+        if state.get("kind") != cls.__name__ or state["config"].keys() - vars(Config()):
+            raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not {cls.__name__} as this version knows it")
         averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
         return load_strictly(cls(Config(**state["config"])), averaged or state["model"], path).eval()
 
@@ -178,8 +167,8 @@ class MoDA(MotionModel):
         super().__init__(cfg)
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
         stages = {"c2f": (cfg.n_four, cfg.n_two, cfg.n_one, 0), "four": (depth, 0, 0, 0), "cross": (0, 0, 0, depth)}
-        if cfg.fusion not in stages:
-            raise ValueError(f"fusion {cfg.fusion!r}: known are {', '.join(stages)}")
+        if cfg.fusion not in stages or cfg.width % (2 * cfg.heads):
+            raise ValueError(f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
         four, two, one, cross = stages[cfg.fusion]
         self.motion_in, self.identity_in, self.time_in = (mlp(n, D, D, nn.SiLU()) for n in (2 * M, 63, 256))
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
@@ -197,30 +186,25 @@ class MoDA(MotionModel):
 
     def forward(self, z, t, audio, emotion, identity, prev, drop_audio=None, mask=None):
         """Velocity v, estimating eps - z0, of normalised noisy motion.
-
         z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity (B, 63); prev (B, 70)
-        the normalised frame before the window; drop_audio (B,) bool; mask (B, N) bool, real frames -> (B, N, 70).
-        """
-        conditions = self.conditions(audio, emotion, identity, prev, drop_audio)
-        return self.fuse(z, conditions, self.modulations(t, emotion), mask)
+        the normalised frame before the window; drop_audio (B,) bool; mask (B, N) bool, real frames -> (B, N, 70)."""
+        given = self.conditions(audio, emotion, identity, prev, drop_audio)
+        return self.fuse(z, given, self.modulations(t, emotion), mask)
 
     def conditions(self, audio, emotion, identity, prev, drop_audio=None):
         """All that no denoising step changes: prev and the embedded conditions, (B, N, .) each, and the RoPE table."""
         N = audio.size(1)
-        if drop_audio is not None:
-            audio = torch.where(drop_audio[:, None, None, None], self.null_audio, audio)
-        a = self.audio_in(audio.flatten(2))                                # (B, N, L * A) -> (B, N, D)
-        e, i = self.emotion_in(emotion)[:, None], self.identity_in(identity)[:, None]
-        if self.cfg.rope_streams == 4:     # Sec. 3.2.2; unrotated, all N stay equal: one token stands for them
-            e, i = e.expand(-1, N, -1), i.expand(-1, N, -1)
-        table = rope(N, self.cfg.width // self.cfg.heads, device=audio.device)
+        a, null = self.hear(audio), self.null_audio.repeat(self.cfg.audio_layers)          # (B, N, L * A), (L * A)
+        a = self.audio_in(a if drop_audio is None else torch.where(drop_audio[:, None, None], null, a))    # (B, N, D)
+        n = N if self.cfg.rope_streams == 4 else 1     # Sec. 3.2.2; unrotated, all N are equal: one stands for them
+        e, i = (x[:, None].expand(-1, n, -1) for x in (self.emotion_in(emotion), self.identity_in(identity)))
+        table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256)
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
-        freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        angle = 1000 * t[..., None] * freqs
-        c = self.time_in(torch.cat([angle.cos(), angle.sin()], -1))
+        wave = waves(1000 * t, 256, 10000)
+        c = self.time_in(torch.cat([wave.real, wave.imag], -1))
         c = F.silu(c + self.emotion_in(emotion) if self.cfg.emotion_adaln else c)
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
@@ -264,17 +248,21 @@ def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, 
     for _ in range(3):                                                     # itself, its first and second differences
         means.append((error ** 2 * both[..., None]).sum() / (M * both.sum()).clamp(min=1))
         error, both = error.diff(dim=1), both[:, 1:] & both[:, :-1]
-    sync = torch.zeros_like(t) if expert is None else expert.loss(*expert(audio, z_t - t_ * v, mask), mask)
+    sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)
     gate = (sync < tau) & ~drop_audio                                      # clip by clip: (B,)
     return means[0], means[1] + means[2], (sync * gate).mean()             # Eq. 4, Eq. 5, Eq. 7
 
 
+def sync_loss(a, m, mask, in_sync=True):
+    """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
+    p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
+    return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
-
     The paper's supplement is not public; its text and SyncNet support this reading: an audio and a lip-motion tower, a
-    unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs.
-    """
+    unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs."""
     def __init__(self, cfg, kernel=5, depth=4):
         super().__init__(cfg)
         tower = lambda n_in: nn.ModuleList([linear(n_in, cfg.width)] + [
@@ -288,20 +276,13 @@ class ALSE(MotionModel):
             for conv in tower[1:]:
                 x = x + conv(F.gelu(F.rms_norm(x.mT, x.shape[1:2]).mT))
             return F.normalize(F.relu(x).mT, dim=-1)                       # >= 0, so that a cosine is a probability
-        return embed(self.audio, audio.flatten(2)), embed(self.motion, z[..., LIPS])
-
-    @staticmethod
-    def loss(a, m, mask, in_sync=True):
-        """Cross-entropy of the cosine of a and m, averaged over each clip's frames -> (B,)."""
-        p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
-        return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return embed(self.audio, self.hear(audio)), embed(self.motion, z[..., LIPS])
 
     def pretraining_loss(self, audio, z, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
         a, m = self(audio, z, mask)
-        late = ALSE.loss(a.roll(shift, 1), m, mask & mask.roll(shift, 1), in_sync=False)
-        foreign = ALSE.loss(a.roll(1, 0), m, mask & mask.roll(1, 0), in_sync=False)
-        return (ALSE.loss(a, m, mask) + (late + foreign) / 2).mean()
+        apart = [sync_loss(a.roll(*by), m, mask & mask.roll(*by), in_sync=False) for by in ((shift, 1), (1, 0))]
+        return (sync_loss(a, m, mask) + sum(apart) / 2).mean()
 
 
 # -------------------------------------------------------------------------------------------------------- the sampler
@@ -323,23 +304,6 @@ def euler(velocity, z, times):
     return z
 
 
-def window_sampler(model, identity, emotion, steps, guidance):
-    """All that windows share, computed once; returns sample_window(z, audio, prev) -> motion (N, 70)."""
-    device = model.mean.device
-    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    if not times:
-        raise ValueError("steps must be 1 or more")
-    weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
-    mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
-    batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
-
-    def sample_window(z, audio, prev):
-        conditions = model.conditions(batch(audio), emotions, batch(identity), batch(prev), drop_audio)
-        passes = lambda z, k: model.fuse(batch(z), conditions, [x[:, k] for x in mods])    # (B, N, 70)
-        return euler(lambda z, k: torch.tensordot(weight, passes(z, k), 1), z.to(device), times).cpu()    # Eq. 8
-    return sample_window
-
-
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
            seed=0, noise=None, smooth=False):
@@ -352,21 +316,27 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
     """
-    if not 0 <= overlap < chunk:
-        raise ValueError(f"overlap must lie between 0 and chunk - 1 = {chunk - 1}, not {overlap}")
-    sample_window = window_sampler(model, identity.flatten(), emotion, steps, guidance)
+    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
+    if not (times and 0 <= overlap < chunk):
+        raise ValueError(f"steps={steps} should be 1 or more, overlap={overlap} from 0 to chunk - 1 = {chunk - 1}")
+    device = model.mean.device
+    weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
+    mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
+    batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
-    given, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
+    noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     stride, fade = chunk - overlap, torch.linspace(0, 1, overlap + 1)[:-1, None]           # 0, 1/16 .. 15/16
     calm = smooth_pose if smooth else lambda motion, before: motion
-    voice, prev = list(islice(frames, chunk)), prev.flatten()
+    voice, identity, prev = list(islice(frames, chunk)), identity.flatten(), prev.flatten()
     z = before = tail = torch.empty(0, M)
     if not voice:
         raise ValueError("the audio has no frames")
     while len(voice) > len(tail):
         window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, chunk - len(voice)))
         z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])    # chunks agree on a shared frame
-        motion = calm(sample_window(next(given, z), window, prev), before[:0])
+        given = model.conditions(batch(window), emotions, batch(identity), batch(prev), drop_audio)
+        guided = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]), 1)
+        motion = calm(euler(guided, next(noises, z).to(device), times).cpu(), before[:0])              # Eq. 8, 2
         motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
         ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
         yield ready[:stride]                                               # what no later chunk will touch
@@ -393,9 +363,8 @@ def save(path, state, keep=""):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
+        torch.save(state, f"{path}.tmp")
+        with open(f"{path}.tmp", "rb+") as file:
             os.fsync(file.fileno())
         if keep and os.path.exists(path):
             os.replace(path, os.path.join(os.path.dirname(path), keep))
@@ -408,39 +377,34 @@ def read_tensors(path, advice="fetch it again", mmap=False):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {advice}") from None
     except Exception as error:                                             # truncated, foreign, or a pickle with code
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:100]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason}); {advice}") from None
+        reason = f"not a readable checkpoint: {type(error).__name__} {error}".splitlines()[0][:130]
+        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+        raise ValueError(f"{path}: {reason}; {advice}") from None
 
 
 def released_parameters(model):
-    """Every tensor of the released file by its name there, as our parameter.
-
-    Streams are called xs (motion) and au or au1..3 (audio, emotion, identity); "audio" where a name is long.
-    """
+    """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
+    au or au1..3 (audio, emotion, identity); "audio" where a name is long."""
     layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
               "final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
+    layers |= {f"{name}_embedder.mlp": getattr(model, f"{name}_in") for name in ("motion", "identity", "time")}
     layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
-    mlps = {"motion": model.motion_in, "identity": model.identity_in, "time": model.time_in}
-    layers |= {f"{name}_embedder.mlp.{i}": net[i] for name, net in mlps.items() for i in (0, 2)}
-    places = {"null_audio_feat": model.null_audio.view(1, 1, 1, 1, -1)}
+    places = {"null_audio_feat": model.null_audio}
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
     joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
     for name, block, numbers in joint:
         for s, n in enumerate(numbers):
             short, long = ("au", "audio") if s else ("xs", "xs")
             layers |= {f"{name}.attn1.qkv_{short}{n}": block.qkv[s], f"{name}.attn1.{short}_proj{n}": block.out[s],
-                       f"{name}.attn1.{short}_q_norm{n}": block.heads[s].q_norm,
-                       f"{name}.attn1.{short}_k_norm{n}": block.heads[s].k_norm,
                        f"{name}.{long}_mlp{n}.fc1": block.mlp[s][0], f"{name}.{long}_mlp{n}.fc2": block.mlp[s][2]}
-            for p, value in block.adaln.named_parameters():                # ours holds the rows of all streams
-                places[f"{name}.adaLN_modulation_{long}{n}.1.{p}"] = value.chunk(len(numbers))[s]
+            places |= {f"{name}.attn1.{short}_{x}_norm{n}.weight": gain for x, gain in zip("qk", block.qk_gain[s])}
+            places |= {f"{name}.adaLN_modulation_{long}{n}.1.{p}": rows.chunk(len(numbers))[s]     # ours holds all
+                       for p, rows in block.adaln.named_parameters()}
     for i, block in enumerate(model.one):
         layers |= {f"blocks.{i}.adaLN_modulation_xs.1": block.adaln, f"blocks.{i}.qkv_xs": block.qkv_mlp,
-                   f"blocks.{i}.attn1.xs_q_norm": block.heads.q_norm,
-                   f"blocks.{i}.attn1.xs_k_norm": block.heads.k_norm, f"blocks.{i}.linear2": block.out}
+                   f"blocks.{i}.linear2": block.out}
+        places |= {f"blocks.{i}.attn1.xs_{x}_norm.weight": gain for x, gain in zip("qk", block.qk_gain)}
     return places | {f"{name}.{p}": value for name, layer in layers.items() for p, value in layer.named_parameters()}
 
 
@@ -458,8 +422,7 @@ def from_released(state, path):
     model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
     if "null_audio_feat" not in state:     # the authors' Parameter(...).to("cuda") was no parameter: never saved
         print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
-        fixed = torch.Generator().manual_seed(42)
-        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=fixed).view(1, 1, 1, 1, -1)
+        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
     return load_strictly(model, state, path, released_parameters(model))
 
 
@@ -467,18 +430,15 @@ def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
     places = {"mean": model.mean, "std": model.std}
-    load_strictly(model, {name: state[name].flatten() for name in places if name in state}, path, places)
+    load_strictly(model, {name: state[name] for name in places if name in state}, path, places)
 
 
-@torch.no_grad()
 def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
     places = places or module.state_dict()
     for name in places | tensors:
-        if name not in tensors or name not in places:
-            raise ValueError(f"{path}: {name} is {'missing' if name in places else 'unknown'}: another model's file?")
-        shape, found = tuple(places[name].shape), tensors[name]
-        if found.shape != shape or not found.isfinite().all():
-            raise ValueError(f"{path}: {name} has shape {tuple(found.shape)}, it should be {shape} finite numbers")
-        places[name].copy_(found)
+        needed, found = (f"shape {[*x[name].squeeze().shape]}" if name in x else "missing" for x in (places, tensors))
+        if needed != found or not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name} is {found}, should be {needed} and finite: another model's file?")
+        places[name].data.copy_(tensors[name].view_as(places[name]))
     return module

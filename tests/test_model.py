@@ -2,7 +2,11 @@
 import pytest
 import torch
 
-from moda import Config, JointBlock, MoDA, rope, rotate
+from moda import Config, JointBlock, MoDA, heads, rotate, waves
+
+
+def rope(n, dim):
+    return waves(torch.arange(n), dim, 256.0)
 
 
 def n_parameters(cfg):
@@ -45,7 +49,7 @@ def test_one_joint_attention_for_any_number_of_streams():
     """Two streams with the same weights are one long stream whose second part counts from 0 again."""
     cfg = Config(width=32, heads=2)
     two, one = JointBlock(cfg, 2), JointBlock(cfg, 1)
-    for ours, theirs in ((two.qkv, one.qkv), (two.heads, one.heads), (two.out, one.out), (two.mlp, one.mlp)):
+    for ours, theirs in ((two.qkv, one.qkv), (two.out, one.out), (two.mlp, one.mlp)):
         for part in ours:
             part.load_state_dict(theirs[0].state_dict())
     x, mods, table = torch.randn(3, 24, 32), torch.randn(6, 3, 1, 32), rope(14, 16)
@@ -86,6 +90,6 @@ def test_attention_starts_on_the_diagonal():
     """At initialisation a motion frame listens most to its own moment in every stream."""
     cfg = Config(width=128, heads=2)
     block = JointBlock(cfg, 1)
-    q, k, _ = block.heads[0](*block.qkv[0](torch.randn(64, 40, 128)).chunk(3, -1), rope(40, 64))
+    q, k, _ = heads(block.qkv[0](torch.randn(64, 40, 128)), block.qk_gain[0], rope(40, 64))
     score = (q @ k.mT).mean((0, 1))
     assert (score.argmax(1) == torch.arange(40)).float().mean() > 0.9
