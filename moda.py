@@ -2,8 +2,7 @@
 
 Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, rotary positions, the joint attention
 blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
-Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers.
-"""
+Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers."""
 import math
 import os
 from collections import Counter
@@ -60,8 +59,8 @@ def modulate(x, shift, scale):
 
 def linear(n_in, n_out, aligned=0, gain=1.0):
     """Linear layer, Xavier-uniform, biases zero except the first `aligned`: those of q and k start at 1.
-    Not in the paper: with a common direction in every q and k, RoPE alone makes attention begin on the diagonal, each
-    frame listening to its own moment in every stream. Finding that from zero takes longer than a short training has."""
+    Not in the paper: with a common direction in every q and k, RoPE makes attention begin on the diagonal, each frame
+    listening to its own moment in every stream. Finding that from zero takes longer than a short training has."""
     layer = nn.Linear(n_in, n_out)
     nn.init.xavier_uniform_(layer.weight, gain)
     layer.bias.data.copy_(torch.arange(n_out) < aligned)
@@ -156,7 +155,7 @@ class MotionModel(nn.Module):
         if cls is MoDA and any(key.endswith("motion_embedder.mlp.0.weight") for key in state):
             return from_released(state, path).eval()
         if state.get("kind") != cls.__name__ or state["config"].keys() - vars(Config()):
-            raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not {cls.__name__} as this version knows it")
+            raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not the {cls.__name__} this version knows")
         averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
         return load_strictly(cls(Config(**state["config"])), averaged or state["model"], path).eval()
 
@@ -308,14 +307,12 @@ def euler(velocity, z, times):
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
            seed=0, noise=None, smooth=False):
     """Normalised motion for a voice of any length, piece by piece, each as soon as it is final; memory stays constant.
-
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
     identity (63,) canonical keypoints; prev (70,) normalised motion before the first frame, the portrait's own
     steps    number of equal Euler steps, or a list of times from 1 down
     chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
-    smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
-    """
+    smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released"""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
     if not (times and 0 <= overlap < chunk):
         raise ValueError(f"steps={steps} should be 1 or more, overlap={overlap} from 0 to chunk - 1 = {chunk - 1}")
@@ -437,7 +434,7 @@ def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
     places = places or module.state_dict()
     for name in places | tensors:
-        needed, found = (f"shape {[*x[name].squeeze().shape]}" if name in x else "missing" for x in (places, tensors))
+        needed, found = (f"shape {[*x[name].squeeze().shape]}" if name in x else "absent" for x in (places, tensors))
         if needed != found or not tensors[name].isfinite().all():
             raise ValueError(f"{path}: {name} is {found}, should be {needed} and finite: another model's file?")
         places[name].data.copy_(tensors[name].view_as(places[name]))

@@ -20,6 +20,12 @@ def test_the_paper_counts_370M_and_904M_parameters():
     assert n_parameters(Config(fusion="four")) == 904_421_446                # w/o C2F: 21 four-stream blocks
 
 
+@pytest.mark.parametrize("wrong", [dict(width=30), dict(width=36, heads=4), dict(fusion="late")])
+def test_a_network_that_cannot_be_is_refused_in_words(wrong):
+    with pytest.raises(ValueError, match="even multiple of heads, fusion one of c2f, four, cross"):
+        MoDA(Config(**wrong))
+
+
 def inputs(B=2, N=20):
     return dict(z=torch.randn(B, N, 70), t=torch.rand(B), audio=torch.randn(B, N, 1, 160),
                 emotion=torch.arange(B) % 9, identity=torch.randn(B, 63), prev=torch.randn(B, 70))

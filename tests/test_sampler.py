@@ -85,5 +85,7 @@ def test_bad_requests_are_refused(tiny):
     for bad in (dict(overlap=100), dict(chunk=0), dict(steps=0)):
         with pytest.raises(ValueError):
             sample(tiny, **voice(20), **bad)
+    with pytest.raises(ValueError, match="hears 1 x 160 .* not 12 x 160"):
+        sample(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)))
     with pytest.raises(ValueError, match="no frames"):
         sample(tiny, **voice(0))
