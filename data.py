@@ -37,7 +37,6 @@ from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 RATE, HOP = 16000, 640                             # samples per second, samples per video frame
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
 
-
 # -------------------------------------------------------------------------------------------------------------- sound
 
 def decoded(path, what, options, size):
@@ -53,7 +52,6 @@ def decoded(path, what, options, size):
             reason = log.read(1000).decode(errors="replace").splitlines() or ["there is none"]
             raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
 
-
 def audio_blocks(path):
     """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
     # first_pts and async: what starts late or has gaps is filled with silence and stays in step with the picture
@@ -64,17 +62,14 @@ def audio_blocks(path):
             raise ValueError(f"{path}: the sound holds NaN or infinite samples")
         yield block
 
-
 def load_audio(path):
     """Any sound file, or a video's sound -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
     return np.concatenate(list(audio_blocks(path)))
-
 
 # 40 triangles equally spaced on the mel scale from 60 to 7600 Hz: a spectrum (257,) @ MEL -> (40,)
 mels = 2595 * np.log10(1 + np.array([60, 7600, *np.fft.rfftfreq(512, 1 / RATE)]) / 700)
 PLACE = 41 * (mels[2:, None] - mels[0]) / (mels[1] - mels[0])
 MEL = np.clip(1 - np.abs(PLACE - np.arange(1, 41)), 0, None)
-
 
 def regroup(pieces, size):
     """Cut a stream of arrays (n,) into arrays of exactly `size` samples; the last may be shorter."""
@@ -86,10 +81,8 @@ def regroup(pieces, size):
     if len(held):
         yield held
 
-
 def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), as soon as they are known.
-
     Four 40-band spectra of 25 ms per frame; 0 is silence. A window reaches back, never ahead, and blocks have one size,
     so that the features of a sound are the same to the bit however it was cut."""
     step, width = HOP // 4, 400
@@ -101,12 +94,9 @@ def log_mel_blocks(pieces):
         yield torch.tensor(np.log1p(1e5 * power @ MEL) / 4).float().view(BLOCK, 1, -1)[:-(-len(block) // HOP)]
         past = wav[-len(past):]
 
-
 def log_mel(wav, n_frames):
     """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
-    wav = np.pad(wav, (0, max(0, n_frames * HOP - len(wav))))
-    return torch.cat(list(log_mel_blocks([wav])))[:n_frames]
-
+    return torch.cat(list(log_mel_blocks([np.pad(wav, (0, max(0, n_frames * HOP - len(wav))))])))[:n_frames]
 
 # --------------------------------------------------------------------------------------------------- the audio encoder
 
@@ -114,14 +104,12 @@ def log_mel(wav, n_frames):
 PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
-
 def read_json(path):
     """The dict in a JSON file, {} where there is no file; ValueError names a file that holds anything else."""
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
-
 
 def read_safetensors(path):
     """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
@@ -134,7 +122,6 @@ def read_safetensors(path):
                 for key, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
-
 
 class AudioEncoder:
     """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
@@ -202,7 +189,6 @@ class AudioEncoder:
             features = self.layers(self.net, x[None, None, :len(x) // HOP * HOP])
             yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)].cpu()
 
-
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
 # (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
@@ -213,12 +199,10 @@ CONTROLS = {
               (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
     "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4}}
 
-
 def expression(**controls):
     """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
     return sum(np.multiply.outer(value, step * np.eye(63)[3 * point + axis])
                for name, value in controls.items() for (point, axis), step in CONTROLS[name].items())
-
 
 # first two formants in kHz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
 VOWELS = np.array([                                # a e i, o u @
@@ -235,11 +219,9 @@ MOODS = np.array([(-.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (.25, 2, 0, -10, -4
                   (1, 4, 0, -2, 3, 1.2, 1.5, 1.2, 1.1), (0, 0, 0, 0, 0, 1, 1, 1, 1),
                   (-.3, 5, -2, -9, -3, .9, .6, .6, .8), (.1, 14, 0, 5, 10, 1.3, 1.6, 1.1, 1)])
 
-
 def toy_prototypes():
     """The expression that each of the eight emotions holds, (8, 63)."""
     return expression(**dict(zip(("smile", "brow", "frown", "blink"), MOODS.T)))
-
 
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
@@ -247,11 +229,9 @@ def smooth(track, width):
     padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="reflect")
     return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
 
-
 def wander(rng, width, *shape):
     """Smooth noise of unit variance; width in samples."""
     return smooth(rng.standard_normal(shape), width) * (4 * np.pi * width ** 2) ** 0.25
-
 
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
@@ -261,7 +241,6 @@ def toy_clip(seed, T):
     target = toy_articulation(rng, 4 * T, voice[-1])                       # articulators move at 100 Hz
     motion, identity = toy_face(rng, face * rng.uniform(0.8, 1.2, 5), target)
     return toy_voice(rng, voice, target), motion[2::4].astype(np.float32), emotion, identity
-
 
 def toy_articulation(rng, n, rate):
     """Random syllables and pauses: the columns of the phones and the stress, as targets per 10 ms -> (n, 10)."""
@@ -274,7 +253,6 @@ def toy_articulation(rng, n, rate):
     phones[..., 5] *= rng.uniform((0.8, 0.8, 0.8, 0.3), (1.25, 1.25, 1.25, 1.8), (count, 4)) / rate
     phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
     return phones[np.searchsorted(np.cumsum(phones[:, 5]), rng.uniform(0, 1) + np.arange(n) / 100)]
-
 
 def toy_face(rng, mood, target):
     """Motion (n, 70) at 100 Hz and identity (63,): lips follow the voice, the mood holds the rest, the head drifts."""
@@ -293,7 +271,6 @@ def toy_face(rng, mood, target):
     motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
     return motion, identity.ravel().astype(np.float32)
 
-
 def toy_voice(rng, mood, target):
     """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
     n, step = len(target), HOP // 4
@@ -306,7 +283,6 @@ def toy_voice(rng, mood, target):
     z = effort * np.exp(2j * np.pi * np.cumsum(upsample(pitch)) / RATE)    # z + z^2 + z^3 + ... = z / (1 - z)
     voice, hiss = (upsample(x) for x in smooth(target[:, 2:4], 2).T)
     sources = voice * ((z / (1 - z)).real + rng.uniform(0.02, 0.1) * noise()), hiss * noise()
-
     khz, width = np.fft.rfftfreq(HOP, 1000 / RATE), np.array([[.08], [.1], [.14], [.25]])
     f = np.hstack([smooth(target[:, :2], 3), np.tile((2.55, 3.6), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
     formants = (f ** 2 / np.hypot(f ** 2 - khz ** 2, width * khz + 1e-6)).prod(1)
@@ -314,7 +290,6 @@ def toy_voice(rng, mood, target):
     stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
     spectra = (torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] for x in sources)
     wav = torch.istft(F.pad(sum(x * torch.tensor(h.T) for x, h in zip(spectra, filters)), (0, 1)), **stft).numpy()
-
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
     room = np.fft.irfft(np.fft.rfft(wav, 2 * len(wav)) * np.fft.rfft(echo, 2 * len(wav)))[:len(wav)]
     music = sum(upsample(wander(rng, 10, n).clip(0)) * np.sin(rng.uniform(0.015, 0.15) * clock) for _ in range(3))
@@ -322,13 +297,11 @@ def toy_voice(rng, mood, target):
     wav = mood[2] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9) * (wav + 10 ** rng.uniform(-3, -1) * noise())
     return np.clip(wav, -1, 1).astype(np.float32)
 
-
 # ------------------------------------------------------------------------------------------------------------ datasets
 
 def opened(clip):
     """A clip's tensors by name. Of a file, what is looked at is read; of thousands, few may be open at a time."""
     return read_tensors(clip, "delete it and prepare the data again", mmap=True) if isinstance(clip, Path) else clip
-
 
 def moments(clips):
     """Mean and standard deviation of the motion of clips, (2, 70), in one pass."""
@@ -336,22 +309,16 @@ def moments(clips):
     mean, square = sums[1:] / sums[0]
     return torch.stack([mean, (square - mean ** 2).clamp(min=0).sqrt()])
 
-
 class Clips(torch.utils.data.Dataset):
     """Windows of 1 + 80 consecutive frames from clips, which are the paths of files or dicts: motion (T, 70), audio
     (T, L, A), identity (63,).
-
     An item: motion (80, 70) and prev (70,) in LivePortrait units, audio (80, L, A), emotion, identity (63,), and
-    mask (80,), true: no window is cut short. For a window with NaN comes the next one that shares no frame with it;
-    ValueError where more than 1 % of the windows are such."""
+    mask (80,), true: no window is cut short."""
     frames = 80                                    # Sec. 4.1.2
 
     def __init__(self, clips, emotion, moments):
-        self.clips, self.emotion, self.moments, self.spoilt = clips, emotion, moments, set()
+        self.clips, self.emotion, self.moments = clips, emotion, moments
         sizes = np.array([opened(clip)["audio"].shape for clip in clips])  # T, L, A
-        other = (sizes[:, 1:] != sizes[0, 1:]).any(1)
-        if other.any():
-            raise ValueError(f"{clips[other.argmax()]}: other features than in {clips[0]}; prepare the data again")
         self.length, self.audio_shape = sizes[:, 0], tuple(sizes[0, 1:].tolist())
         self.start = np.cumsum([0, *np.maximum(self.length - self.frames, 0)])               # first window of each clip
 
@@ -372,11 +339,6 @@ class Clips(torch.utils.data.Dataset):
         k = np.searchsorted(self.start, i, side="right") - 1
         clip, window = opened(self.clips[k]), slice(i - self.start[k], i - self.start[k] + 1 + self.frames)
         motion, audio = clip["motion"][window], clip["audio"][window].float()
-        if not (motion.isfinite().all() and audio.isfinite().all()):
-            self.spoilt.add(i)
-            if len(self.spoilt) > max(10, len(self) / 100):
-                raise ValueError(f"{len(self.spoilt)} of {len(self)} windows hold NaN or infinity; prepare them again")
-            return self[(i + self.frames + 1) % len(self)]
         return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
                     identity=clip["identity"], mask=torch.ones(self.frames, dtype=torch.bool))
 
@@ -385,9 +347,8 @@ class Clips(torch.utils.data.Dataset):
         clip = opened(self.clips[k])
         return clip["motion"], clip["audio"].float(), self.emotion[k], clip["identity"]
 
-
 class ToyTalker(Clips):
-    """The embedded data set: `clips` made-up clips of 8 s; clip k of a split never changes."""
+    """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=300, T=200):
         seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
@@ -395,7 +356,6 @@ class ToyTalker(Clips):
         clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x_c))
                  for m, wav, x_c in zip(motion, self.wavs, identity)]
         super().__init__(clips, emotion, moments(clips))
-
 
 # -------------------------------------------------------------------------------------------------------- preparation
 # A data set is clips/VIDEO.pt, the tensors of every video, and manifest.pt: settings, clips, statistics.
@@ -405,10 +365,8 @@ VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg
 FOLDERS = {name: k for k, name in enumerate(EMOTIONS)} | dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 LABELS = FOLDERS | {str(k): k for k in range(len(EMOTIONS))}
 # channel, mean and standard deviation, as published with the released model
-PUBLISHED = {"scale": (63, 1.2865, 0.0691), "x": (64, -0.0133, 0.0658), "y": (65, 0.0999, 0.0348),
-             "pitch": (67, -2.3407, 8.8819), "yaw": (68, -0.2464, 23.8553), "roll": (69, -0.3269, 5.6063),
-             "mouth": (MOUTH, -0.0056, 0.0214)}
-
+PUBLISHED = {"scale": (63, 1.2865, 0.0691), "pitch": (67, -2.3407, 8.8819), "yaw": (68, -0.2464, 23.8553),
+             "roll": (69, -0.3269, 5.6063), "mouth": (MOUTH, -0.0056, 0.0214)}
 
 def pictures(path, crop, batch=16):
     """The square around the face at 25 fps, from time 0 on: uint8 tensors (batch, 256, 256, 3)."""
@@ -419,7 +377,6 @@ def pictures(path, crop, batch=16):
     for piece in decoded(path, f"picture with crop {crop}" if crop else "picture", options, batch * 256 * 256 * 3):
         yield torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(-1, 256, 256, 3)
 
-
 def read_labels(path):
     """csv file -> {clip: number}; a clip is a path below --videos, a name without suffix, or a folder."""
     try:
@@ -428,13 +385,11 @@ def read_labels(path):
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be used ({error!r}); lines clip,emotion name {' '.join(LABELS)}") from None
 
-
 def hsemotion():
     """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> emotion 0 to 7."""
     from hsemotion_onnx.facial_emotions import HSEmotionRecognizer         # not needed otherwise
     net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                       # its eight emotions have our order
     return lambda image: int(np.argmax(net.predict_emotions(image, logits=False)[1]))
-
 
 @torch.inference_mode()
 def extract(path, face, hear, crop, classify):
@@ -454,7 +409,6 @@ def extract(path, face, hear, crop, classify):
         raise ValueError(f"{path}: its motion or features hold NaN or infinity")
     return clip
 
-
 def prepare(flags):
     """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
     root, folder = Path(flags["videos"]), Path(flags["data_dir"])
@@ -465,7 +419,6 @@ def prepare(flags):
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
     face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
     hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
-
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
     path = folder / "manifest.pt"
@@ -491,13 +444,11 @@ def prepare(flags):
     train = moments(folder / row["file"] for row in rows if row["split"] == "train")
     save(path, dict(settings=settings, clips=rows, moments=train))
 
-
 def voice_lag(mouth, loud, reach=15):
     """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
     mouth, loud = (np.diff(x) / (np.diff(x).std() + 1e-9) for x in (mouth, loud))    # what drifts agrees with anything
     fit = [(mouth * np.roll(loud, -k))[reach:-reach].mean() for k in range(-reach, reach + 1)]
     return int(np.argmax(fit)) - reach, max(fit)
-
 
 def check(folder):
     """Print what a data set holds next to what the released model was trained on, and LOOK where a clip is odd."""
@@ -512,7 +463,6 @@ def check(folder):
         odd += ["voice"] if fit > 0.3 and abs(lag) > 3 else []
         print(f"{path}: voice {lag:+d} frames after the lips (correlation {fit:.2f})", *(f"LOOK: {x}" for x in odd))
 
-
 def main(argv):
     flags = parse_flags(__doc__, argv)
     if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
@@ -520,7 +470,6 @@ def main(argv):
     if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
         raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
     check(flags["data_dir"]) if flags["check"] else prepare(flags)
-
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
 
@@ -543,14 +492,11 @@ def parse_flags(doc, argv, defaults={}):
             raise UsageError(f"{arg}: expected {kind.__name__}, as in --{name}={flags[name]}") from None
     return flags
 
-
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-
 class UsageError(Exception):
     """A flag that makes no sense: exit code 2."""
-
 
 def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
@@ -559,7 +505,6 @@ def run(main):
     except (ValueError, OSError, ImportError, UsageError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-
 
 if __name__ == "__main__":
     run(main)

@@ -20,7 +20,6 @@ LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(
 EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
 NO_EMOTION = 8                                     # the null label that guidance drops to
 
-
 @dataclass
 class Config:
     width: int = 768
@@ -32,13 +31,10 @@ class Config:
     rope_streams: int = 4        # streams rotated in the four-stream stage: 4 in the paper, 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
     audio_dim: int = 768
-    emotion_adaln: bool = True   # emotion joins the timestep in AdaLN; without, it is a stream only
     p_drop_audio: float = 0.5    # Sec. 4.1.2: condition dropout, what makes guidance (Eq. 8) possible
     p_drop_emotion: float = 0.1
 
-
 PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160)}
-
 
 # ------------------------------------------------------------------------------------------ positions and attention
 def waves(position, n, theta):
@@ -46,16 +42,13 @@ def waves(position, n, theta):
     angle = position[..., None] * torch.exp(-math.log(theta) * torch.arange(0, n, 2, device=position.device) / n)
     return torch.polar(torch.ones_like(angle), angle)
 
-
 def rotate(x, table):
     """Turn the channel pairs (2i, 2i + 1) of x (..., n, d) by the first n rows of the table, in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table[:x.size(-2)]).flatten(-2).type_as(x)
 
-
 def modulate(x, shift, scale):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
 
 def linear(n_in, n_out, aligned=0, gain=1.0):
     """Linear layer, Xavier-uniform, biases zero except the first `aligned`: those of q and k start at 1.
@@ -66,17 +59,14 @@ def linear(n_in, n_out, aligned=0, gain=1.0):
     layer.bias.data.copy_(torch.arange(n_out) < aligned)
     return layer
 
-
 def mlp(n_in, n_hidden, n_out, act):
     return nn.Sequential(linear(n_in, n_hidden), act, linear(n_hidden, n_out))
-
 
 def heads(qkv, gain, table):
     """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
     q, k, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
     q, k = (rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip((q, k), gain))
     return q, k, v
-
 
 class JointBlock(nn.Module):
     """Joint attention over n streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
@@ -101,7 +91,6 @@ class JointBlock(nn.Module):
         xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
         return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]
 
-
 class SingleBlock(nn.Module):
     """One stream for all tokens; attention and feed-forward run side by side and share their projections."""
     def __init__(self, cfg):
@@ -118,7 +107,6 @@ class SingleBlock(nn.Module):
         q, k, v = heads(qkv, self.qk_gain, table)
         y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
         return x[:, :keep] + mods[2] * self.out(torch.cat([y, F.gelu(h[:, :keep], approximate="tanh")], -1))
-
 
 # ------------------------------------------------------------------------------------------------------ the network
 class MotionModel(nn.Module):
@@ -156,9 +144,7 @@ class MotionModel(nn.Module):
             return from_released(state, path).eval()
         if state.get("kind") != cls.__name__ or state["config"].keys() - vars(Config()):
             raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not the {cls.__name__} this version knows")
-        averaged = {key[7:]: value for key, value in state.get("average", {}).items() if key.startswith("module.")}
-        return load_strictly(cls(Config(**state["config"])), averaged or state["model"], path).eval()
-
+        return load_strictly(cls(Config(**state["config"])), state["model"], path).eval()
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
@@ -203,8 +189,7 @@ class MoDA(MotionModel):
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
         wave = waves(1000 * t, 256, 10000)
-        c = self.time_in(torch.cat([wave.real, wave.imag], -1))
-        c = F.silu(c + self.emotion_in(emotion) if self.cfg.emotion_adaln else c)
+        c = F.silu(self.time_in(torch.cat([wave.real, wave.imag], -1)) + self.emotion_in(emotion))
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
 
@@ -228,14 +213,12 @@ class MoDA(MotionModel):
             x = block(x, next(mods), table, heard, keep=N if block is self.one[-1] else None)
         return self.head(modulate(x[:, :N], *next(mods)))
 
-
 # -------------------------------------------------------------------------------------------------------- the losses
 def draw(cfg, B, N, generator):
     """The chance in one training step: times, noise, dropped conditions. Drawn on the CPU, the same for any device."""
     rand = lambda *shape: torch.rand(*shape, generator=generator)
     return dict(t=rand(B), eps=torch.randn(B, N, M, generator=generator),
                 drop_audio=rand(B) < cfg.p_drop_audio, drop_emotion=rand(B) < cfg.p_drop_emotion)
-
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
     """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
@@ -251,12 +234,10 @@ def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, 
     gate = (sync < tau) & ~drop_audio                                      # clip by clip: (B,)
     return means[0], means[1] + means[2], (sync * gate).mean()             # Eq. 4, Eq. 5, Eq. 7
 
-
 def sync_loss(a, m, mask, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
     p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
     return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
-
 
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
@@ -283,7 +264,6 @@ class ALSE(MotionModel):
         apart = [sync_loss(a.roll(*by), m, mask & mask.roll(*by), in_sync=False) for by in ((shift, 1), (1, 0))]
         return (sync_loss(a, m, mask) + sum(apart) / 2).mean()
 
-
 # -------------------------------------------------------------------------------------------------------- the sampler
 def guidance_passes(guidance, emotion):
     """Eq. 8 as a sum of velocities: rows of (weight, audio dropped?, emotion). "audio+emotion" drops both together."""
@@ -295,13 +275,11 @@ def guidance_passes(guidance, emotion):
         weights["audio" in key, NO_EMOTION if "emotion" in key else emotion] -= scale
     return [(weight, *what) for what, weight in weights.items() if weight]
 
-
 def euler(velocity, z, times):
     """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]."""
     for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
-
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
@@ -342,18 +320,15 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     if voice:
         yield ready[stride:]
 
-
 def sample(*args, **kwargs):
     """`stream`, joined: -> (T, 70)."""
     return torch.cat(list(stream(*args, **kwargs)))
-
 
 def smooth_pose(motion, before):
     """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70), before (0 or 1, 70)."""
     joined = torch.cat([before, motion])
     pose = F.avg_pool1d(joined[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
     return torch.cat([joined[:, EXP], pose], 1)[len(before):]
-
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, state, keep=""):
@@ -369,7 +344,6 @@ def save(path, state, keep=""):
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None
 
-
 def read_tensors(path, advice="fetch it again", mmap=False):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     try:
@@ -378,7 +352,6 @@ def read_tensors(path, advice="fetch it again", mmap=False):
         reason = f"not a readable checkpoint: {type(error).__name__} {error}".splitlines()[0][:130]
         reason = "no such file" if isinstance(error, FileNotFoundError) else reason
         raise ValueError(f"{path}: {reason}; {advice}") from None
-
 
 def released_parameters(model):
     """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
@@ -404,7 +377,6 @@ def released_parameters(model):
         places |= {f"blocks.{i}.attn1.xs_{x}_norm.weight": gain for x, gain in zip("qk", block.qk_gain)}
     return places | {f"{name}.{p}": value for name, layer in layers.items() for p, value in layer.named_parameters()}
 
-
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
     unused = [key for key in state if key.endswith(("scheduler.sigmas", "null_motion_feat"))]
@@ -422,13 +394,11 @@ def from_released(state, path):
         state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
     return load_strictly(model, state, path, released_parameters(model))
 
-
 def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
     places = {"mean": model.mean, "std": model.std}
     load_strictly(model, {name: state[name] for name in places if name in state}, path, places)
-
 
 def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""

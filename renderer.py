@@ -21,7 +21,6 @@ BATCH_NORM = "running_mean", "running_var", "weight", "bias"
 # a portrait, split: appearance f_s (B, 32, 16, 64, 64), canonical keypoints x_c (B, 63), motion (B, 70)
 Source = namedtuple("Source", "f_s x_c motion")
 
-
 def rotation(pitch, yaw, roll):
     """Degrees (B,) each -> (B, 3, 3), the transpose of Rz Ry Rx: keypoints are row vectors, x_c R."""
     (cp, sp), (cy, sy), (cr, sr) = ((a.cos(), a.sin()) for a in map(torch.deg2rad, (pitch, yaw, roll)))
@@ -29,13 +28,11 @@ def rotation(pitch, yaw, roll):
                         sp * sy * cr - cp * sr, sp * sy * sr + cp * cr, sp * cy,
                         cp * sy * cr + sp * sr, cp * sy * sr - sp * cr, cp * cy], -1).unflatten(-1, (3, 3))
 
-
 def keypoints(x_c, motion):
     """Eq. 3: x = s (x_c R + delta) + t, t_z = 0; (B, 21, 3) and (B, 70) -> (B, 21, 3)."""
     delta = motion[:, EXP].unflatten(-1, (-1, 3))
     t = motion[:, None, TRANS] * motion.new_tensor([1, 1, 0])
     return motion[:, SCALE, None] * (x_c @ rotation(*motion[:, ROT].T) + delta) + t
-
 
 def relative(motion, portrait, neutral):
     """Driving motion (T, 70), from its `neutral` pose and expression, put on the `portrait`'s own, (70,) each."""
@@ -46,14 +43,12 @@ def relative(motion, portrait, neutral):
     scale, angles = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE], torch.stack([pitch, yaw, roll], 1)
     return torch.cat([moved[:, EXP], scale, moved[:, TRANS], torch.rad2deg(angles)], 1)
 
-
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
     motion = torch.as_tensor(motion)
     if motion.ndim != 2 or motion.size(1) != M or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
     return motion.float()
-
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
@@ -63,10 +58,7 @@ def read_image(path):
         image = ImageOps.exif_transpose(Image.open(path))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no picture could be read ({error})") from None
-    if image.mode.startswith("I"):                                         # 16 bits of grey, which Pillow would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-
 
 def crop_box(image, crop=""):
     """The square to animate as x, y, size: "x,y,size" in pixels of the picture, or the largest in its centre."""
@@ -76,7 +68,6 @@ def crop_box(image, crop=""):
     if len(box) != 3 or min(box) < 0 or box[2] < 16 or box[0] + box[2] > image.width or box[1] + box[2] > image.height:
         raise ValueError(f"crop {crop}: no square x,y,size of 16 or more in {image.width} x {image.height} pixels")
     return box
-
 
 def paste_back(frames, image, box, longest=1280):
     """Frames blended into the whole picture, shrunk to `longest` and even sides, over a feathered edge."""
@@ -90,7 +81,6 @@ def paste_back(frames, image, box, longest=1280):
         whole = picture.copy()
         whole.paste(fit(frame), (x, y), mask)
         yield np.asarray(whole)
-
 
 # -------------------------------------------------------------------------------------------------------- LivePortrait
 # Five frozen networks, each a function of its file's weights. An image is (B, 3, H, W) in 0..1, a volume
@@ -152,12 +142,10 @@ class Weights:
     def block(self, x, name, n, up=1):
         return F.relu_(self.conv(x, f"{name}.conv", n, norm=f"{name}.norm", up=up))
 
-
 def spread(weight, up):
     """`weight` after upsampling by `up`, as one transposed convolution: 16 products, not 36, for up = 2, 36 for 144."""
     weight = weight.flip(tuple(range(2, weight.ndim))).transpose(0, 1)
     return F.avg_pool3d(F.pad(weight, [up - 1] * 4), (1, up, up), stride=1) * up ** 2
-
 
 def appearance(net, image):
     """F: image (B, 3, 256, 256) -> feature volume f_s (B, 32, 16, 64, 64)."""
@@ -170,7 +158,6 @@ def appearance(net, image):
         y = net.conv(F.relu(y), f"{name}.conv1", 32, norm=f"{name}.norm2")
         x = x + net.conv(F.relu(y), f"{name}.conv2", 32)
     return x
-
 
 def motion_heads(net, image):
     """M, a ConvNeXt V2: image (B, 3, 256, 256) -> dict of raw heads."""
@@ -190,12 +177,10 @@ def motion_heads(net, image):
     sizes = dict(kp=63, exp=63, scale=1, t=3, pitch=66, yaw=66, roll=66)
     return {head: net.linear(x, f"fc_{head}", n) for head, n in sizes.items()}
 
-
 def to_motion(heads):
     """Raw heads -> motion (B, 70); an angle is the mean over 66 bins of 3 degrees."""
     deg = lambda bins: 3 * (bins.softmax(-1) @ torch.arange(66.0, device=bins.device))[:, None] - 97.5
     return torch.cat([heads["exp"], heads["scale"], heads["t"], *(deg(heads[a]) for a in ("pitch", "yaw", "roll"))], -1)
-
 
 def dense_motion(net, f, x_s, x_d):
     """Where every voxel comes from (B, 16, 64, 64, 3), and the occlusion, how much of each is seen (B, 1, 64, 64)."""
@@ -223,7 +208,6 @@ def dense_motion(net, f, x_s, x_d):
     deformation = grid + torch.einsum("bndhw,bnc->bdhwc", m, shift)        # sum_n m_n (grid + shift_n), sum_n m_n = 1
     return deformation, net.conv(x.flatten(1, 2), f"{name}.occlusion", 1, k=7).sigmoid()
 
-
 def warp(net, f, x_s, x_d):
     """W: f_s (B, 32, 16, 64, 64) and keypoints (B, 21, 3) -> warped feature (B, 256, 64, 64)."""
     deformation, occlusion = dense_motion(net, f, x_s, x_d)
@@ -231,13 +215,11 @@ def warp(net, f, x_s, x_d):
     x = F.leaky_relu(net.conv(x, "third.conv", 256, norm="third.norm"), 0.01)
     return net.conv(x, "fourth", 256, k=1) * occlusion
 
-
 def spade(net, name, x, h):
     """x, normalised, (1 + gamma) + beta, both made from the warped feature h. In place to spare memory."""
     a = F.relu_(net.conv(h, f"{name}.mlp_shared.0", 128, up=x.size(-1) // h.size(-1)))
     gamma, beta = (net.conv(a, f"{name}.mlp_{which}", x.size(1)) for which in ("gamma", "beta"))
     return beta.addcmul_(F.instance_norm(x), gamma.add_(1))
-
 
 def spade_block(net, name, x, h, n):
     """skip + conv_1 lrelu spade_1 conv_0 lrelu spade_0 x, to n channels."""
@@ -246,7 +228,6 @@ def spade_block(net, name, x, h, n):
     if x.size(1) != n:
         x = net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
     return dx.add_(x)
-
 
 def generate(net, h):
     """G: warped feature (B, 256, 64, 64) -> image (B, 3, 512, 512)."""
@@ -257,14 +238,12 @@ def generate(net, h):
         x = spade_block(net, f"up_{i}", F.interpolate(x, scale_factor=2.0), h, n)
     return F.pixel_shuffle(net.conv(F.leaky_relu(x, 0.2), "conv_img.0", 12), 2).sigmoid()
 
-
 def stitching(net, x_s, x_d):
     """S: x_d (B, 21, 3) corrected so that the crop meets the picture without a seam."""
     o = torch.cat([x_s, x_d], 1).flatten(1)
     for i, n in enumerate((128, 128, 64, 65)):
         o = net.linear(F.relu(o) if i else o, f"mlp.{2 * i}", n)
     return x_d + o[:, :63].unflatten(1, (21, 3)) + F.pad(o[:, None, 63:], (0, 1))    # o[63:]: one shift in x and y
-
 
 class LivePortrait:
     """LivePortrait with the public weights, from the folder that holds base_models; ValueError names what is wrong."""
@@ -311,7 +290,6 @@ class LivePortrait:
             f_s, still = (t.expand(len(part), *t.shape[1:]) for t in (source.f_s, x_s))
             yield from self.render(f_s, still, keypoints(x_c, part).to(self.device), stitch).cpu().numpy()
 
-
 # ----------------------------------------------------------------------------------------------------------- a sketch
 
 # where a made-up face has LivePortrait's 21 points, and which are each other's mirror image
@@ -326,28 +304,24 @@ GAIN = torch.eye(M)
 GAIN.diagonal()[[4, 7, 34, 46, 43, 61]] = torch.tensor([-3.0, 3, 3, 3, 1.5, 3])
 GAIN[[53, 62, 53, 62], [42, 42, 60, 60]] = torch.tensor([-3.0, 1, 3, -1])
 
-
 def outline(paint, *corners):
     """Colour, n corners (point, how far right, down) -> colour, closed spline (8 n, 24): weights of points and axes."""
     point, right, down = np.array(corners, float).reshape(-1, 3).T
     corners = np.column_stack([np.eye(21)[point.astype(int)], right, down, 0 * down]).repeat(8, 0)
     return f"#{paint}", sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))
 
-
 # from back to front: ear, face; the white, iris and pupil of the eye, its lid and lash; brow and nose; inside of the
 # mouth and teeth; lips; hair. The mirror image is drawn too, so half an outline will do where it crosses the middle
 HEAD = [outline(*words.split()) for words in """
     #e2ae92 4 -.1 -.1 4 .06 0 4 0 .24 #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
-    #fcfaf6 13 -.09 -.02 13 -.045 -.07 13 .045 -.07 13 .09 -.02 13 .045 .03 13 -.045 .03
-    #407688 13 -.04 -.06 13 .04 -.06 13 .04 .02 13 -.04 .02 #1a181e 13 -.02 -.04 13 .02 -.04 13 .02 0 13 -.02 0
-    #f2c8ac 11 -.12 .05 11 -.11 -.13 11 .11 -.13 11 .12 .05 11 .05 -.01 11 -.05 -.01
-    #70463c 11 -.11 .044 11 -.05 -.022 11 .05 -.022 11 .11 .044 11 .05 -.002 11 -.05 -.002
-    #3e2b26 1 -.11 .03 1 -.04 -.03 1 .09 -.01 1 .09 .03 1 -.04 0 #e2ae92 9 -.02 -.08 9 .02 -.08 9 .03 .05 9 -.06 .04
-    #581c24 14 -.01 0 17 0 0 20 .01 0 19 .08 0 19 -.08 0 #faf6f0 17 -.07 -.01 17 .07 -.01 17 .06 .03 17 -.06 .03
-    #cc6866 14 -.03 0 17 -.05 -.03 17 0 -.014 17 .05 -.03 20 .03 0 17 .05 .018 17 -.05 .018
-    #cc6866 14 -.02 0 19 -.06 -.022 19 .06 -.022 20 .02 0 19 .06 .028 19 -.06 .028
-    #3e2b26 4 -.03 .06 4 -.09 -.2 0 -.22 -.14 0 .2 -.13 0 .2 .06 0 -.16 .12 4 0 -.1""".split("#")[1:]]
-
+    #fcfaf6 13 -.09 -.02 13 -.045 -.07 13 .045 -.07 13 .09 -.02 13 .045 .03 13 -.045 .03 #407688 13 -.04 -.06 13 .04
+    -.06 13 .04 .02 13 -.04 .02 #1a181e 13 -.02 -.04 13 .02 -.04 13 .02 0 13 -.02 0 #f2c8ac 11 -.12 .05 11 -.11 -.13
+    11 .11 -.13 11 .12 .05 11 .05 -.01 11 -.05 -.01 #70463c 11 -.11 .044 11 -.05 -.022 11 .05 -.022 11 .11 .044 11 .05
+    -.002 11 -.05 -.002 #3e2b26 1 -.11 .03 1 -.04 -.03 1 .09 -.01 1 .09 .03 1 -.04 0 #e2ae92 9 -.02 -.08 9 .02 -.08 9
+    .03 .05 9 -.06 .04 #581c24 14 -.01 0 17 0 0 20 .01 0 19 .08 0 19 -.08 0 #faf6f0 17 -.07 -.01 17 .07 -.01 17 .06
+    .03 17 -.06 .03 #cc6866 14 -.03 0 17 -.05 -.03 17 0 -.014 17 .05 -.03 20 .03 0 17 .05 .018 17 -.05 .018 #cc6866 14
+    -.02 0 19 -.06 -.022 19 .06 -.022 20 .02 0 19 .06 .028 19 -.06 .028 #3e2b26 4 -.03 .06 4 -.09 -.2 0 -.22 -.14 0 .2
+    -.13 0 .2 .06 0 -.16 .12 4 0 -.1""".split("#")[1:]]
 
 class Sketch:
     """A face drawn, at twice the size, for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""

@@ -54,7 +54,6 @@ from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_imag
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
 
-
 def open_face(flags, device):
     """The face to animate, its Source, and a function that puts frames where they belong."""
     if not flags["weights"]:
@@ -67,7 +66,6 @@ def open_face(flags, device):
     place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
     return face, face.source(np.asarray(crop)), place
 
-
 def listen(flags, model, sound):
     """What the model hears of a sound in pieces, piece by piece (n, L, A)."""
     encoder = flags["audio_encoder"] and AudioEncoder.from_pretrained(flags["audio_encoder"], model.mean.device)
@@ -76,12 +74,10 @@ def listen(flags, model, sound):
         raise ValueError(f"{flags['ckpt']}: hears {hears} features per frame, not {gives}; name their --audio_encoder")
     return encoder.blocks(sound) if encoder else log_mel_blocks(sound)
 
-
 def sampling(flags):
     """What the flags say to moda.stream."""
     guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
     return {name: flags[name] for name in ("seed", "steps", "chunk", "overlap", "smooth")} | {"guidance": guidance}
-
 
 def talk(flags, model, source, features):
     """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait."""
@@ -94,7 +90,6 @@ def talk(flags, model, source, features):
     for z in stream(model, features, source.x_c, prev, emotion, **sampling(flags)):
         motion = neutral + scale * (model.denormalise(z.to(portrait), size) - neutral)
         yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
-
 
 def write_video(path, frames, audio_path):
     """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, and H.264 and AAC in an .mp4.
@@ -111,7 +106,6 @@ def write_video(path, frames, audio_path):
             raise OSError(f"{path}: could not be written ({' '.join(log.read().split())[-300:]})")
         part.replace(path)
 
-
 def timed(name, items, clock):
     """Pass items on and add the seconds they take to clock[name]."""
     began = time.perf_counter()
@@ -119,7 +113,6 @@ def timed(name, items, clock):
         clock[name] += time.perf_counter() - began
         yield item
         began = time.perf_counter()
-
 
 def main(argv):
     """Make the video that the flags ask for -> its motion (T, 70)."""
@@ -155,7 +148,6 @@ def main(argv):
     print(f"{out}: {len(motion)} frames; {', '.join(stages)}; real-time factor {factor:.3f}")
     return motion
 
-
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
     C, the confidence, is how far the median lies above it."""
@@ -164,7 +156,6 @@ def sync_scores(expert, audio, z):
     distance = (m.unfold(1, m.size(1) - 30, 1) - a[:, None, 15:-15].mT).norm(dim=2).mean(-1)
     best = distance.amin(1)
     return {"Sync-C": (distance.median(1).values - best).mean().item(), "Sync-D": best.mean().item()}
-
 
 @torch.inference_mode()
 def evaluate(flags, model, talker):
@@ -193,7 +184,6 @@ def evaluate(flags, model, talker):
         print(f"{name:15}", *(f"{row.get(metric, '-'):>14.3}" for metric in table["model"]))
     return table
 
-
 def after_training(ckpt, out, clips):
     """The table, a film of an unseen clip, and its strip: frames, sound, mouth opening generated (red) over true."""
     flags, model, talker = parse_flags(__doc__, []), MoDA.from_pretrained(ckpt), ToyTalker("val", clips)
@@ -210,7 +200,6 @@ def after_training(ckpt, out, clips):
         points = np.c_[np.linspace(0, 1280, len(curve)), base - zoom * curve]
         ImageDraw.Draw(strip).line(points.ravel().tolist(), colour, 2)
     strip.save(out / "sample.png")
-
 
 if __name__ == "__main__":
     run(main)

@@ -52,10 +52,9 @@ from data import Clips, ToyTalker, UsageError, default_device, parse_flags, run
 from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-TRAINING = {"toy": {}, "moda": dict(               # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
-    steps=500_000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=1000)}
+# what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
+TRAINING = {"toy": {}, "moda": dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.)}
 AT_LEAST_ONE = {"steps", "batch_size", "passes", "clips", "save_every", "width", "heads"}
-
 
 def settings(argv):
     """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
@@ -72,7 +71,6 @@ def settings(argv):
     flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
     return flags, Config(**{name: flags.pop(name) for name in asdict(Config())})
 
-
 def resume(path, parts):
     """Continue as if never stopped from the last complete checkpoint -> its step."""
     path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
@@ -83,7 +81,6 @@ def resume(path, parts):
         part.load_state_dict(state[name])
     return state["step"]
 
-
 def micro_batch(i, data, cfg, flags):
     """What this process learns from in its pass i: windows, and the times, noise and dropped conditions they meet."""
     step, k = divmod(i, flags["passes"])
@@ -93,7 +90,6 @@ def micro_batch(i, data, cfg, flags):
     mine = {name: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k] for name, x in whole.items()}
     return torch.utils.data.default_collate([data[i] for i in mine.pop("index").tolist()]) | mine
 
-
 def objective(model, net, expert, tau, motion, prev, **batch):
     """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
     z0 = model.normalise(motion)
@@ -102,14 +98,12 @@ def objective(model, net, expert, tau, motion, prev, **batch):
         return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
     return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
 
-
 def train(flags, data, parts, first_step, log, device):
     """The loop over steps."""
     model, optimizer, path, signals = parts["model"], parts["optimizer"], flags["out_dir"] / "ckpt.pt", []
     signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
     expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
-    if flags["compile"]:
-        model.compile()                                                    # in place: names in checkpoints stay
+    model.compile(disable=not flags["compile"])                            # in place: names in checkpoints stay
     # the last block of an all four-stream network has parts that nobody hears
     net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
     fetch, clock = partial(micro_batch, data=data, cfg=model.cfg, flags=flags), {}
@@ -120,8 +114,8 @@ def train(flags, data, parts, first_step, log, device):
     for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
         began, clock["data"] = time.perf_counter(), 0.0
         left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])          # 1..0 in the cool-down
-        rate = flags["learning_rate"] * min(1, (step + 1) / max(1, flags["warmup"]), left)
-        optimizer.param_groups[0]["lr"] = rate
+        rate = optimizer.param_groups[0]["lr"] = flags["learning_rate"] * min(
+            1, (step + 1) / max(1, flags["warmup"]), left)
         total = torch.zeros(3, device=device)
         for k in range(flags["passes"]):
             batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
@@ -141,14 +135,14 @@ def train(flags, data, parts, first_step, log, device):
         optimizer.zero_grad()
         loss, seconds = rf + vel + sync, time.perf_counter() - began
         print(step, loss, rf, vel, sync, norm, rate, seconds, clock["data"], sep=",", file=log, flush=True)
-        bar.set_postfix_str(f"loss {loss:.3f}, {clock['data'] / seconds:.0%} waiting for data")
+        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {flags['batch_size'] / seconds:.0f} windows/s, "
+                            f"{clock['data'] / seconds:.0%} waiting")
         if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]):
             about = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
         if stop:
             raise SystemExit                                               # with code 0
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 
 def main(argv):
     flags, cfg = settings(argv)
@@ -183,7 +177,6 @@ def main(argv):
         torch.distributed.destroy_process_group()
     if RANK == 0 and flags["eval_clips"] and not flags["data_dir"] and flags["model"] == "moda":
         sample.after_training(flags["out_dir"] / "ckpt.pt", flags["out_dir"], flags["eval_clips"])
-
 
 if __name__ == "__main__":
     run(main)

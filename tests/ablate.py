@@ -36,7 +36,6 @@ CLAIMS = {
     "audio guidance, Eq. 8": {str(x): ([], [f"--cfg_audio={x}"]) for x in (0, 0.2, 0.5, 1, 2)},
     "sync loss, Eq. 7": {"without ALSE": ([], []), "tau 0.4": ([EXPERT, "--tau=0.4"], []),
                          "no gate": ([EXPERT, "--tau=99"], [])},
-    "emotion": {"AdaLN and stream": ([], []), "stream only": (["--emotion_adaln=False"], [])},
 }
 
 

@@ -117,9 +117,7 @@ def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
     (train, "--steps=many", "--steps=many: expected int"),
     (sample, "--seed=1", "--audio_path=FILE is missing"),
     (sample, "--emotion=glee", "--emotion=glee: known are anger, contempt"),
-    (sample, "--image_path=me.jpg", "--weights=FOLDER"),
-    (sample, "--output_path=film", "--output_path=film: no NAME.mp4"),
-    (sample, "--output_path=nowhere/out.mp4", "folder that exists")])
+    (sample, "--image_path=me.jpg", "--weights=FOLDER")])
 def test_wrong_flags_are_named_before_any_work(main, argument, message):
     voice = [] if argument == "--seed=1" else ["--audio_path=nope.wav"]
     with pytest.raises(UsageError, match=message):
