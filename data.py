@@ -141,6 +141,8 @@ class AudioEncoder:
             g, v = (tensors.pop(key).float() for key in sorted(tensors) if conv in key and "weight" in key)
             self.width, self.channels = tensors["feature_projection.projection.weight"].shape
             self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
+            if self.width > 768:
+                raise ValueError("a large model, and MoDA listens to the base size")
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, or incomplete ({error}); {ENCODERS}") from None
         tensors[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
@@ -177,8 +179,7 @@ class AudioEncoder:
     def __call__(self, wav, n_frames=None):
         """wav (N,) at 16 kHz -> (T, L, A); T = N // 640 but at least 1, or n_frames: the last frame is repeated."""
         features = torch.cat(list(self.blocks([np.asarray(wav)])))
-        n = max(1, len(wav) // HOP) if n_frames is None else n_frames
-        return features[torch.arange(n).clamp(max=len(features) - 1)]
+        return features[torch.arange(n_frames or max(1, len(wav) // HOP)).clamp(max=len(features) - 1)]
 
     @torch.inference_mode()
     def blocks(self, pieces):

@@ -155,9 +155,11 @@ def test_the_last_two_checkpoints_are_kept_and_either_can_be_resumed(tmp_path):
     assert_same(tmp_path / "ckpt.pt", last)
 
 
-def test_recomputed_activations_change_no_bit(tmp_path):
-    flags = ["--steps=3", "--batch_size=2"]
-    assert train_here(tmp_path / "a", *flags) == train_here(tmp_path / "b", *flags, "--checkpointing")
+def test_recomputed_activations_change_no_bit(tmp_path, monkeypatch):
+    flags, blocks, run = ["--steps=3", "--batch_size=2"], [], torch.utils.checkpoint.checkpoint
+    plain = train_here(tmp_path / "a", *flags)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: blocks.append(1) or run(*args, **options))
+    assert plain == train_here(tmp_path / "b", *flags, "--checkpointing") and len(blocks) == 9      # 3 steps, 3 blocks
     assert_same(tmp_path / "a/ckpt.pt", tmp_path / "b/ckpt.pt")
 
 
