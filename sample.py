@@ -82,9 +82,9 @@ def sampling(flags):
 def talk(flags, model, source, features):
     """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait."""
     portrait, absolute = source.motion[0].to(model.mean.device), flags["absolute"] and not flags["relative"]
-    # a generator's neutral is the mean of its motion; as LivePortrait moves a portrait relative to the driver's neutral
-    neutral, size = (portrait, model.size(portrait)) if absolute else (model.mean, 1.0)
-    scale = torch.ones_like(portrait)
+    # LivePortrait moves a portrait relative to a neutral driver; a generator's is a face at rest in its mean pose
+    scale, at_rest = torch.ones_like(portrait), torch.cat([0 * model.mean[EXP], model.mean[EXP.stop:]])
+    neutral, size = (portrait, model.size(portrait)) if absolute else (at_rest, 1.0)
     scale[EXP], scale[ROT] = flags["exp_scale"], flags["pose_scale"]
     prev, emotion = model.normalise(neutral, size), LABELS[flags["emotion"]]
     for z in stream(model, features, source.x_c, prev, emotion, **sampling(flags)):

@@ -16,7 +16,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --stats=                 file with the motion's mean and std, as net-200.pth needs; those of the data without one
     --alse=                  checkpoint of a lip-sync expert that supervises MoDA
     --tau=0.4                Eq. 7: its loss counts only below this
-    --steps=1200
+    --steps=1100
     --batch_size=8           windows per step, over all processes
     --passes=1               into how many passes each process divides its windows, to save memory
     --learning_rate=2e-3
@@ -27,7 +27,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --compile=False          torch.compile the model
     --checkpointing=False    recompute activations in the backward pass: slower, but the full model fits a 24 GB card
     --save_every=250         steps; the last two checkpoints are kept, ckpt.pt and previous.pt
-    --eval_clips=16          unseen toy clips for the table and the film at the end; 0 = neither
+    --eval_clips=12          unseen toy clips for the table and the film at the end; 0 = neither
     --seed=1
     --device=                cuda if there is one
     --workers=0              processes that read windows
