@@ -1,6 +1,6 @@
 """Windows per second that a prepared data set delivers from the page cache, and what memory does meanwhile.
 
-    python tests/bench_loader.py --data_dir=/tmp/bench [--clips=24] [--frames=1500] [--seconds=10]
+    python tests/bench_loader.py --data_dir=bench [--clips=24] [--frames=1500] [--seconds=10]
 
 Makes data sets of random numbers with log-mel (1 x 160) and with wav2vec 2.0 (12 x 768) features below data_dir. Toy
 training takes about 50 windows a second.
@@ -59,7 +59,7 @@ def measure(data, workers, seconds):
 
 
 def main(argv):
-    flags = parse_flags("", argv, dict(data_dir="/tmp/bench", clips=24, frames=1500, seconds=10.0))
+    flags = parse_flags("", argv, dict(data_dir="bench", clips=24, frames=1500, seconds=10.0))
     torch.set_num_threads(1)
     for features in ((1, 160), (12, 768)):
         folder = Path(flags["data_dir"], "x".join(map(str, features)))
