@@ -47,7 +47,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (LABELS, MEL, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
+from data import (LABELS, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
                   parse_flags, run, toy_prototypes)
 from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
@@ -69,9 +69,6 @@ def open_face(flags, device):
 def listen(flags, model, sound):
     """What the model hears of a sound in pieces, piece by piece (n, L, A)."""
     encoder = flags["audio_encoder"] and AudioEncoder.from_pretrained(flags["audio_encoder"], model.mean.device)
-    gives, hears = encoder.shape if encoder else (1, 4 * MEL.shape[1]), (model.cfg.audio_layers, model.cfg.audio_dim)
-    if gives != hears:
-        raise ValueError(f"{flags['ckpt']}: hears {hears} features per frame, not {gives}; name their --audio_encoder")
     return encoder.blocks(sound) if encoder else log_mel_blocks(sound)
 
 def sampling(flags):
