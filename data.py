@@ -41,7 +41,8 @@ BLOCK = 5                                          # frames of sound read and an
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
+    source = f"-f s16le -ar {RATE} -ac 1 -i -".split() if path == "-" else ["-nostdin", "-i", f"file:{path}"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         piece = b""

@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 import torch
@@ -31,6 +32,7 @@ class Config:
     rope_streams: int = 4        # streams rotated in the four-stream stage: 4 in the paper, 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
     audio_dim: int = 768
+    emotion_adaln: bool = True   # emotion joins the timestep in AdaLN (Sec. 3.2.2); False: it is only a stream
     p_drop_audio: float = 0.5    # Sec. 4.1.2: condition dropout, what makes guidance (Eq. 8) possible
     p_drop_emotion: float = 0.1
 
@@ -103,10 +105,12 @@ class SingleBlock(nn.Module):
 
     def forward(self, x, mods, table, heard=None, keep=None):
         """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
-        qkv, h = self.qkv_mlp(modulate(x, mods[0], mods[1])).tensor_split([3 * x.size(-1)], -1)    # 3D, 4D channels
-        q, k, v = heads(qkv, self.qk_gain, table)
+        u, cut = modulate(x, mods[0], mods[1]), [3 * x.size(-1)]           # 3D channels of qkv, 4D of the feed-forward
+        (W, W_mlp), (b, b_mlp) = (p.tensor_split(cut) for p in (self.qkv_mlp.weight, self.qkv_mlp.bias))
+        q, k, v = heads(F.linear(u, W, b), self.qk_gain, table)
         y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
-        return x[:, :keep] + mods[2] * self.out(torch.cat([y, F.gelu(h[:, :keep], approximate="tanh")], -1))
+        h = F.gelu(F.linear(u[:, :keep], W_mlp, b_mlp), approximate="tanh")
+        return x[:, :keep] + mods[2] * self.out(torch.cat([y, h], -1))
 
 # ------------------------------------------------------------------------------------------------------ the network
 class MotionModel(nn.Module):
@@ -144,7 +148,7 @@ class MotionModel(nn.Module):
             return from_released(state, path).eval()
         if state.get("kind") != cls.__name__ or state["config"].keys() - vars(Config()):
             raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not the {cls.__name__} this version knows")
-        return load_strictly(cls(Config(**state["config"])), state["model"], path).eval()
+        return load_strictly(cls(Config(**state["config"])), state.get("ema", state["model"]), path).eval()
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
@@ -189,7 +193,8 @@ class MoDA(MotionModel):
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
         wave = waves(1000 * t, 256, 10000)
-        c = F.silu(self.time_in(torch.cat([wave.real, wave.imag], -1)) + self.emotion_in(emotion))
+        time = self.time_in(torch.cat([wave.real, wave.imag], -1).to(self.head.weight))
+        c = F.silu(time + self.cfg.emotion_adaln * self.emotion_in(emotion))
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
 
@@ -198,7 +203,7 @@ class MoDA(MotionModel):
         prev, a, e, i, table = conditions
         N, mods = z.size(1), iter(mods)
         heard = None if mask is None else mask.repeat(1, 4)[:, None, None]
-        m = self.motion_in(torch.cat([prev, z], -1))                       # (B, N, 2M) -> (B, N, D), prev first
+        m = self.motion_in(torch.cat([prev, z], -1).to(a))                 # (B, N, 2M) -> (B, N, D), prev first
         for block in self.four:                                            # every modality has its own weights
             m, a, e, i = block([m, a, e, i], next(mods), table, heard)
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
@@ -281,44 +286,63 @@ def euler(velocity, z, times):
         z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
 
+def plan(emotions, chunk, overlap, first):
+    """Of one chunk after the other: its frames, how many of them are its own, its emotion; a new one begins a chunk."""
+    size = first or chunk
+    for emotion, frames in emotions:
+        while frames >= 1:
+            stride = int(min(size - overlap, frames))
+            yield size, stride, emotion
+            size, frames = chunk, frames - stride
+
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
-           seed=0, noise=None, smooth=False):
+           seed=0, noise=None, smooth=False, first=None):
     """Normalised motion for a voice of any length, piece by piece, each as soon as it is final; memory stays constant.
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
     identity (63,) canonical keypoints; prev (70,) normalised motion before the first frame, the portrait's own
+    emotion  0..8, or a list of (emotion, frames), one after the other, the last for math.inf
     steps    number of equal Euler steps, or a list of times from 1 down
     chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
-    smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released"""
+    smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
+    first    frames of the first chunk, for an earlier start"""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    if not (times and 0 <= overlap < chunk):
-        raise ValueError(f"steps={steps} should be 1 or more, overlap={overlap} from 0 to chunk - 1 = {chunk - 1}")
+    if not (times and 0 <= overlap < (first or chunk) <= chunk):
+        raise ValueError(f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first={first} <= chunk={chunk}")
     device = model.mean.device
-    weight, drop_audio, emotions = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion)))
-    mods = model.modulations(torch.tensor(times, device=device)[:, None], emotions)        # (K, steps, B, 1, D) each
-    batch = lambda x: x.to(device).expand(len(weight), *x.shape)           # all passes of a step run as one batch
+
+    @cache
+    def passes(emotion):
+        """Weight, dropped audio, emotion of all passes of a step, which run as one batch, and their modulations."""
+        rows = [torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion))]
+        return *rows, model.modulations(torch.tensor(times, device=device)[:, None], rows[2])      # (K, steps, B, 1, D)
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
-    stride, fade = chunk - overlap, torch.linspace(0, 1, overlap + 1)[:-1, None]           # 0, 1/16 .. 15/16
+    fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1/16 .. 15/16
     calm = smooth_pose if smooth else lambda motion, before: motion
-    voice, identity, prev = list(islice(frames, chunk)), identity.flatten(), prev.flatten()
-    z = before = tail = torch.empty(0, M)
-    if not voice:
-        raise ValueError("the audio has no frames")
-    while len(voice) > len(tail):
-        window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, chunk - len(voice)))
-        z = torch.cat([z, torch.randn(chunk - len(z), M, generator=generator)])    # chunks agree on a shared frame
+    voice, identity, prev = [], identity.flatten(), prev.flatten()
+    z = before = tail = rest = torch.empty(0, M)
+    for size, stride, mood in plan(emotion if isinstance(emotion, list) else [(emotion, math.inf)], chunk, overlap, first):
+        voice += islice(frames, size - len(voice))
+        if len(voice) <= len(tail):
+            break
+        weight, drop_audio, emotions, mods = passes(mood)
+        window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
+        z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])     # chunks agree on a shared frame
+        batch = lambda x: x.to(device).expand(len(weight), *x.shape)
         given = model.conditions(batch(window), emotions, batch(identity), batch(prev), drop_audio)
-        guided = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]), 1)
+        guided = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
         motion = calm(euler(guided, next(noises, z).to(device), times).cpu(), before[:0])              # Eq. 8, 2
         motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
         ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
         yield ready[:stride]                                               # what no later chunk will touch
-        prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:]
-        z, voice = z[stride:], voice[stride:] + list(islice(frames, stride))
-    if voice:
-        yield ready[stride:]
+        prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
+        z, voice, rest = z[stride:], voice[stride:], ready[stride:]
+    if not len(before):
+        raise ValueError("the audio has no frames")
+    if len(rest):
+        yield rest
 
 def sample(*args, **kwargs):
     """`stream`, joined: -> (T, 70)."""

@@ -2,11 +2,13 @@
 
     python sample.py --audio_path=voice.wav --emotion=happiness
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
+    arecord -f S16_LE -r 16000 | python sample.py --stream --audio_path=- --output_path=- | ffplay -
     python sample.py --eval                              a table of metrics on toy clips the model never saw
+    python sample.py --bench                             how fast this machine is
 The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they are without being given:
 
-    --audio_path=            the voice: any sound, or a video with sound
-    --output_path=out.mp4
+    --audio_path=            the voice: any sound, or a video with sound; - is 16 kHz PCM, 16 bits, mono, on stdin
+    --output_path=out.mp4    - is an MPEG transport stream on stdout
     --image_path=            the portrait, and which square of it: x,y,size; the largest in the centre without
     --crop=
     --weights=               folder of LivePortrait's weights; a drawn face without
@@ -17,7 +19,9 @@ The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they
     --ckpt=out/toy/ckpt.pt   MoDA's weights, ours or the released net-200.pth
     --stats=mean.pt          the statistics that belong to net-200.pth, which does not hold them
     --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT, for models that hear it instead of log-mel
-    --emotion=none           anger contempt disgust fear happiness neutral sadness surprise none, or their number
+    --emotion=none           anger contempt disgust fear happiness neutral sadness surprise none, or their number; or
+                             some in turn, with their seconds, the last to the end: neutral:2,happiness
+    --edit=                  expression added to the motion: smile:0.5,brow:5; also aaa eee woo frown blink
     --seed=1                 another seed, another head motion
     --steps=10               Euler steps
     --cfg_audio=1.0          guidance (Eq. 8), condition by condition,
@@ -25,32 +29,44 @@ The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they
     --cfg_both=0.0           and both dropped together; the released checkpoint's is 0.2, and its cfg_audio 0
     --chunk=100              frames sampled at once, of which `overlap` fade into the next; 80 for the released one
     --overlap=16
+    --first_chunk=0          frames of the first chunk, for an earlier start
     --smooth=False           average the pose over three frames, twice; True for the released one
     --pose_scale=1.0         exaggerate or calm the head, around the portrait's pose
     --exp_scale=1.0          the same for the expression
-    --save_motion=           also write the (T, 70) motion as .npy
+    --save_motion=           also write the model's motion, (T, 70), as .npy
+    --motion_path=           motion saved like that, in place of the model's
+    --stream=False           hear the voice no sooner than it is spoken, and tell how late the film is
+    --bf16=False             MoDA and LivePortrait in bfloat16
+    --compile=False          both through torch.compile: worth its minutes on a GPU
     --eval=False
+    --bench=False
     --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
     --device=
 """
-import itertools
+import math
+import os
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from subprocess import PIPE, Popen
+from threading import Thread
 
 import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (LABELS, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, log_mel_blocks,
-                  parse_flags, run, toy_prototypes)
+from data import (CONTROLS, LABELS, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, expression,
+                  log_mel_blocks, parse_flags, run, toy_prototypes)
 from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
-from renderer import SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, relative
+from renderer import SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
 
@@ -74,34 +90,64 @@ def listen(flags, model, sound):
 def sampling(flags):
     """What the flags say to moda.stream."""
     guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
-    return {name: flags[name] for name in ("seed", "steps", "chunk", "overlap", "smooth")} | {"guidance": guidance}
+    named = {name: flags[name] for name in ("seed", "steps", "chunk", "overlap", "smooth")}
+    return named | {"guidance": guidance, "first": flags["first_chunk"]}
 
-def talk(flags, model, source, features):
-    """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait."""
+def pairs(flags, name, known, default):
+    """A flag such as smile:0.5,brow:5 -> [(what is known as smile, 0.5), ...]; UsageError if a word is not known."""
+    try:
+        words = (part.partition(":") for part in flags[name].split(",") if part)
+        return [(known[word], float(number or default)) for word, _, number in words]
+    except (KeyError, ValueError):
+        raise UsageError(f"--{name}={flags[name]}: should be NAME or NAME:NUMBER; known are {', '.join(known)}") from None
+
+def talk(flags, model, source, features, made):
+    """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait. To `made` goes what
+    the model says, and --motion_path stands for: the same before it is edited and put on the portrait."""
     portrait, absolute = source.motion[0].to(model.mean.device), flags["absolute"] and not flags["relative"]
     # LivePortrait moves a portrait relative to a neutral driver; a generator's is a face at rest in its mean pose
     scale, at_rest = torch.ones_like(portrait), torch.cat([0 * model.mean[EXP], model.mean[EXP.stop:]])
     neutral, size = (portrait, model.size(portrait)) if absolute else (at_rest, 1.0)
     scale[EXP], scale[ROT] = flags["exp_scale"], flags["pose_scale"]
-    prev, emotion = model.normalise(neutral, size), LABELS[flags["emotion"]]
-    for z in stream(model, features, source.x_c, prev, emotion, **sampling(flags)):
-        motion = neutral + scale * (model.denormalise(z.to(portrait), size) - neutral)
+    directions = {name: expression(**{name: 1}) for name in CONTROLS}
+    edit = sum(amount * F.pad(torch.tensor(way).to(portrait), (0, 7)) for way, amount in pairs(flags, "edit", directions, 1))
+    if flags["motion_path"]:
+        motions = [checked(np.load(flags["motion_path"], allow_pickle=False))]
+    else:
+        *earlier, (last, _) = pairs(flags, "emotion", LABELS, 0)
+        emotions = [(emotion, 25 * seconds) for emotion, seconds in earlier] + [(last, math.inf)]
+        zs = stream(model, features, source.x_c, model.normalise(neutral, size), emotions, **sampling(flags))
+        motions = (model.denormalise(z.to(portrait), size) for z in zs)
+    for motion in motions:
+        made.append(motion.cpu())
+        motion = neutral + scale * (motion.to(portrait) - neutral) + edit
         yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
 
-def write_video(path, frames, audio_path):
+def write_video(path, frames, audio_path, heard=None):
     """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, and H.264 and AAC in an .mp4.
-    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away."""
+    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away. "-" is
+    stdout. Sound that came on stdin is in the queue `heard`: float32 as bytes, and b"" at its end."""
     coding = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0 -preset veryfast -crf 18 -pix_fmt yuv420p".split()
+    reader, writer = os.pipe()
+
+    def pump():
+        with suppress(BrokenPipeError), open(writer, "wb") as pipe:
+            pipe.writelines(iter(heard.get, b"") if heard else ())
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(f"{folder}/log", "w+", errors="replace") as log:
         part = Path(folder, path.name)
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{audio_path}", *coding, f"file:{part}"]
+        voice = f"-f f32le -ar {RATE} -ac 1 -i pipe:{reader}".split() if heard else ["-i", f"file:{audio_path}"]
+        target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split() if path.name == "-" else [f"file:{part}"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *voice, *coding, *target]
+        Thread(target=pump, daemon=True).start()
         # when the pipe breaks, ffmpeg has said why
-        with suppress(BrokenPipeError), closing(frames), Popen(command, stdin=PIPE, stderr=log) as ffmpeg:
+        with open(reader), suppress(BrokenPipeError), closing(frames), \
+                Popen(command, stdin=PIPE, stderr=log, pass_fds=[reader]) as ffmpeg:
             ffmpeg.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
         if ffmpeg.returncode:
             log.seek(0)
             raise OSError(f"{path}: could not be written ({' '.join(log.read().split())[-300:]})")
-        part.replace(path)
+        if path.name != "-":
+            part.replace(path)
 
 def timed(name, items, clock):
     """Pass items on and add the seconds they take to clock[name]."""
@@ -111,17 +157,44 @@ def timed(name, items, clock):
         yield item
         began = time.perf_counter()
 
+def microphone(pieces, clock, heard):
+    """Sound no sooner than it is spoken, which is at clock["spoken"]; also into the queue `heard`, if there is one."""
+    clock["spoken"] = time.perf_counter()
+    for piece in pieces:
+        clock["spoken"] += len(piece) / RATE
+        time.sleep(max(0, clock["spoken"] - time.perf_counter()))
+        if heard:
+            heard.put(piece.tobytes())
+        yield piece
+    if heard:
+        heard.put(b"")
+
+def ahead(parts, clock):
+    """Pass motion on while a thread makes the next piece; tell how late each is."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            tqdm.write(f"{len(part)} frames of motion {time.perf_counter() - clock['spoken']:.2f} s after their sound")
+            coming = thread.submit(next, parts, None)
+            yield part
+
 def main(argv):
-    """Make the video that the flags ask for -> its motion (T, 70)."""
+    """Make the video that the flags ask for."""
     flags, began = parse_flags(__doc__, argv), time.perf_counter()
     out = Path(flags["output_path"])
+    if out.name == "-":
+        sys.stdout = sys.stderr                                            # stdout is for the film
     for fine, told in (
-            (flags["audio_path"] or flags["eval"], "--audio_path=FILE is missing: which voice?"),
+            (flags["audio_path"] or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?"),
             (bool(flags["weights"]) == bool(flags["image_path"]), "--image_path=FILE and --weights=FOLDER go together"),
-            (out.suffix and out.parent.is_dir(), f"--output_path={out}: no NAME.mp4 in a folder that exists"),
-            (flags["emotion"] in LABELS, f"--emotion={flags['emotion']}: known are {', '.join(EMOTIONS)}")):
+            (out.name == "-" or out.suffix and out.parent.is_dir(),
+             f"--output_path={out}: no NAME.mp4 in a folder that exists")):
         if not fine:
             raise UsageError(told)
+    pairs(flags, "emotion", LABELS, 0)
+    if flags["bench"]:
+        from tests.bench import bench
+        return bench(flags)
     model = MoDA.from_pretrained(flags["ckpt"])
     flags = parse_flags(__doc__, argv, RELEASED if model.cfg.rope_streams == 2 else {})
     if model.std.eq(1).all():
@@ -129,21 +202,29 @@ def main(argv):
     if flags["eval"]:
         return evaluate(flags, model, ToyTalker("val", 16))
     model.to(flags["device"] or default_device())
+    for p in model.parameters() if flags["bf16"] else ():
+        p.data = p.data.bfloat16()                                         # the statistics stay float32
     face, source, place = open_face(flags, model.mean.device)
-    features = listen(flags, model, audio_blocks(flags["audio_path"]))
-    # each stage pulls from the one before: its clock holds the seconds of all before it too
-    clock = dict.fromkeys(("loading", "sound", "motion", "render"), time.perf_counter() - began)
-    parts, kept = itertools.tee(timed("motion", talk(flags, model, source, timed("sound", features, clock)), clock))
+    if flags["compile"]:
+        model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False)
+        face.render = torch.compile(face.render, dynamic=False)
+    clock, made = dict.fromkeys(("sound", "motion", "wait", "render"), 0.0), []
+    heard, sound = SimpleQueue() if flags["audio_path"] == "-" else None, audio_blocks(flags["audio_path"])
+    live = flags["stream"] or heard
+    features = timed("sound", listen(flags, model, microphone(sound, clock, heard) if live else sound), clock)
+    parts = timed("motion", talk(flags, model, source, features, made), clock)
+    parts = timed("wait", ahead(parts, clock) if live else parts, clock)
     frames = place(frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
-    write_video(out, timed("render", tqdm(frames, "frames", unit=""), clock), flags["audio_path"])
-    motion, clock["encode"] = torch.cat(list(kept)), time.perf_counter() - began
+    loading = time.perf_counter() - began
+    write_video(out, bar := tqdm(timed("render", frames, clock), "frames", unit=""), flags["audio_path"], heard)
+    taken = time.perf_counter() - began - loading
     if flags["save_motion"]:
-        np.save(f"{flags['save_motion']}.part.npy", motion)
+        np.save(f"{flags['save_motion']}.part.npy", torch.cat(made))
         Path(f"{flags['save_motion']}.part.npy").replace(flags["save_motion"])
-    stages = [f"{name} {seconds:.2f} s" for name, seconds in zip(clock, np.diff([0, *clock.values()]))]
-    factor = (clock["encode"] - clock["loading"]) / len(motion) * 25
-    print(f"{out}: {len(motion)} frames; {', '.join(stages)}; real-time factor {factor:.3f}")
-    return motion
+    stages = dict(loading=loading, sound=clock["sound"], motion=clock["motion"] - clock["sound"],
+                  render=clock["render"] - clock["wait"], encode=taken - clock["render"])
+    print(f"{out}: {bar.n} frames;", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()),
+          f"; real-time factor {taken / bar.n * 25:.3f}")
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;

@@ -23,6 +23,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --warmup=50              steps
     --cooldown=0.5           last share of the steps, over which the rate falls to zero
     --grad_clip=1.0
+    --ema=0.0                decay of a moving average of the weights, which sample.py prefers; 0 = none
     --bf16=False             bfloat16 where autocast knows it to be safe
     --compile=False          torch.compile the model
     --checkpointing=False    recompute activations in the backward pass: slower, but the full model fits a 24 GB card
@@ -36,6 +37,7 @@ All chance in step k, windows, times, noise and dropped conditions, is drawn for
 resumed run equals an uninterrupted one, and any number of processes sees the same batch. SIGTERM ends the run with a
 checkpoint.
 """
+import copy
 import os
 import signal
 import time
@@ -45,6 +47,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
@@ -53,7 +57,8 @@ from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, loa
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
-TRAINING = {"toy": {}, "moda": dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.)}
+TRAINING = {"toy": {}, "moda": dict(
+    steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=2500)}
 AT_LEAST_ONE = {"steps", "batch_size", "passes", "clips", "save_every", "width", "heads"}
 
 def settings(argv):
@@ -98,18 +103,30 @@ def objective(model, net, expert, tau, motion, prev, **batch):
         return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
     return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
 
+def peak(device, dtype):
+    """FLOP/s of a large matrix product on this device: what a training step is measured against."""
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    return 2 * len(a) ** 3 / Timer("a @ a", globals=dict(a=a)).blocked_autorange().median
+
 def train(flags, data, parts, first_step, log, device):
     """The loop over steps."""
     model, optimizer, path, signals = parts["model"], parts["optimizer"], flags["out_dir"] / "ckpt.pt", []
     signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
     expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
+    fetch = partial(micro_batch, data=data, cfg=model.cfg, flags=flags)
+    place = lambda batch: {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        objective(model, model, None, 0, **place(fetch(0)))
+    # the backward pass takes twice the work of the forward pass
+    ideal = 3 * forward.get_total_flops() * flags["passes"] / peak(device, torch.bfloat16 if flags["bf16"] else None)
     model.compile(disable=not flags["compile"])                            # in place: names in checkpoints stay
     # the last block of an all four-stream network has parts that nobody hears
     net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
-    fetch, clock = partial(micro_batch, data=data, cfg=model.cfg, flags=flags), {}
+    clock = {}
     loader = sample.timed("data", torch.utils.data.DataLoader(
         range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
-        num_workers=flags["workers"], pin_memory=device.type == "cuda"), clock)
+        num_workers=flags["workers"], pin_memory=device.type == "cuda",    # SIGTERM is for this process alone
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)), clock)
 
     for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
         began, clock["data"] = time.perf_counter(), 0.0
@@ -118,7 +135,7 @@ def train(flags, data, parts, first_step, log, device):
             1, (step + 1) / max(1, flags["warmup"]), left)
         total = torch.zeros(3, device=device)
         for k in range(flags["passes"]):
-            batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
+            batch = place(next(loader))
             net.require_backward_grad_sync = k + 1 == flags["passes"]      # DDP's no_sync() in a line
             with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
                 part = objective(model, net, expert, flags["tau"], **batch) / flags["passes"]
@@ -133,10 +150,12 @@ def train(flags, data, parts, first_step, log, device):
             raise ValueError(f"step {step}: loss {rf + vel + sync}, gradients {norm}; {path}, if there, is still good")
         optimizer.step()
         optimizer.zero_grad()
+        if flags["ema"]:
+            torch._foreach_lerp_([*parts["ema"].parameters()], [*model.parameters()], 1 - flags["ema"])
         loss, seconds = rf + vel + sync, time.perf_counter() - began
         print(step, loss, rf, vel, sync, norm, rate, seconds, clock["data"], sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {flags['batch_size'] / seconds:.0f} windows/s, "
-                            f"{clock['data'] / seconds:.0%} waiting")
+                            f"{clock['data'] / seconds:.0%} waiting, MFU {ideal / seconds:.0%}")
         if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]):
             about = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
@@ -167,6 +186,8 @@ def main(argv):
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     # what a checkpoint holds, by name
     parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
+    if flags["ema"]:
+        parts["ema"] = copy.deepcopy(model).requires_grad_(False)
     first_step = resume(flags["out_dir"] / "ckpt.pt", parts) if source == "resume" else 0
     path = flags["out_dir"] / "log.csv"
     rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []

@@ -25,3 +25,12 @@ def liveportrait(folder, seed=1):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(tensors(fill(keys, seed)), path)
     return folder
+
+
+def encoder(folder, size="base", seed=1):
+    """A wav2vec 2.0 of the base size, or a small one with four heads -> its folder."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors(fill(manifest("wav2vec2")[size], seed)), path / "pytorch_model.bin")
+    (path / "config.json").write_text(json.dumps({"num_attention_heads": 12 if size == "base" else 4}))
+    return path

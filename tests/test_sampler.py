@@ -1,4 +1,6 @@
 """The sampler solves the flow, guides as Eq. 8 says, and streams what it would have sampled at once."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,14 @@ def test_bad_requests_are_refused(tiny):
         sample(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)))
     with pytest.raises(ValueError, match="no frames"):
         sample(tiny, **voice(0))
+
+
+def test_a_new_emotion_begins_a_chunk_and_a_first_chunk_may_be_short(tiny):
+    x = voice(100)
+    options = dict(steps=2, chunk=40, overlap=8)
+    plain = sample(tiny, **x, emotion=5, **options)
+    parts = list(stream(tiny, **x, emotion=[(5, 50), (4, math.inf)], **options))
+    assert [len(part) for part in parts] == [32, 18, 32, 18]
+    changed = torch.cat(parts)
+    assert torch.equal(changed[:50], plain[:50]) and not torch.allclose(changed[58:], plain[58:], atol=1e-2)
+    assert [len(part) for part in stream(tiny, **x, first=20, **options)] == [12, 32, 32, 24]

@@ -32,10 +32,11 @@ def trained(tmp_path_factory):
 
 
 def speak(trained, folder, samples, *flags, voice="v.wav", film="v.mp4"):
-    """sample.py on the first `samples` of a toy voice -> the motion of the film."""
+    """sample.py on the first `samples` of a toy voice -> the motion that --save_motion keeps."""
     soundfile.write(folder / voice, toy_clip(1, 80)[0][:samples], 16000)
-    return sample.main([f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={folder / voice}",
-                        f"--output_path={folder / film}", "--steps=2", "--chunk=40", *flags])
+    sample.main([f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={folder / voice}", f"--output_path={folder / film}",
+                 f"--save_motion={folder}/m.npy", "--steps=2", "--chunk=40", *flags])
+    return np.load(folder / "m.npy", allow_pickle=False)
 
 
 def test_a_short_training_already_moves_the_lips_with_the_voice(trained):
@@ -67,16 +68,43 @@ def test_the_command_makes_a_film_and_says_what_each_stage_took(trained, tmp_pat
 
 @pytest.mark.parametrize("samples", [1, 640, 641, 40_000])
 def test_a_film_is_as_long_as_its_sound(trained, tmp_path, samples):
-    motion = speak(trained, tmp_path, samples, f"--save_motion={tmp_path}/m.npy")
+    motion = speak(trained, tmp_path, samples)
     frames = -(-samples // 640)                                              # ceil(25 x seconds)
     assert imageio.get_reader(tmp_path / "v.mp4").count_frames() == frames and motion.shape == (frames, 70)
-    assert np.array_equal(np.load(tmp_path / "m.npy", allow_pickle=False), motion)
 
 
 def test_the_same_seed_makes_the_same_motion_and_another_one_another_head(trained, tmp_path):
     first, again, other = (speak(trained, tmp_path, 80 * 640, f"--seed={seed}") for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert np.corrcoef(first[:, 68], other[:, 68])[0, 1] < 0.9
+
+
+def frames_of(film):
+    return np.stack([frame for frame in imageio.get_reader(film)]).astype(int)
+
+
+def test_saved_motion_makes_the_same_film_again_and_takes_edits(trained, tmp_path):
+    speak(trained, tmp_path, 12_800, "--emotion=sadness")
+    film = frames_of(tmp_path / "v.mp4")
+    again = lambda *flags: speak(trained, tmp_path, 12_800, f"--motion_path={tmp_path}/m.npy", *flags)
+    again()
+    assert np.array_equal(frames_of(tmp_path / "v.mp4"), film)
+    again("--edit=smile:1,brow:5")
+    assert np.abs(frames_of(tmp_path / "v.mp4") - film).mean((1, 2, 3)).min() > 0.1
+
+
+def test_a_live_voice_gives_the_motion_and_the_film_of_its_file(trained, tmp_path):
+    """Raw sound on stdin, a film on stdout as it grows, and the same numbers as offline."""
+    filed = speak(trained, tmp_path, 51_200, "--emotion=neutral:1,happiness")
+    sound = (np.clip(toy_clip(1, 80)[0], -1, 1) * 32767).astype("<i2").tobytes()
+    done = subprocess.run([sys.executable, "sample.py", f"--ckpt={trained[0]}/ckpt.pt", "--audio_path=-", "--steps=2",
+                           "--output_path=-", "--chunk=40", "--emotion=neutral:1,happiness",
+                           f"--save_motion={tmp_path}/live.npy"], cwd=ROOT, input=sound, capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"after their sound" in done.stderr, done.stderr
+    (tmp_path / "live.ts").write_bytes(done.stdout)
+    film = imageio.get_reader(tmp_path / "live.ts", format="ffmpeg")
+    assert film.count_frames() == 80 and film.get_meta_data()["audio_codec"].startswith("aac")
+    assert np.allclose(np.load(tmp_path / "live.npy", allow_pickle=False), filed, atol=1e-3)
 
 
 def test_file_names_may_hold_anything(trained, tmp_path, monkeypatch):

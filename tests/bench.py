@@ -1,0 +1,167 @@
+"""How fast this machine samples, listens and renders: the table of `python sample.py --bench`.
+
+    python sample.py --bench [--weights=pretrained_weights] [--audio_encoder=FOLDER] [--steps=10] [--device=cuda]
+
+One window is 80 frames, 3.2 s of film, by the full model with the released model's guidance. What is timed takes turns
+with what it is compared to, and with the matrix product that shows what the machine can do at that moment; a row is the
+median. Work is counted as a plain implementation does it, 206.8 GFLOP a step: exact algebra counts as speed. Without
+weights, numbers of our own stand in.
+"""
+import functools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import build
+import moda
+import renderer
+from data import RATE, AudioEncoder, default_device
+from moda import Config, JointBlock, M, MoDA, SingleBlock, heads, modulate
+
+N, GUIDANCE, WORK = 80, {"audio+emotion": 0.2}, 206.8e9                    # FLOP a step, 2 passes x 4 x 80 tokens
+FRAME_WORK = 1233.6e9                                                      # W + G of one frame
+
+
+class PlainJointBlock(JointBlock):
+    """All N copies of equal tokens, one attention after the concatenation of everything."""
+
+    def forward(self, xs, mods, table, heard=None):
+        N, mods = xs[0].size(1), mods.unflatten(0, (len(xs), 6))
+        tables = [table if x.size(1) > 1 else torch.ones_like(table) for x in xs]
+        tables = [table if len(xs) == 2 or s < 2 else torch.ones_like(table) for s in range(len(xs))]
+        xs = [x.expand(-1, max(N, x.size(1)), -1) for x in xs]
+        qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]
+        q, k, v = (torch.cat(ys, 2) for ys in zip(*map(heads, qkv, self.qk_gain, tables)))
+        ys = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).split([x.size(1) for x in xs], 1)
+        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
+        return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]
+
+
+class PlainSingleBlock(SingleBlock):
+    def forward(self, x, mods, table, heard=None, keep=None):
+        return super().forward(x, mods, table)[:, :keep]
+
+
+@torch.inference_mode()
+def plain_loop(model, audio, identity, prev, emotion, steps, noise):
+    """One window as the equations say it: every step calls the whole network, once for each pass."""
+    z, rows = noise, moda.guidance_passes(GUIDANCE, emotion)
+    for k in range(steps):
+        row = lambda x: torch.as_tensor(x, device=noise.device)[None]
+        z = z - sum(weight * model(z[None], row(1 - k / steps), row(audio), row(e), row(identity), row(prev), row(drop))[0]
+                    for weight, drop, e in rows) / steps
+    return z
+
+
+def timed(run):
+    began = time.perf_counter()
+    result = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def peak(device, dtype):
+    """FLOP/s of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n ** 3 / min(timed(lambda: a @ a)[0] for _ in range(5))
+
+
+def knows_bfloat16(device):
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def full_model(device):
+    """The released model's size; small random weights, so that every gate is open."""
+    with torch.device("meta"):
+        model = MoDA(Config(rope_streams=2))
+    model.to_empty(device=device).requires_grad_(False).eval()
+    for p in model.parameters():
+        p.normal_(std=0.02)
+    model.mean.zero_()
+    model.std.fill_(1)
+    return model
+
+
+def compare(runs, peaks, n):
+    """{name: run} in turns, n times after a first one -> medians of the seconds and of the peaks, last results."""
+    times, tops, results = {name: [] for name in runs}, {name: [] for name in runs}, {}
+    for _ in range(n + 1):
+        for name, run in runs.items():
+            tops[name].append(peaks[name]())
+            seconds, results[name] = timed(run)
+            times[name].append(seconds)
+    median = lambda rows: {name: statistics.median(row[1:]) for name, row in rows.items()}
+    return median(times), median(tops), results
+
+
+def row(name, seconds, frames, work=0.0, top=0.0, remark=""):
+    rates = f"{work / seconds / 1e9:>9.0f} GFLOP/s {work / seconds / top:>6.2f} of peak" if work else " " * 29
+    print(f"{name:28}{1e3 * seconds / frames * N:>10.0f} ms {seconds / frames * 25:>9.4f} x {rates}  {remark}", flush=True)
+
+
+def sampling(device, steps, turns):
+    """Rows for motion -> seconds of our fastest window."""
+    model = full_model(device)
+    torch.manual_seed(0)
+    audio, identity, prev, noise = torch.randn(N, 12, 768), torch.randn(63), torch.randn(M), torch.randn(N, M)
+    x = [y.to(device) for y in (audio, identity, prev)]
+    ours = lambda model: moda.sample(model, audio, identity, prev, 4, steps, GUIDANCE, chunk=N, noise=noise[None])
+    plain_model = full_model(device)
+    plain_model.load_state_dict(model.state_dict(), assign=True)           # the same memory
+    for block in plain_model.modules():
+        block.__class__ = {JointBlock: PlainJointBlock, SingleBlock: PlainSingleBlock}.get(type(block), type(block))
+    runs = {"motion, plain loop": lambda: plain_loop(plain_model, *x, 4, steps, noise.to(device)).cpu(),
+            "motion": lambda: ours(model)}
+    peaks = dict.fromkeys(runs, functools.partial(peak, device, torch.float32))
+    if knows_bfloat16(device):
+        half = full_model(device)
+        for p, q in zip(half.parameters(), model.parameters()):
+            p.data = q.data.bfloat16()
+        runs["motion, bfloat16"] = lambda: ours(half)
+        peaks["motion, bfloat16"] = functools.partial(peak, device, torch.bfloat16)
+    if device.type == "cuda":
+        fast = full_model(device)
+        fast.load_state_dict(half.state_dict(), assign=True)
+        fast.fuse = torch.compile(fast.fuse, mode="reduce-overhead", dynamic=False)
+        runs["motion, bfloat16, compiled"] = lambda: ours(fast)
+        peaks["motion, bfloat16, compiled"] = peaks["motion, bfloat16"]
+    seconds, tops, results = compare(runs, peaks, turns)
+    for name in runs:
+        error = (results[name] - results["motion, plain loop"]).abs().max()
+        ratio = seconds["motion, plain loop"] / seconds[name]
+        row(name, seconds[name], N, steps * WORK, tops[name], f"{ratio:.2f} x the plain loop, deviates by {error:.0e}")
+    return min(seconds.values())
+
+
+def bench(flags):
+    device = torch.device(flags["device"] or default_device())
+    print(torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+          f"torch {torch.__version__}; per window of {N} frames, and in real time; matrix products reach",
+          f"{peak(device, torch.float32) / 1e9:.0f} GFLOP/s in float32", flush=True)
+    if not knows_bfloat16(device):
+        print("this processor has no bfloat16 arithmetic: its rows are left out")
+    turns, dtype = (10, torch.bfloat16) if device.type == "cuda" else (3, torch.float32)
+    motion = sampling(device, flags["steps"], turns)
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = AudioEncoder.from_pretrained(flags["audio_encoder"] or build.encoder(folder), device)
+        face = renderer.LivePortrait(flags["weights"] or build.liveportrait(folder), device, dtype)
+    wav = np.random.default_rng(0).standard_normal(N * RATE // 25).astype(np.float32)
+    hear = statistics.median(timed(lambda: encoder(wav))[0] for _ in range(turns + 1))
+    row("audio encoder", hear, N)
+    source = face.source(np.full((512, 512, 3), 128, np.uint8))
+    n = 80 if device.type == "cuda" else 2
+    if flags["compile"]:
+        face.render = torch.compile(face.render, dynamic=False)
+    frames = source.motion + 0.001 * torch.randn(n, M)
+    draw = min(timed(lambda: list(face.frames(source, frames)))[0] for _ in range(turns))
+    row("renderer", draw, n, n * FRAME_WORK, peak(device, dtype), f"{n / draw:.3f} frames/s")
+    row("end to end, stages added", hear + motion + draw / n * N, N)
