@@ -89,15 +89,19 @@ class Weights:
     """The weights of one file, ready for `network`. A dry run of it on meta tensors of `shapes` looks every key up,
     checks its shape and folds what can be folded; nothing may be left over. ValueError names the file and the key."""
 
-    def __init__(self, path, tensors, network, *shapes, advice, device="cpu", dtype=torch.float32):
+    def __init__(self, path, tensors, network, *shapes, advice=GET, device="cpu", dtype=torch.float32):
         self.path, self.advice, self.device, self.dtype, self.ready = path, advice, torch.device(device), dtype, {}
-        self.tensors = {key.removeprefix("module.").removeprefix("detector."): value for key, value in tensors.items()
-                        if not key.endswith("num_batches_tracked")}
+        # the file of S holds two networks more
+        self.tensors = {k.removeprefix("module.").removeprefix("detector."): t
+                        for k, t in tensors.get("retarget_shoulder", tensors).items() if "num_batches_tracked" not in k}
         network(self, *(torch.empty(shape, device="meta") for shape in shapes))
         if self.tensors:
             raise ValueError(f"{path}: {next(iter(self.tensors))} does not belong there; {advice}")
 
     def take(self, key, *shape):
+        if f"{key}_orig" in self.tensors:                                  # spectral norm: A / u^T A v, as stored
+            A = self.take(f"{key}_orig", *shape)
+            return A / (self.take(f"{key}_u", len(A)) @ A.flatten(1) @ self.take(f"{key}_v", A[0].numel()))
         found = tuple(self.tensors[key].shape) if key in self.tensors else "missing"
         if found != shape:
             raise ValueError(f"{self.path}: {key} is {found}, expected {shape}; {self.advice}")
@@ -121,22 +125,16 @@ class Weights:
 
     def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
         """Nearest upsampling by `up`, convolution to n channels, BatchNorm `norm`; padded, unless with a `stride`."""
-        dims = x.ndim - 2
         def make():
-            spectral = f"{name}.weight_orig" in self.tensors
-            weight = self.take(f"{name}.weight{'_orig' * spectral}", n, x.size(1) // groups, *[k] * dims)
-            if spectral:                                                   # weight / u^T A v, with u and v as stored
-                u, v = self.take(f"{name}.weight_u", n), self.take(f"{name}.weight_v", weight[0].numel())
-                weight = weight / (u @ weight.flatten(1) @ v)
+            weight = self.take(f"{name}.weight", n, x.size(1) // groups, *[k] * (x.ndim - 2))
             b = self.take(f"{name}.bias", n) if bias else torch.zeros(n)
             if norm:
                 mean, var, scale, shift = (self.take(f"{norm}.{key}", n) for key in BATCH_NORM)
                 weight, b = torch.nn.utils.fuse_conv_bn_weights(weight, b, mean, var, 1e-5, scale, shift)
             return (spread(weight, up) if up > 1 else weight), b
-        weight, b = self.once(name, x, make)
-        stride, padding = ([stride], 0) if stride else ((1, up, up)[-dims:], k // 2)
+        stride, padding = ([stride], [0]) if stride else ((1, up, up)[2 - x.ndim:], [k // 2])
         # of one, two or three dimensions, plain or transposed: dilation 1, transposed, output padding 0
-        return torch.convolution(x.to(weight.dtype), weight, b, stride, [padding], [1], up > 1, [0], groups)
+        return torch.convolution(x.to(self.dtype), *self.once(name, x, make), stride, padding, [1], up > 1, [0], groups)
 
     def block(self, x, name, n, up=1):
         return F.relu_(self.conv(x, f"{name}.conv", n, norm=f"{name}.norm", up=up))
