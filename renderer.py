@@ -161,8 +161,7 @@ def motion_heads(net, image):
     conv = lambda x, *args, **options: net.conv(x.movedim(-1, 1), *args, **options).movedim(1, -1)
     x = net.layer_norm(conv(image.movedim(1, -1), "downsample_layers.0.0", 96, k=4, stride=4), "downsample_layers.0.1")
     for s, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
-        if s > 0:
-            x = conv(net.layer_norm(x, f"downsample_layers.{s}.0"), f"downsample_layers.{s}.1", n, k=2, stride=2)
+        x = conv(net.layer_norm(x, f"downsample_layers.{s}.0"), f"downsample_layers.{s}.1", n, 2, stride=2) if s else x
         for name in [f"stages.{s}.{i}" for i in range(depth)]:
             y = net.layer_norm(conv(x, f"{name}.dwconv", n, k=7, groups=n), f"{name}.norm")
             y = F.gelu(net.linear(y, f"{name}.pwconv1", 4 * n))
@@ -175,8 +174,8 @@ def motion_heads(net, image):
     return {head: net.linear(x, f"fc_{head}", n) for head, n in sizes.items()}
 
 def to_motion(heads):
-    """Raw heads -> motion (B, 70); an angle is the mean over 66 bins of 3 degrees."""
-    deg = lambda bins: 3 * (bins.softmax(-1) @ torch.arange(66.0, device=bins.device))[:, None] - 97.5
+    """Raw heads -> motion (B, 70); an angle is the mean over 66 bins, -97.5 to 97.5 degrees."""
+    deg = lambda bins: bins.softmax(-1) @ torch.linspace(-97.5, 97.5, 66, device=bins.device)[:, None]
     return torch.cat([heads["exp"], heads["scale"], heads["t"], *(deg(heads[a]) for a in ("pitch", "yaw", "roll"))], -1)
 
 def dense_motion(net, f, x_s, x_d):
@@ -188,12 +187,11 @@ def dense_motion(net, f, x_s, x_d):
     heat = lambda x: torch.einsum("bnd,bnh,bnw->bndhw", *(
         torch.exp(-50 * (axis - x[..., 2 - i, None]) ** 2) for i, axis in enumerate(axes)))
     c = F.relu(net.conv(f, f"{name}.compress", 4, k=1, norm=f"{name}.norm"))
-    grids = (grid + shift[:, :, None, None, None]).flatten(1, 2)           # (B, 22 * 16, 64, 64, 3)
     # the grid has its end points, yet is read as if it had none (align_corners): so the weights were trained
-    sampled = F.grid_sample(c.float(), grids, align_corners=False).unflatten(2, (22, 16)).transpose(1, 2)
+    sampled = F.grid_sample(c.float(), (grid + shift[:, :, None, None, None]).flatten(1, 2), align_corners=False)
     heatmaps = F.pad(heat(x_d) - heat(x_s), (0, 0, 0, 0, 0, 0, 1, 0))      # (B, 22, 16, 64, 64)
     # the hourglass; the keypoints stay side by side: of its 110 channels 5 n + 0 is the heat of n
-    skips = [torch.cat([heatmaps[:, :, None], sampled], 2).flatten(1, 2)]
+    skips = [torch.cat([heatmaps[:, :, None], sampled.unflatten(2, (22, 16)).transpose(1, 2)], 2).flatten(1, 2)]
     for i, n in enumerate((64, 128, 256, 512, 1024)):
         x = net.block(skips[-1], f"{name}.hourglass.encoder.down_blocks.{i}", n)
         skips.append(F.avg_pool2d(x.flatten(1, 2), 2).unflatten(1, (n, 16)))           # avg_pool3d knows no bfloat16
@@ -222,9 +220,8 @@ def spade_block(net, name, x, h, n):
     """skip + conv_1 lrelu spade_1 conv_0 lrelu spade_0 x, to n channels."""
     dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_0", x, h), 0.2), f"{name}.conv_0", min(x.size(1), n))
     dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_1", dx, h), 0.2), f"{name}.conv_1", n)
-    if x.size(1) != n:
-        x = net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
-    return dx.add_(x)
+    skip = x if x.size(1) == n else net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
+    return dx.add_(skip)
 
 def generate(net, h):
     """G: warped feature (B, 256, 64, 64) -> image (B, 3, 512, 512)."""
@@ -237,9 +234,9 @@ def generate(net, h):
 
 def stitching(net, x_s, x_d):
     """S: x_d (B, 21, 3) corrected so that the crop meets the picture without a seam."""
-    o = torch.cat([x_s, x_d], 1).flatten(1)
-    for i, n in enumerate((128, 128, 64, 65)):
-        o = net.linear(F.relu(o) if i else o, f"mlp.{2 * i}", n)
+    o = net.linear(torch.cat([x_s, x_d], 1).flatten(1), "mlp.0", 128)
+    for i, n in ((2, 128), (4, 64), (6, 65)):
+        o = net.linear(F.relu(o), f"mlp.{i}", n)
     return x_d + o[:, :63].unflatten(1, (21, 3)) + F.pad(o[:, None, 63:], (0, 1))    # o[63:]: one shift in x and y
 
 class LivePortrait:
@@ -249,15 +246,13 @@ class LivePortrait:
         if platform.libc_ver()[0] == "glibc":                              # or page faults take a fifth of the time:
             ctypes.CDLL(None).mallopt(-4, 0)                               # M_MMAP_MAX: no block of its own mapping
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: keep what is free
-        root, self.device = Path(weights_dir), torch.device(device)
-        root = root / "liveportrait" if (root / "liveportrait").is_dir() else root
+        self.device = torch.device(device)
+        root = next(Path(weights_dir).glob("liveportrait/"), Path(weights_dir))
         if "animals" in root.name:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
 
         def load(file, network, *shapes, **options):
-            tensors = read_tensors(root / file, GET)
-            tensors = tensors.get("retarget_shoulder", tensors)            # the last file holds three networks
-            return Weights(root / file, tensors, network, *shapes, advice=GET, device=self.device, **options)
+            return Weights(root / file, read_tensors(root / file, GET), network, *shapes, device=device, **options)
         self.F = load("base_models/appearance_feature_extractor.pth", appearance, (1, 3, 256, 256))
         self.M = load("base_models/motion_extractor.pth", motion_heads, (1, 3, 256, 256))
         self.W = load("base_models/warping_module.pth", warp, (1, 32, 16, 64, 64), (1, 21, 3), (1, 21, 3), dtype=dtype)
@@ -280,12 +275,11 @@ class LivePortrait:
     @torch.inference_mode()
     def frames(self, source, motion, stitch=True, batch=None):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), rendered `batch` at a time."""
-        batch = batch or (8 if self.device.type == "cuda" else 1)          # on a CPU larger ones only cost memory
-        x_c = source.x_c
-        x_s = keypoints(x_c, source.motion).to(self.device)
-        for part in checked(motion).split(batch):
+        x_s = keypoints(source.x_c, source.motion).to(self.device)
+        # on a CPU larger batches only cost memory
+        for part in checked(motion).split(batch or (8 if self.device.type == "cuda" else 1)):
             f_s, still = (t.expand(len(part), *t.shape[1:]) for t in (source.f_s, x_s))
-            yield from self.render(f_s, still, keypoints(x_c, part).to(self.device), stitch).cpu().numpy()
+            yield from self.render(f_s, still, keypoints(source.x_c, part).to(self.device), stitch).cpu().numpy()
 
 # ----------------------------------------------------------------------------------------------------------- a sketch
 
