@@ -47,7 +47,7 @@ def checked(motion):
     motion = torch.as_tensor(motion)
     if motion.shape[1:] != (M,) or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
-    return motion.float()
+    return motion.detach().float()
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
@@ -82,7 +82,7 @@ def paste_back(frames, image, box, longest=1280):
         yield np.asarray(whole)
 
 # -------------------------------------------------------------------------------------------------------- LivePortrait
-# Five frozen networks, each a function of its file's weights. An image is (B, 3, H, W) in 0..1, a volume
+# Five frozen networks, each a function of its file's weights: no gradients. An image is (B, 3, H, W) in 0..1, a volume
 # (B, C, 16, H, W); everything is padded with zeros, and upsampled by repeating pixels.
 
 class Weights:
@@ -105,7 +105,7 @@ class Weights:
         found = tuple(self.tensors[key].shape) if key in self.tensors else "missing"
         if found != shape:
             raise ValueError(f"{self.path}: {key} is {found}, expected {shape}; {self.advice}")
-        return self.tensors.pop(key).float()
+        return self.tensors.pop(key).detach().float()
 
     def once(self, name, x, make):
         """The tensors that `make` prepares for layer `name` in the dry run, where x is."""
@@ -259,7 +259,6 @@ class LivePortrait:
         self.G = load("base_models/spade_generator.pth", generate, (1, 256, 64, 64), dtype=dtype)
         self.S = load("retargeting_models/stitching_retargeting_module.pth", stitching, (1, 21, 3), (1, 21, 3))
 
-    @torch.inference_mode()
     def source(self, image):
         """uint8 portrait crop (H, W, 3), or a batch (B, H, W, 3) -> Source with f_s, x_c (B, 63), motion (B, 70)."""
         x = torch.tensor(image, device=self.device).view(-1, *np.shape(image)[-3:]).movedim(-1, 1)
@@ -272,7 +271,6 @@ class LivePortrait:
         x_d = stitching(self.S, x_s, x_d) if stitch else x_d
         return (generate(self.G, warp(self.W, f_s, x_s, x_d)).float() * 255).byte().movedim(1, -1)
 
-    @torch.inference_mode()
     def frames(self, source, motion, stitch=True, batch=None):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), rendered `batch` at a time."""
         x_s = keypoints(source.x_c, source.motion).to(self.device)
