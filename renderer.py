@@ -22,33 +22,32 @@ BATCH_NORM = "running_mean", "running_var", "weight", "bias"
 Source = namedtuple("Source", "f_s x_c motion")
 
 def rotation(pitch, yaw, roll):
-    """Degrees (B,) each -> (B, 3, 3), the transpose of Rz Ry Rx: keypoints are row vectors, x_c R."""
+    """Degrees (...) each -> (..., 3, 3), the transpose of Rz Ry Rx: keypoints are row vectors, x_c R."""
     (cp, sp), (cy, sy), (cr, sr) = ((a.cos(), a.sin()) for a in map(torch.deg2rad, (pitch, yaw, roll)))
     return torch.stack([cy * cr, cy * sr, -sy,
                         sp * sy * cr - cp * sr, sp * sy * sr + cp * cr, sp * cy,
                         cp * sy * cr + sp * sr, cp * sy * sr - sp * cr, cp * cy], -1).unflatten(-1, (3, 3))
 
 def keypoints(x_c, motion):
-    """Eq. 3: x = s (x_c R + delta) + t, t_z = 0; (B, 21, 3) and (B, 70) -> (B, 21, 3)."""
+    """Eq. 3: x = s (x_c R + delta) + t, t_z = 0; x_c (B, 21, 3) or (B, 63), motion (B, 70) -> (B, 21, 3)."""
     delta = motion[:, EXP].unflatten(-1, (-1, 3))
     t = motion[:, None, TRANS] * motion.new_tensor([1, 1, 0])
-    return motion[:, SCALE, None] * (x_c @ rotation(*motion[:, ROT].T) + delta) + t
+    return motion[:, SCALE, None] * (x_c.reshape(-1, 21, 3) @ rotation(*motion[:, ROT].T) + delta) + t
 
 def relative(motion, portrait, neutral):
     """Driving motion (T, 70), from its `neutral` pose and expression, put on the `portrait`'s own, (70,) each."""
-    R, R_0, R_s = (rotation(*m.view(-1, M)[:, ROT].T) for m in (motion, neutral, portrait))
-    R = R @ R_0.mT @ R_s
-    roll, yaw, pitch = R[:, 0, 1].atan2(R[:, 0, 0]), -R[:, 0, 2].clamp(-1, 1).asin(), R[:, 1, 2].atan2(R[:, 2, 2])
+    R = rotation(*motion[:, ROT].T) @ rotation(*neutral[ROT]).mT @ rotation(*portrait[ROT])
+    angles = R[:, 1, 2].atan2(R[:, 2, 2]), -R[:, 0, 2].clamp(-1, 1).asin(), R[:, 0, 1].atan2(R[:, 0, 0])
     moved = portrait + motion - neutral
-    scale, angles = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE], torch.stack([pitch, yaw, roll], 1)
-    return torch.cat([moved[:, EXP], scale, moved[:, TRANS], torch.rad2deg(angles)], 1)
+    scale = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
+    return torch.cat([moved[:, EXP], scale, moved[:, TRANS], torch.rad2deg(torch.stack(angles, 1))], 1)
 
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
     motion = torch.as_tensor(motion)
-    if motion.ndim != 2 or motion.size(1) != M or not len(motion) or not motion.isfinite().all():
+    if motion.shape[1:] != (M,) or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
-    return motion.float()
+    return motion.detach().float()
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
@@ -83,26 +82,30 @@ def paste_back(frames, image, box, longest=1280):
         yield np.asarray(whole)
 
 # -------------------------------------------------------------------------------------------------------- LivePortrait
-# Five frozen networks, each a function of its file's weights. An image is (B, 3, H, W) in 0..1, a volume
+# Five frozen networks, each a function of its file's weights: no gradients. An image is (B, 3, H, W) in 0..1, a volume
 # (B, C, 16, H, W); everything is padded with zeros, and upsampled by repeating pixels.
 
 class Weights:
     """The weights of one file, ready for `network`. A dry run of it on meta tensors of `shapes` looks every key up,
     checks its shape and folds what can be folded; nothing may be left over. ValueError names the file and the key."""
 
-    def __init__(self, path, tensors, network, *shapes, advice, device="cpu", dtype=torch.float32):
+    def __init__(self, path, tensors, network, *shapes, advice=GET, device="cpu", dtype=torch.float32):
         self.path, self.advice, self.device, self.dtype, self.ready = path, advice, torch.device(device), dtype, {}
-        self.tensors = {key.removeprefix("module.").removeprefix("detector."): value for key, value in tensors.items()
-                        if not key.endswith("num_batches_tracked")}
+        # the file of S holds two networks more
+        self.tensors = {k.removeprefix("module.").removeprefix("detector."): t
+                        for k, t in tensors.get("retarget_shoulder", tensors).items() if "num_batches_tracked" not in k}
         network(self, *(torch.empty(shape, device="meta") for shape in shapes))
         if self.tensors:
             raise ValueError(f"{path}: {next(iter(self.tensors))} does not belong there; {advice}")
 
     def take(self, key, *shape):
+        if f"{key}_orig" in self.tensors:                                  # spectral norm: A / u^T A v, as stored
+            A = self.take(f"{key}_orig", *shape)
+            return A / (self.take(f"{key}_u", len(A)) @ A.flatten(1) @ self.take(f"{key}_v", A[0].numel()))
         found = tuple(self.tensors[key].shape) if key in self.tensors else "missing"
         if found != shape:
             raise ValueError(f"{self.path}: {key} is {found}, expected {shape}; {self.advice}")
-        return self.tensors.pop(key).float()
+        return self.tensors.pop(key).detach().float()
 
     def once(self, name, x, make):
         """The tensors that `make` prepares for layer `name` in the dry run, where x is."""
@@ -122,22 +125,16 @@ class Weights:
 
     def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
         """Nearest upsampling by `up`, convolution to n channels, BatchNorm `norm`; padded, unless with a `stride`."""
-        dims = x.ndim - 2
         def make():
-            spectral = f"{name}.weight_orig" in self.tensors
-            weight = self.take(f"{name}.weight{'_orig' * spectral}", n, x.size(1) // groups, *[k] * dims)
-            if spectral:                                                   # weight / u^T A v, with u and v as stored
-                u, v = self.take(f"{name}.weight_u", n), self.take(f"{name}.weight_v", weight[0].numel())
-                weight = weight / (u @ weight.flatten(1) @ v)
+            weight = self.take(f"{name}.weight", n, x.size(1) // groups, *[k] * (x.ndim - 2))
             b = self.take(f"{name}.bias", n) if bias else torch.zeros(n)
             if norm:
                 mean, var, scale, shift = (self.take(f"{norm}.{key}", n) for key in BATCH_NORM)
                 weight, b = torch.nn.utils.fuse_conv_bn_weights(weight, b, mean, var, 1e-5, scale, shift)
             return (spread(weight, up) if up > 1 else weight), b
-        weight, b = self.once(name, x, make)
-        stride, padding = ([stride], 0) if stride else ((1, up, up)[-dims:], k // 2)
+        stride, padding = ([stride], [0]) if stride else ((1, up, up)[2 - x.ndim:], [k // 2])
         # of one, two or three dimensions, plain or transposed: dilation 1, transposed, output padding 0
-        return torch.convolution(x.to(weight.dtype), weight, b, stride, [padding], [1], up > 1, [0], groups)
+        return torch.convolution(x.to(self.dtype), *self.once(name, x, make), stride, padding, [1], up > 1, [0], groups)
 
     def block(self, x, name, n, up=1):
         return F.relu_(self.conv(x, f"{name}.conv", n, norm=f"{name}.norm", up=up))
@@ -164,8 +161,7 @@ def motion_heads(net, image):
     conv = lambda x, *args, **options: net.conv(x.movedim(-1, 1), *args, **options).movedim(1, -1)
     x = net.layer_norm(conv(image.movedim(1, -1), "downsample_layers.0.0", 96, k=4, stride=4), "downsample_layers.0.1")
     for s, (n, depth) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
-        if s > 0:
-            x = conv(net.layer_norm(x, f"downsample_layers.{s}.0"), f"downsample_layers.{s}.1", n, k=2, stride=2)
+        x = conv(net.layer_norm(x, f"downsample_layers.{s}.0"), f"downsample_layers.{s}.1", n, 2, stride=2) if s else x
         for name in [f"stages.{s}.{i}" for i in range(depth)]:
             y = net.layer_norm(conv(x, f"{name}.dwconv", n, k=7, groups=n), f"{name}.norm")
             y = F.gelu(net.linear(y, f"{name}.pwconv1", 4 * n))
@@ -178,8 +174,8 @@ def motion_heads(net, image):
     return {head: net.linear(x, f"fc_{head}", n) for head, n in sizes.items()}
 
 def to_motion(heads):
-    """Raw heads -> motion (B, 70); an angle is the mean over 66 bins of 3 degrees."""
-    deg = lambda bins: 3 * (bins.softmax(-1) @ torch.arange(66.0, device=bins.device))[:, None] - 97.5
+    """Raw heads -> motion (B, 70); an angle is the mean over 66 bins, -97.5 to 97.5 degrees."""
+    deg = lambda bins: bins.softmax(-1) @ torch.linspace(-97.5, 97.5, 66, device=bins.device)[:, None]
     return torch.cat([heads["exp"], heads["scale"], heads["t"], *(deg(heads[a]) for a in ("pitch", "yaw", "roll"))], -1)
 
 def dense_motion(net, f, x_s, x_d):
@@ -191,12 +187,11 @@ def dense_motion(net, f, x_s, x_d):
     heat = lambda x: torch.einsum("bnd,bnh,bnw->bndhw", *(
         torch.exp(-50 * (axis - x[..., 2 - i, None]) ** 2) for i, axis in enumerate(axes)))
     c = F.relu(net.conv(f, f"{name}.compress", 4, k=1, norm=f"{name}.norm"))
-    grids = (grid + shift[:, :, None, None, None]).flatten(1, 2)           # (B, 22 * 16, 64, 64, 3)
     # the grid has its end points, yet is read as if it had none (align_corners): so the weights were trained
-    sampled = F.grid_sample(c.float(), grids, align_corners=False).unflatten(2, (22, 16)).transpose(1, 2)
+    sampled = F.grid_sample(c.float(), (grid + shift[:, :, None, None, None]).flatten(1, 2), align_corners=False)
     heatmaps = F.pad(heat(x_d) - heat(x_s), (0, 0, 0, 0, 0, 0, 1, 0))      # (B, 22, 16, 64, 64)
     # the hourglass; the keypoints stay side by side: of its 110 channels 5 n + 0 is the heat of n
-    skips = [torch.cat([heatmaps[:, :, None], sampled], 2).flatten(1, 2)]
+    skips = [torch.cat([heatmaps[:, :, None], sampled.unflatten(2, (22, 16)).transpose(1, 2)], 2).flatten(1, 2)]
     for i, n in enumerate((64, 128, 256, 512, 1024)):
         x = net.block(skips[-1], f"{name}.hourglass.encoder.down_blocks.{i}", n)
         skips.append(F.avg_pool2d(x.flatten(1, 2), 2).unflatten(1, (n, 16)))           # avg_pool3d knows no bfloat16
@@ -225,9 +220,8 @@ def spade_block(net, name, x, h, n):
     """skip + conv_1 lrelu spade_1 conv_0 lrelu spade_0 x, to n channels."""
     dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_0", x, h), 0.2), f"{name}.conv_0", min(x.size(1), n))
     dx = net.conv(F.leaky_relu_(spade(net, f"{name}.norm_1", dx, h), 0.2), f"{name}.conv_1", n)
-    if x.size(1) != n:
-        x = net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
-    return dx.add_(x)
+    skip = x if x.size(1) == n else net.conv(spade(net, f"{name}.norm_s", x, h), f"{name}.conv_s", n, k=1, bias=False)
+    return dx.add_(skip)
 
 def generate(net, h):
     """G: warped feature (B, 256, 64, 64) -> image (B, 3, 512, 512)."""
@@ -240,9 +234,9 @@ def generate(net, h):
 
 def stitching(net, x_s, x_d):
     """S: x_d (B, 21, 3) corrected so that the crop meets the picture without a seam."""
-    o = torch.cat([x_s, x_d], 1).flatten(1)
-    for i, n in enumerate((128, 128, 64, 65)):
-        o = net.linear(F.relu(o) if i else o, f"mlp.{2 * i}", n)
+    o = net.linear(torch.cat([x_s, x_d], 1).flatten(1), "mlp.0", 128)
+    for i, n in ((2, 128), (4, 64), (6, 65)):
+        o = net.linear(F.relu(o), f"mlp.{i}", n)
     return x_d + o[:, :63].unflatten(1, (21, 3)) + F.pad(o[:, None, 63:], (0, 1))    # o[63:]: one shift in x and y
 
 class LivePortrait:
@@ -252,22 +246,19 @@ class LivePortrait:
         if platform.libc_ver()[0] == "glibc":                              # or page faults take a fifth of the time:
             ctypes.CDLL(None).mallopt(-4, 0)                               # M_MMAP_MAX: no block of its own mapping
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: keep what is free
-        root, self.device = Path(weights_dir), torch.device(device)
-        root = root / "liveportrait" if (root / "liveportrait").is_dir() else root
+        self.device = torch.device(device)
+        root = next(Path(weights_dir).glob("liveportrait/"), Path(weights_dir))
         if "animals" in root.name:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
 
         def load(file, network, *shapes, **options):
-            tensors = read_tensors(root / file, GET)
-            tensors = tensors.get("retarget_shoulder", tensors)            # the last file holds three networks
-            return Weights(root / file, tensors, network, *shapes, advice=GET, device=self.device, **options)
+            return Weights(root / file, read_tensors(root / file, GET), network, *shapes, device=device, **options)
         self.F = load("base_models/appearance_feature_extractor.pth", appearance, (1, 3, 256, 256))
         self.M = load("base_models/motion_extractor.pth", motion_heads, (1, 3, 256, 256))
         self.W = load("base_models/warping_module.pth", warp, (1, 32, 16, 64, 64), (1, 21, 3), (1, 21, 3), dtype=dtype)
         self.G = load("base_models/spade_generator.pth", generate, (1, 256, 64, 64), dtype=dtype)
         self.S = load("retargeting_models/stitching_retargeting_module.pth", stitching, (1, 21, 3), (1, 21, 3))
 
-    @torch.inference_mode()
     def source(self, image):
         """uint8 portrait crop (H, W, 3), or a batch (B, H, W, 3) -> Source with f_s, x_c (B, 63), motion (B, 70)."""
         x = torch.tensor(image, device=self.device).view(-1, *np.shape(image)[-3:]).movedim(-1, 1)
@@ -280,23 +271,20 @@ class LivePortrait:
         x_d = stitching(self.S, x_s, x_d) if stitch else x_d
         return (generate(self.G, warp(self.W, f_s, x_s, x_d)).float() * 255).byte().movedim(1, -1)
 
-    @torch.inference_mode()
     def frames(self, source, motion, stitch=True, batch=None):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), rendered `batch` at a time."""
-        batch = batch or (8 if self.device.type == "cuda" else 1)          # on a CPU larger ones only cost memory
-        x_c = source.x_c.view(1, 21, 3)
-        x_s = keypoints(x_c, source.motion).to(self.device)
-        for part in checked(motion).split(batch):
+        x_s = keypoints(source.x_c, source.motion).to(self.device)
+        # on a CPU larger batches only cost memory
+        for part in checked(motion).split(batch or (8 if self.device.type == "cuda" else 1)):
             f_s, still = (t.expand(len(part), *t.shape[1:]) for t in (source.f_s, x_s))
-            yield from self.render(f_s, still, keypoints(x_c, part).to(self.device), stitch).cpu().numpy()
+            yield from self.render(f_s, still, keypoints(source.x_c, part).to(self.device), stitch).cpu().numpy()
 
 # ----------------------------------------------------------------------------------------------------------- a sketch
 
-# where a made-up face has LivePortrait's 21 points, and which are each other's mirror image
-FACE = np.array([(0, -.40, 0), (-.14, -.16, -.08), (.14, -.16, -.08), (-.20, .08, -.05), (-.29, -.06, .10),
-                 (0, .75, .20), (0, .15, -.16), (.20, .08, -.05), (0, -.08, -.13), (0, .04, -.20), (.29, -.06, .10),
-                 (-.125, -.075, -.09), (0, .40, -.08), (-.125, -.035, -.09), (-.105, .205, -.11), (.125, -.075, -.09),
-                 (.125, -.035, -.09), (0, .185, -.15), (0, -.09, -.10), (0, .225, -.14), (.105, .205, -.11)])
+# where a made-up face has LivePortrait's 21 points, x, y and z in percent, and which are each other's mirror image
+FACE = np.array([[0, -14, 14, -20, -29, 0, 0, 20, 0, 0, 29, -12.5, 0, -12.5, -10.5, 12.5, 12.5, 0, 0, 0, 10.5],
+                 [-40, -16, -16, 8, -6, 75, 15, 8, -8, 4, -6, -7.5, 40, -3.5, 20.5, -7.5, -3.5, 18.5, -9, 22.5, 20.5],
+                 [0, -8, -8, -5, 10, 20, -16, -5, -13, -20, 10, -9, -8, -9, -11, -9, -9, -15, -10, -14, -11]]).T / 100
 TWIN = [0, 2, 1, 7, 10, 5, 6, 3, 8, 9, 4, 15, 12, 16, 20, 11, 13, 17, 18, 19, 14, 23, 22, 21]   # then right, down, left
 # a drawing enlarges y (3 point + 1) of brows, whose points move in opposite senses, of lids and corners of the mouth;
 # and turns depth (3 point + 2) into the mouth's width, since rounded lips are narrow and spread ones wide
@@ -305,44 +293,40 @@ GAIN.diagonal()[[4, 7, 34, 46, 43, 61]] = torch.tensor([-3.0, 3, 3, 3, 1.5, 3])
 GAIN[[53, 62, 53, 62], [42, 42, 60, 60]] = torch.tensor([-3.0, 1, 3, -1])
 
 def outline(paint, *corners):
-    """Colour, n corners (point, how far right, down) -> colour, closed spline (8 n, 24): weights of points and axes."""
-    point, right, down = np.array(corners, float).reshape(-1, 3).T
-    corners = np.column_stack([np.eye(21)[point.astype(int)], right, down, 0 * down]).repeat(8, 0)
+    """Colour, n corners "point,% right,% down" -> colour, closed spline (8 n, 24): weights of points and axes."""
+    point, right, down = np.array([corner.split(",") for corner in corners], float).T
+    corners = np.column_stack([np.eye(21)[point.astype(int)], right / 100, down / 100, 0 * down]).repeat(8, 0)
     return f"#{paint}", sum((8 - abs(k)) / 64 * np.roll(corners, k, 0) for k in range(-7, 8))
 
-# from back to front: ear, face; the white, iris and pupil of the eye, its lid and lash; brow and nose; inside of the
-# mouth and teeth; lips; hair. The mirror image is drawn too, so half an outline will do where it crosses the middle
+# from back to front, two a line: ear, face; white of the eye, iris; pupil, lid; lash, inside of the mouth; teeth, upper
+# lip; brow, hair; lower lip, nose. The mirror image is drawn too, so half will do of what crosses the middle
 HEAD = [outline(*words.split()) for words in """
-    #e2ae92 4 -.1 -.1 4 .06 0 4 0 .24 #f2c8ac 4 -.03 -.1 0 -.24 0 0 .24 0 19 .11 .24 19 -.11 .24 3 -.03 .26 4 -.02 .16
-    #fcfaf6 13 -.09 -.02 13 -.045 -.07 13 .045 -.07 13 .09 -.02 13 .045 .03 13 -.045 .03 #407688 13 -.04 -.06 13 .04
-    -.06 13 .04 .02 13 -.04 .02 #1a181e 13 -.02 -.04 13 .02 -.04 13 .02 0 13 -.02 0 #f2c8ac 11 -.12 .05 11 -.11 -.13
-    11 .11 -.13 11 .12 .05 11 .05 -.01 11 -.05 -.01 #70463c 11 -.11 .044 11 -.05 -.022 11 .05 -.022 11 .11 .044 11 .05
-    -.002 11 -.05 -.002 #3e2b26 1 -.11 .03 1 -.04 -.03 1 .09 -.01 1 .09 .03 1 -.04 0 #e2ae92 9 -.02 -.08 9 .02 -.08 9
-    .03 .05 9 -.06 .04 #581c24 14 -.01 0 17 0 0 20 .01 0 19 .08 0 19 -.08 0 #faf6f0 17 -.07 -.01 17 .07 -.01 17 .06
-    .03 17 -.06 .03 #cc6866 14 -.03 0 17 -.05 -.03 17 0 -.014 17 .05 -.03 20 .03 0 17 .05 .018 17 -.05 .018 #cc6866 14
-    -.02 0 19 -.06 -.022 19 .06 -.022 20 .02 0 19 .06 .028 19 -.06 .028 #3e2b26 4 -.03 .06 4 -.09 -.2 0 -.22 -.14 0 .2
-    -.13 0 .2 .06 0 -.16 .12 4 0 -.1""".split("#")[1:]]
+    #e2ae92 4,-10,-10 4,6,0 4,0,24 #f2c8ac 4,-3,-10 0,-24,0 0,24,0 19,11,24 19,-11,24 3,-3,26 4,-2,16
+    #fcfaf6 13,-9,-2 13,-4.5,-7 13,4.5,-7 13,9,-2 13,4.5,3 13,-4.5,3 #407688 13,-4,-6 13,4,-6 13,4,2 13,-4,2
+    #1a181e 13,-2,-4 13,2,-4 13,2,0 13,-2,0 #f2c8ac 11,-12,5 11,-11,-13 11,11,-13 11,12,5 11,5,-1 11,-5,-1
+    #70463c 11,-11,4.4 11,-5,-2.2 11,5,-2.2 11,11,4.4 11,5,-0.2 11,-5,-0.2 #581c24 14,-1,0 17,0,0 20,1,0 19,8,0 19,-8,0
+    #faf6f0 17,-7,-1 17,7,-1 17,6,3 17,-6,3 #cc6866 14,-3,0 17,-5,-3 17,0,-1.4 17,5,-3 20,3,0 17,5,1.8 17,-5,1.8
+    #3e2b26 1,-11,3 1,-4,-3 1,9,-1 1,9,3 1,-4,0 #3e2b26 4,-3,6 4,-9,-20 0,-22,-14 0,20,-13 0,20,6 0,-16,12 4,0,-10
+    #cc6866 14,-2,0 19,-6,-2.2 19,6,-2.2 20,2,0 19,6,3 19,-6,3 #e2ae92 9,-2,-8 9,2,-8 9,3,5 9,-6,4""".split("#")[1:]]
+
+# behind them, at twice the size: a wall, shoulders, neck
+SCENE = ImageOps.colorize(Image.linear_gradient("L"), "#e4ecec", "#b2ccd0").resize((2 * SIZE, 2 * SIZE))
+ImageDraw.Draw(SCENE).ellipse((160, 790, 864, 1400), "#3a5c80")
+ImageDraw.Draw(SCENE).ellipse((417, 600, 607, 905), "#e2ae92")
 
 class Sketch:
     """A face drawn, at twice the size, for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""
 
-    def __init__(self):
-        self.scene = ImageOps.colorize(Image.linear_gradient("L"), "#e4ecec", "#b2ccd0").resize((2 * SIZE, 2 * SIZE))
-        ImageDraw.Draw(self.scene).ellipse((160, 790, 864, 1400), "#3a5c80")
-        ImageDraw.Draw(self.scene).ellipse((417, 600, 607, 905), "#e2ae92")
-
     def source(self, image=None, x_c=FACE):
-        """The face at rest; `image` is not looked at."""
-        motion = F.pad(torch.tensor([[1.3, 0, 0.1]]), (63, 4))             # scale, t_x, t_y; all else is zero
-        return Source(None, torch.as_tensor(x_c, dtype=torch.float32).reshape(1, 63), motion)
+        """The face at rest, its motion zero but for scale, t_x, t_y; `image` is not looked at."""
+        return Source(None, torch.as_tensor(x_c).float().reshape(1, 63), F.pad(torch.tensor([[1.3, 0, 0.1]]), (63, 4)))
 
     def frames(self, source, motion, **unused):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
         motion = checked(motion) @ GAIN
-        points = keypoints(source.x_c.view(1, 21, 3), motion)
         axes = motion[:, SCALE, None] * rotation(*motion[:, ROT].T)[:, :2]
-        for frame in torch.cat([points, axes, -axes[:, :1]], 1)[..., :2].numpy():        # (24, 2)
-            image = self.scene.copy()
+        for frame in torch.cat([keypoints(source.x_c, motion), axes, -axes[:, :1]], 1)[..., :2].numpy():     # (24, 2)
+            image = SCENE.copy()
             for paint, curve in HEAD:
                 for side in (frame, frame[TWIN]):
                     ImageDraw.Draw(image).polygon(list((curve @ side + 1).ravel() * SIZE), paint)
