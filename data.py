@@ -20,10 +20,10 @@ Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio
 import csv
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import imageio_ffmpeg
 import numpy as np
@@ -41,16 +41,14 @@ BLOCK = 5                                          # frames of sound read and an
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", *options, "-"]
+    strict = ["-nostdin", "-v", "error", "-abort_on", "empty_output"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *strict, "-i", f"file:{path}", *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
-        piece = b""
-        for piece in iter(lambda: ffmpeg.stdout.read(size), b""):
-            yield piece
-        if ffmpeg.wait() or not piece:
+    with tempfile.TemporaryFile("w+", errors="replace") as log, Popen(command, stdout=PIPE, stderr=log) as ffmpeg:
+        yield from iter(lambda: ffmpeg.stdout.read(size), b"")
+        if ffmpeg.wait():
             log.seek(0)
-            reason = log.read(1000).decode(errors="replace").splitlines() or ["there is none"]
-            raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
+            raise ValueError(f"{path}: no {what} could be read ({log.readline().split('] ')[-1].strip()})")
 
 def audio_blocks(path):
     """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
