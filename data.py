@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, M, read_tensors, save
+from moda import EMOTIONS, MOUTH, NO_EMOTION, read_tensors, save
 from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
-RATE, HOP = 16000, 640                             # samples per second, samples per video frame
+RATE, HOP, STEP = 16000, 640, 160                  # samples per second, per video frame, per 10 ms
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
 
 # -------------------------------------------------------------------------------------------------------------- sound
@@ -190,43 +190,40 @@ class AudioEncoder:
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
-# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
-CONTROLS = {
-    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
-    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4}, "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
-    "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
-              (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
-    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4}}
+# by how many thousandths a point moves per unit of a control, as LivePortrait has it; 19y opens the mouth, frown < 0
+CONTROLS = {"aaa": {"19y": 1, "19z": .1, "17y": -.1}, "eee": {"20z": -1, "20y": -1, "14y": -1},
+            "woo": {"14y": 1, "3y": -.5, "7y": -.5, "17z": -.5}, "brow": {"1y": 1, "2y": -1},
+            "smile": {"20y": -10, "14y": -20, "17y": 6.5, "17z": 3, "13y": -2.75, "16y": -2.75, "3y": -3.5, "7y": -3.5},
+            "frown": {"1x": -1, "2x": 1, "1y": .3, "2y": -.3}, "blink": {"11y": -1, "13y": .3, "15y": -1, "16y": .3}}
 
 def expression(**controls):
     """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
-    return sum(np.multiply.outer(value, step * np.eye(63)[3 * point + axis])
-               for name, value in controls.items() for (point, axis), step in CONTROLS[name].items())
+    return sum(np.multiply.outer(value, step / 1000 * np.eye(63)[3 * int(place[:-1]) + "xyz".index(place[-1])])
+               for name, value in controls.items() for place, step in CONTROLS[name].items())
 
 # first two formants in kHz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
-VOWELS = np.array([                                # a e i, o u @
+VOWELS, CONSONANTS, PAUSE = np.split(np.array([    # a e i, o u @; m b n, t s S, f l w; silence
     (.75, 1.25, 1, 0, 3, .17, 1, .1, 0), (.52, 1.85, 1, 0, 3, .15, .5, .6, 0), (.3, 2.25, .9, 0, 3, .14, .2, 1, 0),
-    (.48, .9, 1, 0, 3, .16, .55, 0, .8), (.32, .8, .9, 0, 3, .15, .15, 0, 1), (.52, 1.45, .8, 0, 3, .1, .4, .1, .1)])
-CONSONANTS = np.array([                            # m b n, t s S, f l w
+    (.48, .9, 1, 0, 3, .16, .55, 0, .8), (.32, .8, .9, 0, 3, .15, .15, 0, 1), (.52, 1.45, .8, 0, 3, .1, .4, .1, .1),
     (.26, 1, .3, 0, 3, .09, -.3, 0, .1), (.22, .9, .06, .01, 2, .08, -.35, 0, 0), (.28, 1.6, .3, 0, 3, .07, .1, .2, 0),
     (.3, 1.8, 0, .15, 5, .07, .1, .2, 0), (.3, 1.7, 0, .35, 6, .1, .02, .5, 0), (.3, 1.8, 0, .35, 3, .1, .05, 0, .6),
-    (.3, 1.2, 0, .12, 7, .09, -.15, .1, 0), (.38, 1.3, .5, 0, 3, .07, .25, .1, 0), (.3, .65, .5, 0, 3, .08, .05, 0, 1)])
-PAUSE = np.array([(.48, 1.45, 0, 0, 3, .5, 0, 0, 0)])
-# smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
-MOODS = np.array([(-.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (.25, 2, 0, -10, -4, .9, .7, .8, .9),
-                  (-.3, 0, -5, -12, -2, .85, .9, .9, .85), (-.25, 10, -4, 4, 2, 1.3, 1, .8, 1.2),
-                  (1, 4, 0, -2, 3, 1.2, 1.5, 1.2, 1.1), (0, 0, 0, 0, 0, 1, 1, 1, 1),
-                  (-.3, 5, -2, -9, -3, .9, .6, .6, .8), (.1, 14, 0, 5, 10, 1.3, 1.6, 1.1, 1)])
+    (.3, 1.2, 0, .12, 7, .09, -.15, .1, 0), (.38, 1.3, .5, 0, 3, .07, .25, .1, 0), (.3, .65, .5, 0, 3, .08, .05, 0, 1),
+    (.48, 1.45, 0, 0, 3, .5, 0, 0, 0)]), [6, 15])
+# of each emotion: smile, brow, frown, blink, jaw; and factors on pitch, pitch range, loudness, rate
+LOOKS = np.array([(-.2, 0, -9, -6, 4), (.25, 2, 0, -10, -4), (-.3, 0, -5, -12, -2), (-.25, 10, -4, 4, 2),
+                  (1, 4, 0, -2, 3), (0, 0, 0, 0, 0), (-.3, 5, -2, -9, -3), (.1, 14, 0, 5, 10)])
+TONES = np.array([(1.15, 1.3, 1.6, 1.15), (.9, .7, .8, .9), (.85, .9, .9, .85), (1.3, 1, .8, 1.2),
+                  (1.2, 1.5, 1.2, 1.1), (1, 1, 1, 1), (.9, .6, .6, .8), (1.3, 1.6, 1.1, 1)])
 
 def toy_prototypes():
     """The expression that each of the eight emotions holds, (8, 63)."""
-    return expression(**dict(zip(("smile", "brow", "frown", "blink"), MOODS.T)))
+    return expression(**dict(zip(("smile", "brow", "frown", "blink"), LOOKS.T)))
 
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
     kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
-    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="reflect")
-    return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
+    mirrored = track[np.pad(np.arange(len(track)), 3 * width, mode="reflect")]
+    return np.lib.stride_tricks.sliding_window_view(mirrored, len(kernel), 0) @ (kernel / kernel.sum())
 
 def wander(rng, width, *shape):
     """Smooth noise of unit variance; width in samples."""
@@ -236,19 +233,17 @@ def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
     emotion = int(rng.integers(8))
-    face, voice = np.split(MOODS[emotion], [5])
-    target = toy_articulation(rng, 4 * T, voice[-1])                       # articulators move at 100 Hz
-    motion, identity = toy_face(rng, face * rng.uniform(0.8, 1.2, 5), target)
-    return toy_voice(rng, voice, target), motion[2::4].astype(np.float32), emotion, identity
+    target = toy_articulation(rng, 4 * T, rate=TONES[emotion, 3])          # articulators move at 100 Hz
+    motion, identity = toy_face(rng, LOOKS[emotion] * rng.uniform(0.8, 1.2, 5), target)
+    return toy_voice(rng, TONES[emotion], target), motion[2::4].astype(np.float32), emotion, identity
 
 def toy_articulation(rng, n, rate):
     """Random syllables and pauses: the columns of the phones and the stress, as targets per 10 ms -> (n, 10)."""
     count = n // 6 + 20                                                    # enough, for none is shorter than 66 ms
-    parts = [table[rng.integers(len(table), size=count)] for table in (CONSONANTS, VOWELS, CONSONANTS, PAUSE)]
-    phones = np.pad(np.stack(parts, 1), ((0, 0), (0, 0), (0, 1)))          # (count, 4, 10)
+    phones = np.stack([rng.choice(table, count) for table in (CONSONANTS, VOWELS, CONSONANTS, PAUSE)], 1)
     stress = rng.uniform(0.75, 1.25, count)
-    phones[:, 1, [2, 6]] *= stress[:, None]
-    phones[:, 1, 9] = np.maximum(0, stress - 1)
+    phones[:, 1, [2, 6]] *= stress[:, None]                                # the vowel is louder and wider
+    phones = np.dstack([phones, np.outer(np.maximum(0, stress - 1), (0, 1, 0, 0))])          # (count, 4, 10)
     phones[..., 5] *= rng.uniform((0.8, 0.8, 0.8, 0.3), (1.25, 1.25, 1.25, 1.8), (count, 4)) / rate
     phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
     return phones[np.searchsorted(np.cumsum(phones[:, 5]), rng.uniform(0, 1) + np.arange(n) / 100)]
@@ -261,21 +256,19 @@ def toy_face(rng, mood, target):
     jaw, spread, rounding = smooth(target[:, 6:9], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
     speaking, blinks = smooth(target[:, 6] != 0, 10), 10 * smooth(rng.random(n) < 0.003, 4)
     smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(rng, 80, n, 4))).T
-    motion = np.zeros((n, M))
-    motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
-                                brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
+    delta = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile, brow=brow,
+                       frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
     # scale, t_x, t_y, pitch, yaw, roll: where the head is at rest, and how far it drifts
     rest = rng.normal((1.3, 0, 0.1, 0, 0, 0), (0.05, 0.02, 0.02, 2, 4, 1.5))
-    motion[:, [63, 64, 65, 67, 68, 69]] = rest + wander(rng, 60, n, 6) * (0.006, 0.012, 0.006, 2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
-    return motion, identity.ravel().astype(np.float32)
+    head = rest + wander(rng, 60, n, 6) * (0.006, 0.012, 0.006, 2.5, 5, 2)
+    head[:, 3] += 12 * smooth(target[:, 9], 12)                            # it nods with the stress
+    return np.hstack([delta, np.insert(head, 3, 0, 1)]), identity.ravel().astype(np.float32)       # t_z = 0
 
 def toy_voice(rng, mood, target):
     """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
-    n, step = len(target), HOP // 4
-    clock = np.arange(n * step)
-    upsample = lambda x: np.interp(clock, clock[step // 2::step], x)
-    noise = lambda: rng.standard_normal(n * step)
+    n, clock = len(target), np.arange(len(target) * STEP)
+    upsample = lambda x: np.interp(clock, clock[STEP // 2::STEP], x)
+    noise = lambda: rng.standard_normal(len(clock))
     melody = 0.5 * wander(rng, 12, n) + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[0] * 2 ** (0.25 * mood[1] * melody)
     effort = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)
@@ -286,7 +279,7 @@ def toy_voice(rng, mood, target):
     f = np.hstack([smooth(target[:, :2], 3), np.tile((2.55, 3.6), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
     formants = (f ** 2 / np.hypot(f ** 2 - khz ** 2, width * khz + 1e-6)).prod(1)
     filters = formants * (0.02 + khz) ** rng.uniform(0.2, 1.0), 6 * np.exp(-0.35 * (khz - target[:, 4:5]) ** 2)
-    stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
+    stft = dict(n_fft=HOP, hop_length=STEP, window=torch.hann_window(HOP).double())
     spectra = (torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] for x in sources)
     wav = torch.istft(F.pad(sum(x * torch.tensor(h.T) for x, h in zip(spectra, filters)), (0, 1)), **stft).numpy()
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
