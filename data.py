@@ -22,13 +22,15 @@ import json
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from subprocess import PIPE, Popen
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
+from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from tqdm import tqdm
 
 from moda import EMOTIONS, MOUTH, NO_EMOTION, read_tensors, save
@@ -37,12 +39,29 @@ from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 RATE, HOP, STEP = 16000, 640, 160                  # samples per second, per video frame, per 10 ms
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
 
+# ---------------------------------------------------------------------------------------------------- a user's mistakes
+
+class UsageError(Exception):
+    """A flag that makes no sense: exit code 2."""
+
+def require(fine, told, error=ValueError):
+    """What has to be so, and what the user is told where it is not."""
+    if not fine:
+        raise error(told)
+
+@contextmanager
+def explained(what, complaint, advice, error=ValueError):
+    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
+    try:
+        yield
+    except Exception as reason:
+        raise error(f"{what}: {complaint} ({reason!s:.100}); {advice}") from None
+
 # -------------------------------------------------------------------------------------------------------------- sound
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
-    strict = ["-nostdin", "-v", "error", "-abort_on", "empty_output"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *strict, "-i", f"file:{path}", *options, "-"]
+    command = [get_ffmpeg_exe(), *"-nostdin -v error -abort_on empty_output -i".split(), f"file:{path}", *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
     with tempfile.TemporaryFile("w+", errors="replace") as log, Popen(command, stdout=PIPE, stderr=log) as ffmpeg:
         yield from iter(lambda: ffmpeg.stdout.read(size), b"")
@@ -56,41 +75,33 @@ def audio_blocks(path):
     options = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(RATE), "-f", "f32le"]
     for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
         block = np.frombuffer(piece, np.float32)
-        if not np.isfinite(block).all():
-            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+        require(np.isfinite(block).all(), f"{path}: the sound holds NaN or infinite samples")
         yield block
 
 def load_audio(path):
     """Any sound file, or a video's sound -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
     return np.concatenate(list(audio_blocks(path)))
 
-# 40 triangles equally spaced on the mel scale from 60 to 7600 Hz: a spectrum (257,) @ MEL -> (40,)
-mels = 2595 * np.log10(1 + np.array([60, 7600, *np.fft.rfftfreq(512, 1 / RATE)]) / 700)
-PLACE = 41 * (mels[2:, None] - mels[0]) / (mels[1] - mels[0])
-MEL = np.clip(1 - np.abs(PLACE - np.arange(1, 41)), 0, None)
+# 40 triangles equally spaced on the mel scale, log(700 + Hz), from 60 to 7600 Hz: a spectrum (257,) @ MEL -> (40,)
+PLACE = np.interp(np.log(700 + np.fft.rfftfreq(512, 1 / RATE)), np.log([700 + 60, 700 + 7600]), [0, 41])
+MEL = np.clip(1 - np.abs(PLACE[:, None] - np.arange(1, 41)), 0, None)
 
 def regroup(pieces, size):
     """Cut a stream of arrays (n,) into arrays of exactly `size` samples; the last may be shorter."""
-    held = np.zeros(0, np.float32)
-    for piece in pieces:
-        held = np.concatenate([held, piece])
-        *whole, held = np.split(held, range(size, len(held) + 1, size))
-        yield from whole
-    if len(held):
-        yield held
+    samples = chain.from_iterable(pieces)
+    while len(block := np.fromiter(islice(samples, size), np.float32)):
+        yield block
 
 def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), as soon as they are known.
     Four 40-band spectra of 25 ms per frame; 0 is silence. A window reaches back, never ahead, and blocks have one size,
     so that the features of a sound are the same to the bit however it was cut."""
-    step, width = HOP // 4, 400
-    past, taper = np.zeros(width - step, np.float32), np.hanning(width)
+    wav, taper = np.zeros(400), np.hanning(400)
     for block in regroup(pieces, BLOCK * HOP):
-        wav = np.concatenate([past, block, np.zeros(BLOCK * HOP - len(block), np.float32)])
-        windows = np.lib.stride_tricks.sliding_window_view(wav, width)[::step] * taper
+        wav = np.concatenate([wav[STEP - 400:], block, np.zeros(BLOCK * HOP - len(block))])
+        windows = np.lib.stride_tricks.sliding_window_view(wav, 400)[::STEP] * taper
         power = np.abs(np.fft.rfft(windows, 512)) ** 2 / taper.sum() ** 2
         yield torch.tensor(np.log1p(1e5 * power @ MEL) / 4).float().view(BLOCK, 1, -1)[:-(-len(block) // HOP)]
-        past = wav[-len(past):]
 
 def log_mel(wav, n_frames):
     """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
@@ -102,24 +113,14 @@ def log_mel(wav, n_frames):
 PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
-def read_json(path):
-    """The dict in a JSON file, {} where there is no file; ValueError names a file that holds anything else."""
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-
 def read_safetensors(path):
     """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
-    dtypes, data = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, bytearray(path.read_bytes())
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header, numbers = json.loads(data[8:start]), data[start:]
-        header.pop("__metadata__", None)
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with explained(path, "not a readable safetensors file", "fetch it again"), open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        numbers = bytearray(file.read())
         return {key: torch.frombuffer(numbers[slice(*e["data_offsets"])], dtype=dtypes[e["dtype"]]).view(e["shape"])
-                for key, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
+                for key, e in header.items() if key != "__metadata__"}
 
 class AudioEncoder:
     """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
@@ -129,48 +130,45 @@ class AudioEncoder:
     def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
         self, path, conv = cls(), Path(path), "encoder.pos_conv_embed.conv"
-        if path.is_dir():
-            path = next(path.glob("model.safetensors"), path / "pytorch_model.bin")
-        self.heads = read_json(path.with_name("config.json")).get("num_attention_heads", 12)
-        self.normalise = read_json(path.with_name("preprocessor_config.json")).get("do_normalize", True)
+        path = next(path.glob("model.safetensors"), path / "pytorch_model.bin") if path.is_dir() else path
+        self.config = dict(num_attention_heads=12, do_normalize=True)      # unless the files beside it say otherwise
+        for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json")):
+            with explained(file, "not readable as JSON", "fetch it again"):
+                self.config |= json.loads(file.read_text()) if file.exists() else {}
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
         tensors = {part[0]: value for key, value in tensors.items() if (part := PART.search(key))}
-        try:                                                               # _g and _v; original0 and 1 since torch 2.1
+        with explained(path, "not wav2vec 2.0 or HuBERT, or incomplete", ENCODERS):
+            # _g and _v; original0 and 1 since torch 2.1
             g, v = (tensors.pop(key).float() for key in sorted(tensors) if conv in key and "weight" in key)
             self.width, self.channels = tensors["feature_projection.projection.weight"].shape
             self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
-            if self.width > 768:
-                raise ValueError("a large model, and MoDA listens to the base size")
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, or incomplete ({error}); {ENCODERS}") from None
+            require(self.width <= 768, "a large model, and MoDA listens to the base size")
         tensors[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
         self.groups = self.width // v.size(1)
-        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
+        self.depth = sum(key.endswith("q_proj.bias") for key in tensors)
         self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
         return self
 
     def layers(self, net, x):
         """The network: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, A)."""
-        C, A = self.channels, self.width
+        C, A, heads = self.channels, self.width, self.config["num_attention_heads"]
         x = F.pad(F.pad(x, (20, 20), mode="reflect"), (20, 20), mode="reflect")    # as released, other than 40 at once
         for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
             name = f"feature_extractor.conv_layers.{i}"
             x = net.conv(x, f"{name}.conv", C, k=kernel, stride=stride, bias=False)
-            if i == 0:
-                x = F.group_norm(x, C, *net.plain(f"{name}.layer_norm", x, weight=(C,), bias=(C,)))
+            x = F.group_norm(x, C, *net.plain(f"{name}.layer_norm", x, weight=(C,), bias=(C,))) if i == 0 else x
             x = F.gelu(x)                                                  # (1, C, 2 T) in the end
         x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True).mT      # from 50 to 25 Hz
         x = net.linear(net.layer_norm(x, "feature_projection.layer_norm", 1e-5), "feature_projection.projection", A)
         near = net.conv(x.mT, "encoder.pos_conv_embed.conv", A, k=128, groups=self.groups)[..., :-1]
         h, outputs = net.layer_norm(x + F.gelu(near).mT, "encoder.layer_norm", 1e-5), []           # (1, T, A)
-        for name in [f"encoder.layers.{i}" for i in range(self.shape[0])]:
-            qkv = (net.linear(h, f"{name}.attention.{part}_proj", A) for part in "qkv")
-            y = F.scaled_dot_product_attention(*(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in qkv))
-            y = net.linear(y.transpose(1, 2).flatten(2), f"{name}.attention.out_proj", A)
-            h = net.layer_norm(h + y, f"{name}.layer_norm", 1e-5)
-            y = F.gelu(net.linear(h, f"{name}.feed_forward.intermediate_dense", self.hidden))
-            y = net.linear(y, f"{name}.feed_forward.output_dense", A)
-            h = net.layer_norm(h + y, f"{name}.final_layer_norm", 1e-5)
+        dense = lambda x, part, n=A: net.linear(x, f"{name}.{part}", n)
+        for name in [f"encoder.layers.{i}" for i in range(self.depth)]:
+            qkv = (dense(h, f"attention.{part}_proj").unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv")
+            y = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+            h = net.layer_norm(h + dense(y, "attention.out_proj"), f"{name}.layer_norm", 1e-5)
+            y = F.gelu(dense(h, "feed_forward.intermediate_dense", self.hidden))
+            h = net.layer_norm(h + dense(y, "feed_forward.output_dense"), f"{name}.final_layer_norm", 1e-5)
             outputs.append(h)
         return torch.stack(outputs, 2)[0]
 
@@ -184,7 +182,7 @@ class AudioEncoder:
         """Sound in pieces of any length -> features (n, L, A) of every started frame, minute by minute."""
         for wav in regroup(pieces, 60 * RATE):
             x = torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.net.device)
-            x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt() if self.normalise else x
+            x = F.layer_norm(x, x.shape, eps=1e-7) if self.config["do_normalize"] else x
             features = self.layers(self.net, x[None, None, :len(x) // HOP * HOP])
             yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)].cpu()
 
@@ -412,7 +410,7 @@ def prepare(flags):
     face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
     hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
-    settings |= dict(torch=str(torch.__version__), ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
     path = folder / "manifest.pt"
     manifest = read_tensors(path) if path.exists() else dict(settings=settings)
     if manifest.get("settings") != settings:
@@ -486,9 +484,6 @@ def parse_flags(doc, argv, defaults={}):
 
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-class UsageError(Exception):
-    """A flag that makes no sense: exit code 2."""
 
 def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
