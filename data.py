@@ -318,8 +318,7 @@ class Clips(torch.utils.data.Dataset):
         path = Path(folder, "manifest.pt")
         manifest = read_tensors(path, "prepare a data set: data.py --videos=DIR")
         rows = [row for row in manifest.get("clips", []) if split in ("", row["split"])]
-        if not rows:
-            raise ValueError(f"{path}: no {split} clips; finish the preparation")
+        require(rows, f"{path}: no {split} clips; finish the preparation")
         return cls([path.parent / row["file"] for row in rows], [row["emotion"] for row in rows], manifest["moments"])
 
     def __len__(self):
@@ -341,10 +340,9 @@ class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=300, T=200):
-        seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
-        self.wavs, motion, emotion, identity = zip(*(toy_clip(seed, T) for seed in seeds))
-        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x_c))
-                 for m, wav, x_c in zip(motion, self.wavs, identity)]
+        made = [toy_clip((split != "train", k), T) for k in tqdm(range(clips), f"toy talker, {split}", leave=False)]
+        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x)) for wav, m, _, x in made]
+        self.wavs, _, emotion, _ = zip(*made)
         super().__init__(clips, emotion, moments(clips))
 
 # -------------------------------------------------------------------------------------------------------- preparation
@@ -369,11 +367,9 @@ def pictures(path, crop, batch=16):
 
 def read_labels(path):
     """csv file -> {clip: number}; a clip is a path below --videos, a name without suffix, or a folder."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be used ({error!r}); lines clip,emotion name {' '.join(LABELS)}") from None
+    known = f"lines clip,emotion name {' '.join(LABELS)}"
+    with explained(path, "cannot be used", known), open(path, newline="", encoding="utf-8-sig") as file:
+        return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
 
 def hsemotion():
     """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> emotion 0 to 7."""
@@ -390,21 +386,18 @@ def extract(path, face, hear, crop, classify):
         parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.tensor([classify(images[0].numpy())])))
     motion, x_c, votes = map(torch.cat, zip(*parts))
     T = min(len(motion), len(wav) // HOP)
-    if T <= Clips.frames:
-        raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
+    require(T > Clips.frames, f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
     # whole, for what an encoder hears depends on where the sound is cut; the face of all frames, for one may be a blur
     clip = dict(motion=motion[:T].clone(), audio=torch.cat([part.half() for part in hear([wav[:T * HOP]])]),
                 identity=x_c[:T].mean(0), loudness=log_mel(wav, T).mean((1, 2)), emotion=votes.mode().values)
-    if not all(x.isfinite().all() for x in clip.values()):
-        raise ValueError(f"{path}: its motion or features hold NaN or infinity")
+    require(all(x.isfinite().all() for x in clip.values()), f"{path}: its motion or features hold NaN or infinity")
     return clip
 
 def prepare(flags):
     """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
     root, folder = Path(flags["videos"]), Path(flags["data_dir"])
     videos = sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in VIDEOS)
-    if not videos:
-        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    require(videos, f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(flags["labels"]) if flags["labels"] else {})
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
     face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
@@ -413,8 +406,8 @@ def prepare(flags):
     settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
     path = folder / "manifest.pt"
     manifest = read_tensors(path) if path.exists() else dict(settings=settings)
-    if manifest.get("settings") != settings:
-        raise ValueError(f"{path}: begun with other settings, {manifest.get('settings')}; use another --data_dir")
+    begun = manifest.get("settings")
+    require(begun == settings, f"{path}: begun with other settings, {begun}; use another --data_dir")
     save(path, manifest)
 
     rows, left_out = [], []
@@ -429,15 +422,14 @@ def prepare(flags):
         except ValueError as error:
             left_out.append(error)
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
-    if not rows:
-        raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
+    require(rows, f"{root}: none of its {len(videos)} videos can be used")
     train = moments(folder / row["file"] for row in rows if row["split"] == "train")
     save(path, dict(settings=settings, clips=rows, moments=train))
 
 def voice_lag(mouth, loud, reach=15):
     """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
     mouth, loud = (np.diff(x) / (np.diff(x).std() + 1e-9) for x in (mouth, loud))    # what drifts agrees with anything
-    fit = [(mouth * np.roll(loud, -k))[reach:-reach].mean() for k in range(-reach, reach + 1)]
+    fit = np.correlate(loud, mouth[reach:-reach]) / (len(mouth) - 2 * reach)
     return int(np.argmax(fit)) - reach, max(fit)
 
 def check(folder):
@@ -455,10 +447,10 @@ def check(folder):
 
 def main(argv):
     flags = parse_flags(__doc__, argv)
-    if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
-        raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
-    if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
-        raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
+    require(flags["data_dir"] and bool(flags["videos"]) != flags["check"],
+            "needed: --data_dir=FOLDER and either --videos=FOLDER or --check", UsageError)
+    require(flags["emotion"] in ("", "hsemotion") and re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]),
+            "expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels", UsageError)
     check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
@@ -472,14 +464,11 @@ def parse_flags(doc, argv, defaults={}):
         print(doc)
         sys.exit()
     for arg in argv:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in flags:
-            raise UsageError(f"unknown flag {arg}; known: {', '.join(flags)}")
+        name, _, text = arg.removeprefix("--").partition("=")
+        require(arg.startswith("--") and name in flags, f"unknown flag {arg}; known: {', '.join(flags)}", UsageError)
         kind = type(flags[name])
-        try:
-            flags[name] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{name}={flags[name]}") from None
+        with explained(arg, f"expected {kind.__name__}", f"as in --{name}={flags[name]}", UsageError):
+            flags[name] = {"": True, "True": True, "False": False}[text] if kind is bool else kind(text)
     return flags
 
 def default_device():
