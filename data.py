@@ -20,38 +20,55 @@ Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio
 import csv
 import json
 import re
-import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
+from subprocess import PIPE, Popen
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
+from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from tqdm import tqdm
 
-from moda import EMOTIONS, EXP, MOUTH, NO_EMOTION, ROT, M, read_tensors, save
+from moda import EMOTIONS, MOUTH, NO_EMOTION, read_tensors, save
 from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
-RATE, HOP = 16000, 640                             # samples per second, samples per video frame
+RATE, HOP, STEP = 16000, 640, 160                  # samples per second, per video frame, per 10 ms
 BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
+
+# ---------------------------------------------------------------------------------------------------- a user's mistakes
+
+class UsageError(Exception):
+    """A flag that makes no sense: exit code 2."""
+
+def require(fine, told, error=ValueError):
+    """What has to be so, and what the user is told where it is not."""
+    if not fine:
+        raise error(told)
+
+@contextmanager
+def explained(what, complaint, advice, error=ValueError):
+    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
+    try:
+        yield
+    except Exception as reason:
+        raise error(f"{what}: {complaint} ({reason!s:.100}); {advice}") from None
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
     source = f"-f s16le -ar {RATE} -ac 1 -i -".split() if path == "-" else ["-nostdin", "-i", f"file:{path}"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, *options, "-"]
+    command = [get_ffmpeg_exe(), "-v", "error", "-abort_on", "empty_output", *source, *options, "-"]
     # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
-        piece = b""
-        for piece in iter(lambda: ffmpeg.stdout.read(size), b""):
-            yield piece
-        if ffmpeg.wait() or not piece:
+    with tempfile.TemporaryFile("w+", errors="replace") as log, Popen(command, stdout=PIPE, stderr=log) as ffmpeg:
+        yield from iter(lambda: ffmpeg.stdout.read(size), b"")
+        if ffmpeg.wait():
             log.seek(0)
-            reason = log.read(1000).decode(errors="replace").splitlines() or ["there is none"]
-            raise ValueError(f"{path}: no {what} could be read ({reason[0].split('] ')[-1]})")
+            raise ValueError(f"{path}: no {what} could be read ({log.readline().split('] ')[-1].strip()})")
 
 def audio_blocks(path):
     """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
@@ -59,41 +76,33 @@ def audio_blocks(path):
     options = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(RATE), "-f", "f32le"]
     for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
         block = np.frombuffer(piece, np.float32)
-        if not np.isfinite(block).all():
-            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+        require(np.isfinite(block).all(), f"{path}: the sound holds NaN or infinite samples")
         yield block
 
 def load_audio(path):
     """Any sound file, or a video's sound -> float32 (N,), 16 kHz mono, about -1..1. ValueError if there is none."""
     return np.concatenate(list(audio_blocks(path)))
 
-# 40 triangles equally spaced on the mel scale from 60 to 7600 Hz: a spectrum (257,) @ MEL -> (40,)
-mels = 2595 * np.log10(1 + np.array([60, 7600, *np.fft.rfftfreq(512, 1 / RATE)]) / 700)
-PLACE = 41 * (mels[2:, None] - mels[0]) / (mels[1] - mels[0])
-MEL = np.clip(1 - np.abs(PLACE - np.arange(1, 41)), 0, None)
+# 40 triangles equally spaced on the mel scale, log(700 + Hz), from 60 to 7600 Hz: a spectrum (257,) @ MEL -> (40,)
+PLACE = np.interp(np.log(700 + np.fft.rfftfreq(512, 1 / RATE)), np.log([700 + 60, 700 + 7600]), [0, 41])
+MEL = np.clip(1 - np.abs(PLACE[:, None] - np.arange(1, 41)), 0, None)
 
 def regroup(pieces, size):
     """Cut a stream of arrays (n,) into arrays of exactly `size` samples; the last may be shorter."""
-    held = np.zeros(0, np.float32)
-    for piece in pieces:
-        held = np.concatenate([held, piece])
-        *whole, held = np.split(held, range(size, len(held) + 1, size))
-        yield from whole
-    if len(held):
-        yield held
+    samples = chain.from_iterable(pieces)
+    while len(block := np.fromiter(islice(samples, size), np.float32)):
+        yield block
 
 def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), as soon as they are known.
     Four 40-band spectra of 25 ms per frame; 0 is silence. A window reaches back, never ahead, and blocks have one size,
     so that the features of a sound are the same to the bit however it was cut."""
-    step, width = HOP // 4, 400
-    past, taper = np.zeros(width - step, np.float32), np.hanning(width)
+    wav, taper = np.zeros(400), np.hanning(400)
     for block in regroup(pieces, BLOCK * HOP):
-        wav = np.concatenate([past, block, np.zeros(BLOCK * HOP - len(block), np.float32)])
-        windows = np.lib.stride_tricks.sliding_window_view(wav, width)[::step] * taper
+        wav = np.concatenate([wav[STEP - 400:], block, np.zeros(BLOCK * HOP - len(block))])
+        windows = np.lib.stride_tricks.sliding_window_view(wav, 400)[::STEP] * taper
         power = np.abs(np.fft.rfft(windows, 512)) ** 2 / taper.sum() ** 2
         yield torch.tensor(np.log1p(1e5 * power @ MEL) / 4).float().view(BLOCK, 1, -1)[:-(-len(block) // HOP)]
-        past = wav[-len(past):]
 
 def log_mel(wav, n_frames):
     """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
@@ -105,24 +114,14 @@ def log_mel(wav, n_frames):
 PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
-def read_json(path):
-    """The dict in a JSON file, {} where there is no file; ValueError names a file that holds anything else."""
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-
 def read_safetensors(path):
     """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
-    dtypes, data = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, bytearray(path.read_bytes())
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header, numbers = json.loads(data[8:start]), data[start:]
-        header.pop("__metadata__", None)
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with explained(path, "not a readable safetensors file", "fetch it again"), open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        numbers = bytearray(file.read())
         return {key: torch.frombuffer(numbers[slice(*e["data_offsets"])], dtype=dtypes[e["dtype"]]).view(e["shape"])
-                for key, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:80]}); fetch it again") from None
+                for key, e in header.items() if key != "__metadata__"}
 
 class AudioEncoder:
     """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
@@ -132,48 +131,45 @@ class AudioEncoder:
     def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder -> encoder; ValueError if it is missing, broken or another network."""
         self, path, conv = cls(), Path(path), "encoder.pos_conv_embed.conv"
-        if path.is_dir():
-            path = next(path.glob("model.safetensors"), path / "pytorch_model.bin")
-        self.heads = read_json(path.with_name("config.json")).get("num_attention_heads", 12)
-        self.normalise = read_json(path.with_name("preprocessor_config.json")).get("do_normalize", True)
+        path = next(path.glob("model.safetensors"), path / "pytorch_model.bin") if path.is_dir() else path
+        self.config = dict(num_attention_heads=12, do_normalize=True)      # unless the files beside it say otherwise
+        for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json")):
+            with explained(file, "not readable as JSON", "fetch it again"):
+                self.config |= json.loads(file.read_text()) if file.exists() else {}
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
         tensors = {part[0]: value for key, value in tensors.items() if (part := PART.search(key))}
-        try:                                                               # _g and _v; original0 and 1 since torch 2.1
+        with explained(path, "not wav2vec 2.0 or HuBERT, or incomplete", ENCODERS):
+            # _g and _v; original0 and 1 since torch 2.1
             g, v = (tensors.pop(key).float() for key in sorted(tensors) if conv in key and "weight" in key)
             self.width, self.channels = tensors["feature_projection.projection.weight"].shape
             self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
-            if self.width > 768:
-                raise ValueError("a large model, and MoDA listens to the base size")
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not wav2vec 2.0 or HuBERT, or incomplete ({error}); {ENCODERS}") from None
+            require(self.width <= 768, "a large model, and MoDA listens to the base size")
         tensors[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
         self.groups = self.width // v.size(1)
-        self.shape = sum(key.endswith("q_proj.bias") for key in tensors), self.width         # L x A
+        self.depth = sum(key.endswith("q_proj.bias") for key in tensors)
         self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
         return self
 
     def layers(self, net, x):
         """The network: sound (1, 1, 640 T) -> the outputs of all L layers, (T, L, A)."""
-        C, A = self.channels, self.width
+        C, A, heads = self.channels, self.width, self.config["num_attention_heads"]
         x = F.pad(F.pad(x, (20, 20), mode="reflect"), (20, 20), mode="reflect")    # as released, other than 40 at once
         for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]):
             name = f"feature_extractor.conv_layers.{i}"
             x = net.conv(x, f"{name}.conv", C, k=kernel, stride=stride, bias=False)
-            if i == 0:
-                x = F.group_norm(x, C, *net.plain(f"{name}.layer_norm", x, weight=(C,), bias=(C,)))
+            x = F.group_norm(x, C, *net.plain(f"{name}.layer_norm", x, weight=(C,), bias=(C,))) if i == 0 else x
             x = F.gelu(x)                                                  # (1, C, 2 T) in the end
         x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True).mT      # from 50 to 25 Hz
         x = net.linear(net.layer_norm(x, "feature_projection.layer_norm", 1e-5), "feature_projection.projection", A)
         near = net.conv(x.mT, "encoder.pos_conv_embed.conv", A, k=128, groups=self.groups)[..., :-1]
         h, outputs = net.layer_norm(x + F.gelu(near).mT, "encoder.layer_norm", 1e-5), []           # (1, T, A)
-        for name in [f"encoder.layers.{i}" for i in range(self.shape[0])]:
-            qkv = (net.linear(h, f"{name}.attention.{part}_proj", A) for part in "qkv")
-            y = F.scaled_dot_product_attention(*(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in qkv))
-            y = net.linear(y.transpose(1, 2).flatten(2), f"{name}.attention.out_proj", A)
-            h = net.layer_norm(h + y, f"{name}.layer_norm", 1e-5)
-            y = F.gelu(net.linear(h, f"{name}.feed_forward.intermediate_dense", self.hidden))
-            y = net.linear(y, f"{name}.feed_forward.output_dense", A)
-            h = net.layer_norm(h + y, f"{name}.final_layer_norm", 1e-5)
+        dense = lambda x, part, n=A: net.linear(x, f"{name}.{part}", n)
+        for name in [f"encoder.layers.{i}" for i in range(self.depth)]:
+            qkv = (dense(h, f"attention.{part}_proj").unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv")
+            y = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+            h = net.layer_norm(h + dense(y, "attention.out_proj"), f"{name}.layer_norm", 1e-5)
+            y = F.gelu(dense(h, "feed_forward.intermediate_dense", self.hidden))
+            h = net.layer_norm(h + dense(y, "feed_forward.output_dense"), f"{name}.final_layer_norm", 1e-5)
             outputs.append(h)
         return torch.stack(outputs, 2)[0]
 
@@ -187,49 +183,46 @@ class AudioEncoder:
         """Sound in pieces of any length -> features (n, L, A) of every started frame, minute by minute."""
         for wav in regroup(pieces, 60 * RATE):
             x = torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav))))).to(self.net.device)
-            x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt() if self.normalise else x
+            x = F.layer_norm(x, x.shape, eps=1e-7) if self.config["do_normalize"] else x
             features = self.layers(self.net, x[None, None, :len(x) // HOP * HOP])
             yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)].cpu()
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
-# (point, axis) moved per unit of each control, in LivePortrait's own directions; 19 y is the mouth opening, frown < 0
-CONTROLS = {
-    "aaa": {(19, 1): 1e-3, (19, 2): 1e-4, (17, 1): -1e-4}, "eee": {(20, 2): -1e-3, (20, 1): -1e-3, (14, 1): -1e-3},
-    "woo": {(14, 1): 1e-3, (3, 1): -5e-4, (7, 1): -5e-4, (17, 2): -5e-4}, "brow": {(1, 1): 1e-3, (2, 1): -1e-3},
-    "smile": {(20, 1): -1e-2, (14, 1): -2e-2, (17, 1): 6.5e-3, (17, 2): 3e-3, (13, 1): -2.75e-3, (16, 1): -2.75e-3,
-              (3, 1): -3.5e-3, (7, 1): -3.5e-3}, "frown": {(1, 0): -1e-3, (2, 0): 1e-3, (1, 1): 3e-4, (2, 1): -3e-4},
-    "blink": {(11, 1): -1e-3, (13, 1): 3e-4, (15, 1): -1e-3, (16, 1): 3e-4}}
+# by how many thousandths a point moves per unit of a control, as LivePortrait has it; 19y opens the mouth, frown < 0
+CONTROLS = {"aaa": {"19y": 1, "19z": .1, "17y": -.1}, "eee": {"20z": -1, "20y": -1, "14y": -1},
+            "woo": {"14y": 1, "3y": -.5, "7y": -.5, "17z": -.5}, "brow": {"1y": 1, "2y": -1},
+            "smile": {"20y": -10, "14y": -20, "17y": 6.5, "17z": 3, "13y": -2.75, "16y": -2.75, "3y": -3.5, "7y": -3.5},
+            "frown": {"1x": -1, "2x": 1, "1y": .3, "2y": -.3}, "blink": {"11y": -1, "13y": .3, "15y": -1, "16y": .3}}
 
 def expression(**controls):
     """Sum of the controls' directions; each control a number or (T,) -> (63,) or (T, 63)."""
-    return sum(np.multiply.outer(value, step * np.eye(63)[3 * point + axis])
-               for name, value in controls.items() for (point, axis), step in CONTROLS[name].items())
+    return sum(np.multiply.outer(value, step / 1000 * np.eye(63)[3 * int(place[:-1]) + "xyz".index(place[-1])])
+               for name, value in controls.items() for place, step in CONTROLS[name].items())
 
 # first two formants in kHz | voice, hiss (0..1), the hiss's centre in kHz | seconds | jaw, spread, round (-1..1)
-VOWELS = np.array([                                # a e i, o u @
+VOWELS, CONSONANTS, PAUSE = np.split(np.array([    # a e i, o u @; m b n, t s S, f l w; silence
     (.75, 1.25, 1, 0, 3, .17, 1, .1, 0), (.52, 1.85, 1, 0, 3, .15, .5, .6, 0), (.3, 2.25, .9, 0, 3, .14, .2, 1, 0),
-    (.48, .9, 1, 0, 3, .16, .55, 0, .8), (.32, .8, .9, 0, 3, .15, .15, 0, 1), (.52, 1.45, .8, 0, 3, .1, .4, .1, .1)])
-CONSONANTS = np.array([                            # m b n, t s S, f l w
+    (.48, .9, 1, 0, 3, .16, .55, 0, .8), (.32, .8, .9, 0, 3, .15, .15, 0, 1), (.52, 1.45, .8, 0, 3, .1, .4, .1, .1),
     (.26, 1, .3, 0, 3, .09, -.3, 0, .1), (.22, .9, .06, .01, 2, .08, -.35, 0, 0), (.28, 1.6, .3, 0, 3, .07, .1, .2, 0),
     (.3, 1.8, 0, .15, 5, .07, .1, .2, 0), (.3, 1.7, 0, .35, 6, .1, .02, .5, 0), (.3, 1.8, 0, .35, 3, .1, .05, 0, .6),
-    (.3, 1.2, 0, .12, 7, .09, -.15, .1, 0), (.38, 1.3, .5, 0, 3, .07, .25, .1, 0), (.3, .65, .5, 0, 3, .08, .05, 0, 1)])
-PAUSE = np.array([(.48, 1.45, 0, 0, 3, .5, 0, 0, 0)])
-# smile, brow, frown, blink, jaw | factors on pitch, pitch range, loudness, rate
-MOODS = np.array([(-.2, 0, -9, -6, 4, 1.15, 1.3, 1.6, 1.15), (.25, 2, 0, -10, -4, .9, .7, .8, .9),
-                  (-.3, 0, -5, -12, -2, .85, .9, .9, .85), (-.25, 10, -4, 4, 2, 1.3, 1, .8, 1.2),
-                  (1, 4, 0, -2, 3, 1.2, 1.5, 1.2, 1.1), (0, 0, 0, 0, 0, 1, 1, 1, 1),
-                  (-.3, 5, -2, -9, -3, .9, .6, .6, .8), (.1, 14, 0, 5, 10, 1.3, 1.6, 1.1, 1)])
+    (.3, 1.2, 0, .12, 7, .09, -.15, .1, 0), (.38, 1.3, .5, 0, 3, .07, .25, .1, 0), (.3, .65, .5, 0, 3, .08, .05, 0, 1),
+    (.48, 1.45, 0, 0, 3, .5, 0, 0, 0)]), [6, 15])
+# of each emotion: smile, brow, frown, blink, jaw; and factors on pitch, pitch range, loudness, rate
+LOOKS = np.array([(-.2, 0, -9, -6, 4), (.25, 2, 0, -10, -4), (-.3, 0, -5, -12, -2), (-.25, 10, -4, 4, 2),
+                  (1, 4, 0, -2, 3), (0, 0, 0, 0, 0), (-.3, 5, -2, -9, -3), (.1, 14, 0, 5, 10)])
+TONES = np.array([(1.15, 1.3, 1.6, 1.15), (.9, .7, .8, .9), (.85, .9, .9, .85), (1.3, 1, .8, 1.2),
+                  (1.2, 1.5, 1.2, 1.1), (1, 1, 1, 1), (.9, .6, .6, .8), (1.3, 1.6, 1.1, 1)])
 
 def toy_prototypes():
     """The expression that each of the eight emotions holds, (8, 63)."""
-    return expression(**dict(zip(("smile", "brow", "frown", "blink"), MOODS.T)))
+    return expression(**dict(zip(("smile", "brow", "frown", "blink"), LOOKS.T)))
 
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
     kernel = np.exp(-0.5 * (np.arange(-3 * width, 3 * width + 1) / width) ** 2)
-    padded = np.pad(track.astype(float), [(3 * width, 3 * width)] + [(0, 0)] * (track.ndim - 1), mode="reflect")
-    return np.lib.stride_tricks.sliding_window_view(padded, len(kernel), 0) @ (kernel / kernel.sum())
+    mirrored = track[np.pad(np.arange(len(track)), 3 * width, mode="reflect")]
+    return np.lib.stride_tricks.sliding_window_view(mirrored, len(kernel), 0) @ (kernel / kernel.sum())
 
 def wander(rng, width, *shape):
     """Smooth noise of unit variance; width in samples."""
@@ -239,19 +232,17 @@ def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
     emotion = int(rng.integers(8))
-    face, voice = np.split(MOODS[emotion], [5])
-    target = toy_articulation(rng, 4 * T, voice[-1])                       # articulators move at 100 Hz
-    motion, identity = toy_face(rng, face * rng.uniform(0.8, 1.2, 5), target)
-    return toy_voice(rng, voice, target), motion[2::4].astype(np.float32), emotion, identity
+    target = toy_articulation(rng, 4 * T, rate=TONES[emotion, 3])          # articulators move at 100 Hz
+    motion, identity = toy_face(rng, LOOKS[emotion] * rng.uniform(0.8, 1.2, 5), target)
+    return toy_voice(rng, TONES[emotion], target), motion[2::4].astype(np.float32), emotion, identity
 
 def toy_articulation(rng, n, rate):
     """Random syllables and pauses: the columns of the phones and the stress, as targets per 10 ms -> (n, 10)."""
     count = n // 6 + 20                                                    # enough, for none is shorter than 66 ms
-    parts = [table[rng.integers(len(table), size=count)] for table in (CONSONANTS, VOWELS, CONSONANTS, PAUSE)]
-    phones = np.pad(np.stack(parts, 1), ((0, 0), (0, 0), (0, 1)))          # (count, 4, 10)
+    phones = np.stack([rng.choice(table, count) for table in (CONSONANTS, VOWELS, CONSONANTS, PAUSE)], 1)
     stress = rng.uniform(0.75, 1.25, count)
-    phones[:, 1, [2, 6]] *= stress[:, None]
-    phones[:, 1, 9] = np.maximum(0, stress - 1)
+    phones[:, 1, [2, 6]] *= stress[:, None]                                # the vowel is louder and wider
+    phones = np.dstack([phones, np.outer(np.maximum(0, stress - 1), (0, 1, 0, 0))])          # (count, 4, 10)
     phones[..., 5] *= rng.uniform((0.8, 0.8, 0.8, 0.3), (1.25, 1.25, 1.25, 1.8), (count, 4)) / rate
     phones = phones[rng.random((count, 4)) < (0.9, 1, 0.25, 0.17)]         # not every syllable has all four
     return phones[np.searchsorted(np.cumsum(phones[:, 5]), rng.uniform(0, 1) + np.arange(n) / 100)]
@@ -264,21 +255,19 @@ def toy_face(rng, mood, target):
     jaw, spread, rounding = smooth(target[:, 6:9], 4).T * (1 + 0.35 * build[2])      # wide mouths move further
     speaking, blinks = smooth(target[:, 6] != 0, 10), 10 * smooth(rng.random(n) < 0.003, 4)
     smile, brow, frown, lids = (mood[:4] * (1 + 0.12 * wander(rng, 80, n, 4))).T
-    motion = np.zeros((n, M))
-    motion[:, EXP] = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile,
-                                brow=brow, frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
+    delta = expression(aaa=55 * jaw + mood[4] * speaking, eee=10 * spread, woo=12 * rounding, smile=smile, brow=brow,
+                       frown=frown, blink=np.clip(lids - 22 * blinks, -20, 5))
     # scale, t_x, t_y, pitch, yaw, roll: where the head is at rest, and how far it drifts
     rest = rng.normal((1.3, 0, 0.1, 0, 0, 0), (0.05, 0.02, 0.02, 2, 4, 1.5))
-    motion[:, [63, 64, 65, 67, 68, 69]] = rest + wander(rng, 60, n, 6) * (0.006, 0.012, 0.006, 2.5, 5, 2)
-    motion[:, ROT.start] += 12 * smooth(target[:, 9], 12)                  # it nods with the stress
-    return motion, identity.ravel().astype(np.float32)
+    head = rest + wander(rng, 60, n, 6) * (0.006, 0.012, 0.006, 2.5, 5, 2)
+    head[:, 3] += 12 * smooth(target[:, 9], 12)                            # it nods with the stress
+    return np.hstack([delta, np.insert(head, 3, 0, 1)]), identity.ravel().astype(np.float32)       # t_z = 0
 
 def toy_voice(rng, mood, target):
     """Source and filter: glottal pulses and noise through moving formants, in a room; (n, 10) -> (n * 160,)."""
-    n, step = len(target), HOP // 4
-    clock = np.arange(n * step)
-    upsample = lambda x: np.interp(clock, clock[step // 2::step], x)
-    noise = lambda: rng.standard_normal(n * step)
+    n, clock = len(target), np.arange(len(target) * STEP)
+    upsample = lambda x: np.interp(clock, clock[STEP // 2::STEP], x)
+    noise = lambda: rng.standard_normal(len(clock))
     melody = 0.5 * wander(rng, 12, n) + smooth(target[:, 2], 15)
     pitch = rng.uniform(90, 230) * mood[0] * 2 ** (0.25 * mood[1] * melody)
     effort = np.clip(0.86 + 0.04 * mood[2] + rng.normal(0, 0.02), 0.8, 0.94)
@@ -289,7 +278,7 @@ def toy_voice(rng, mood, target):
     f = np.hstack([smooth(target[:, :2], 3), np.tile((2.55, 3.6), (n, 1))])[..., None] * rng.uniform(0.85, 1.2)
     formants = (f ** 2 / np.hypot(f ** 2 - khz ** 2, width * khz + 1e-6)).prod(1)
     filters = formants * (0.02 + khz) ** rng.uniform(0.2, 1.0), 6 * np.exp(-0.35 * (khz - target[:, 4:5]) ** 2)
-    stft = dict(n_fft=HOP, hop_length=step, window=torch.hann_window(HOP).double())
+    stft = dict(n_fft=HOP, hop_length=STEP, window=torch.hann_window(HOP).double())
     spectra = (torch.stft(torch.tensor(x), **stft, return_complex=True)[:, :n] for x in sources)
     wav = torch.istft(F.pad(sum(x * torch.tensor(h.T) for x, h in zip(spectra, filters)), (0, 1)), **stft).numpy()
     echo = np.exp(-np.arange(RATE // 4) / RATE / rng.uniform(0.02, 0.08)) * rng.standard_normal(RATE // 4)
@@ -330,8 +319,7 @@ class Clips(torch.utils.data.Dataset):
         path = Path(folder, "manifest.pt")
         manifest = read_tensors(path, "prepare a data set: data.py --videos=DIR")
         rows = [row for row in manifest.get("clips", []) if split in ("", row["split"])]
-        if not rows:
-            raise ValueError(f"{path}: no {split} clips; finish the preparation")
+        require(rows, f"{path}: no {split} clips; finish the preparation")
         return cls([path.parent / row["file"] for row in rows], [row["emotion"] for row in rows], manifest["moments"])
 
     def __len__(self):
@@ -353,10 +341,9 @@ class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=300, T=200):
-        seeds = tqdm([(split != "train", k) for k in range(clips)], f"toy talker, {split}", leave=False)
-        self.wavs, motion, emotion, identity = zip(*(toy_clip(seed, T) for seed in seeds))
-        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x_c))
-                 for m, wav, x_c in zip(motion, self.wavs, identity)]
+        made = [toy_clip((split != "train", k), T) for k in tqdm(range(clips), f"toy talker, {split}", leave=False)]
+        clips = [dict(motion=torch.tensor(m), audio=log_mel(wav, T), identity=torch.tensor(x)) for wav, m, _, x in made]
+        self.wavs, _, emotion, _ = zip(*made)
         super().__init__(clips, emotion, moments(clips))
 
 # -------------------------------------------------------------------------------------------------------- preparation
@@ -381,11 +368,9 @@ def pictures(path, crop, batch=16):
 
 def read_labels(path):
     """csv file -> {clip: number}; a clip is a path below --videos, a name without suffix, or a folder."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be used ({error!r}); lines clip,emotion name {' '.join(LABELS)}") from None
+    known = f"lines clip,emotion name {' '.join(LABELS)}"
+    with explained(path, "cannot be used", known), open(path, newline="", encoding="utf-8-sig") as file:
+        return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in csv.DictReader(file)}
 
 def hsemotion():
     """The classifier that the paper labels with: image, uint8 (256, 256, 3) -> emotion 0 to 7."""
@@ -402,31 +387,28 @@ def extract(path, face, hear, crop, classify):
         parts.append((to_motion(heads).cpu(), heads["kp"].cpu(), torch.tensor([classify(images[0].numpy())])))
     motion, x_c, votes = map(torch.cat, zip(*parts))
     T = min(len(motion), len(wav) // HOP)
-    if T <= Clips.frames:
-        raise ValueError(f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
+    require(T > Clips.frames, f"{path}: {T} frames of picture and sound, and a window takes {Clips.frames + 1}")
     # whole, for what an encoder hears depends on where the sound is cut; the face of all frames, for one may be a blur
     clip = dict(motion=motion[:T].clone(), audio=torch.cat([part.half() for part in hear([wav[:T * HOP]])]),
                 identity=x_c[:T].mean(0), loudness=log_mel(wav, T).mean((1, 2)), emotion=votes.mode().values)
-    if not all(x.isfinite().all() for x in clip.values()):
-        raise ValueError(f"{path}: its motion or features hold NaN or infinity")
+    require(all(x.isfinite().all() for x in clip.values()), f"{path}: its motion or features hold NaN or infinity")
     return clip
 
 def prepare(flags):
     """Talking videos -> a data set. A run that was cut off goes on; unusable videos are told at the end."""
     root, folder = Path(flags["videos"]), Path(flags["data_dir"])
     videos = sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in VIDEOS)
-    if not videos:
-        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    require(videos, f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(flags["labels"]) if flags["labels"] else {})
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
     face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
     hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
-    settings |= dict(torch=str(torch.__version__), ffmpeg=imageio_ffmpeg.get_ffmpeg_version())
+    settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
     path = folder / "manifest.pt"
     manifest = read_tensors(path) if path.exists() else dict(settings=settings)
-    if manifest.get("settings") != settings:
-        raise ValueError(f"{path}: begun with other settings, {manifest.get('settings')}; use another --data_dir")
+    begun = manifest.get("settings")
+    require(begun == settings, f"{path}: begun with other settings, {begun}; use another --data_dir")
     save(path, manifest)
 
     rows, left_out = [], []
@@ -441,15 +423,14 @@ def prepare(flags):
         except ValueError as error:
             left_out.append(error)
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
-    if not rows:
-        raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
+    require(rows, f"{root}: none of its {len(videos)} videos can be used")
     train = moments(folder / row["file"] for row in rows if row["split"] == "train")
     save(path, dict(settings=settings, clips=rows, moments=train))
 
 def voice_lag(mouth, loud, reach=15):
     """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""
     mouth, loud = (np.diff(x) / (np.diff(x).std() + 1e-9) for x in (mouth, loud))    # what drifts agrees with anything
-    fit = [(mouth * np.roll(loud, -k))[reach:-reach].mean() for k in range(-reach, reach + 1)]
+    fit = np.correlate(loud, mouth[reach:-reach]) / (len(mouth) - 2 * reach)
     return int(np.argmax(fit)) - reach, max(fit)
 
 def check(folder):
@@ -467,10 +448,10 @@ def check(folder):
 
 def main(argv):
     flags = parse_flags(__doc__, argv)
-    if not flags["data_dir"] or bool(flags["videos"]) == flags["check"]:
-        raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
-    if flags["emotion"] not in ("", "hsemotion") or not re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]):
-        raise UsageError("expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels")
+    require(flags["data_dir"] and bool(flags["videos"]) != flags["check"],
+            "needed: --data_dir=FOLDER and either --videos=FOLDER or --check", UsageError)
+    require(flags["emotion"] in ("", "hsemotion") and re.fullmatch(r"(\d+,\d+,\d+)?", flags["crop"]),
+            "expected --emotion=hsemotion, if any, and --crop=x,y,size in pixels", UsageError)
     check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
@@ -484,21 +465,15 @@ def parse_flags(doc, argv, defaults={}):
         print(doc)
         sys.exit()
     for arg in argv:
-        name, _, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in flags:
-            raise UsageError(f"unknown flag {arg}; known: {', '.join(flags)}")
+        name, _, text = arg.removeprefix("--").partition("=")
+        require(arg.startswith("--") and name in flags, f"unknown flag {arg}; known: {', '.join(flags)}", UsageError)
         kind = type(flags[name])
-        try:
-            flags[name] = {"": True, "True": True, "False": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise UsageError(f"{arg}: expected {kind.__name__}, as in --{name}={flags[name]}") from None
+        with explained(arg, f"expected {kind.__name__}", f"as in --{name}={flags[name]}", UsageError):
+            flags[name] = {"": True, "True": True, "False": False}[text] if kind is bool else kind(text)
     return flags
 
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-class UsageError(Exception):
-    """A flag that makes no sense: exit code 2."""
 
 def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
