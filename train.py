@@ -93,9 +93,12 @@ def micro_batch(i, data, cfg, flags):
     index = torch.randint(len(data), (flags["batch_size"],), generator=generator)
     whole = draw(cfg, flags["batch_size"], data.frames, generator) | dict(index=index)
     mine = {name: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k] for name, x in whole.items()}
-    return torch.utils.data.default_collate([data[i] for i in mine.pop("index").tolist()]) | mine
+    windows = [data[i] for i in mine.pop("index").tolist()]
+    fine = [w for w in windows if all(w[name].isfinite().all() for name in ("motion", "prev", "audio"))] or windows
+    mine["corrupt"] = torch.tensor(len(windows) - len(fine))               # others stand in for them
+    return torch.utils.data.default_collate((fine * len(windows))[:len(windows)]) | mine
 
-def objective(model, net, expert, tau, motion, prev, **batch):
+def objective(model, net, expert, tau, motion, prev, corrupt, **batch):
     """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
     z0 = model.normalise(motion)
     if isinstance(model, ALSE):
@@ -122,7 +125,7 @@ def train(flags, data, parts, first_step, log, device):
     model.compile(disable=not flags["compile"])                            # in place: names in checkpoints stay
     # the last block of an all four-stream network has parts that nobody hears
     net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
-    clock = {}
+    clock, skipped = {}, 0.0
     loader = sample.timed("data", torch.utils.data.DataLoader(
         range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
         num_workers=flags["workers"], pin_memory=device.type == "cuda",    # SIGTERM is for this process alone
@@ -133,21 +136,23 @@ def train(flags, data, parts, first_step, log, device):
         left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])          # 1..0 in the cool-down
         rate = optimizer.param_groups[0]["lr"] = flags["learning_rate"] * min(
             1, (step + 1) / max(1, flags["warmup"]), left)
-        total = torch.zeros(3, device=device)
+        total = torch.zeros(4, device=device)                              # three losses, corrupt windows
         for k in range(flags["passes"]):
             batch = place(next(loader))
             net.require_backward_grad_sync = k + 1 == flags["passes"]      # DDP's no_sync() in a line
             with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
                 part = objective(model, net, expert, flags["tau"], **batch) / flags["passes"]
             part.sum().backward()
-            total += part.detach()
+            total += torch.stack([*part.detach(), batch["corrupt"]])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])
-        means = torch.cat([total, norm[None], total.new_tensor([len(signals)])])
+        means = torch.stack([*total, norm, norm.new_tensor(len(signals))])
         if WORLD > 1:
             torch.distributed.all_reduce(means)
-        rf, vel, sync, norm, stop = (means / WORLD).tolist()
-        if not means.isfinite().all():
-            raise ValueError(f"step {step}: loss {rf + vel + sync}, gradients {norm}; {path}, if there, is still good")
+        rf, vel, sync, corrupt, norm, stop = (means / WORLD).tolist()
+        skipped += corrupt * WORLD
+        if not means.isfinite().all() or skipped > 0.01 * flags["steps"] * flags["batch_size"]:
+            raise ValueError(f"step {step}: loss {rf + vel + sync}, gradients {norm}, {skipped:.0f} corrupt windows "
+                             f"skipped; {path}, if there, is still good")
         optimizer.step()
         optimizer.zero_grad()
         if flags["ema"]:
