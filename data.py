@@ -23,7 +23,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -114,14 +114,24 @@ def log_mel(wav, n_frames):
 PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
 
-def read_safetensors(path):
-    """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with explained(path, "not a readable safetensors file", "fetch it again"), open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        numbers = bytearray(file.read())
-        return {key: torch.frombuffer(numbers[slice(*e["data_offsets"])], dtype=dtypes[e["dtype"]]).view(e["shape"])
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+def read_safetensors(path, advice="fetch it again"):
+    """Tensors of a .safetensors file by name: 8 bytes of length, a JSON header, then plain numbers, which are read
+    when they are looked at."""
+    with explained(path, "not a readable safetensors file", advice):
+        data = np.memmap(path, mode="c")
+        start = 8 + int.from_bytes(data[:8], "little")
+        header, numbers = json.loads(data[8:start].tobytes()), data[start:]
+        return {key: torch.frombuffer(numbers[slice(*e["data_offsets"])], dtype=DTYPES[e["dtype"]]).view(e["shape"])
                 for key, e in header.items() if key != "__metadata__"}
+
+def write_safetensors(tensors, path):
+    names, ends = {dtype: name for name, dtype in DTYPES.items()}, np.cumsum([0, *(x.nbytes for x in tensors.values())])
+    header = json.dumps({key: dict(dtype=names[x.dtype], shape=[*x.shape], data_offsets=span)
+                         for (key, x), span in zip(tensors.items(), pairwise(ends.tolist()))})
+    parts = [len(header).to_bytes(8, "little"), header.encode(), *(x.numpy().tobytes() for x in tensors.values())]
+    Path(path).write_bytes(b"".join(parts))
 
 class AudioEncoder:
     """What a public base-size wav2vec 2.0 or HuBERT hears, at 25 frames per second, as the released MoDA listens to it.
@@ -136,7 +146,7 @@ class AudioEncoder:
         for file in (path.with_name("config.json"), path.with_name("preprocessor_config.json")):
             with explained(file, "not readable as JSON", "fetch it again"):
                 self.config |= json.loads(file.read_text()) if file.exists() else {}
-        tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
+        tensors = read_safetensors(path, ENCODERS) if path.suffix == ".safetensors" else read_tensors(path, ENCODERS)
         tensors = {part[0]: value for key, value in tensors.items() if (part := PART.search(key))}
         with explained(path, "not wav2vec 2.0 or HuBERT, or incomplete", ENCODERS):
             # _g and _v; original0 and 1 since torch 2.1
@@ -292,7 +302,14 @@ def toy_voice(rng, mood, target):
 
 def opened(clip):
     """A clip's tensors by name. Of a file, what is looked at is read; of thousands, few may be open at a time."""
-    return read_tensors(clip, "delete it and prepare the data again", mmap=True) if isinstance(clip, Path) else clip
+    return read_safetensors(clip, "delete it and prepare the data again") if isinstance(clip, Path) else clip
+
+def read_manifest(path):
+    with explained(path, "no data set there", "prepare one: data.py --videos=DIR"):
+        return dict(json.loads(path.read_text()))
+
+def write_manifest(manifest, path):
+    Path(path).write_text(json.dumps(manifest, indent=1))
 
 def moments(clips):
     """Mean and standard deviation of the motion of clips, (2, 70), in one pass."""
@@ -316,11 +333,12 @@ class Clips(torch.utils.data.Dataset):
     @classmethod
     def open(cls, folder, split="train"):
         """What `python data.py` prepared, "train" or "val" clips, or "" for both; ValueError if it is damaged."""
-        path = Path(folder, "manifest.pt")
-        manifest = read_tensors(path, "prepare a data set: data.py --videos=DIR")
+        path = Path(folder, "manifest.json")
+        manifest = read_manifest(path)
         rows = [row for row in manifest.get("clips", []) if split in ("", row["split"])]
         require(rows, f"{path}: no {split} clips; finish the preparation")
-        return cls([path.parent / row["file"] for row in rows], [row["emotion"] for row in rows], manifest["moments"])
+        return cls([path.parent / row["file"] for row in rows], [row["emotion"] for row in rows],
+                   torch.tensor(manifest["moments"], dtype=torch.double))
 
     def __len__(self):
         return int(self.start[-1])
@@ -347,7 +365,7 @@ class ToyTalker(Clips):
         super().__init__(clips, emotion, moments(clips))
 
 # -------------------------------------------------------------------------------------------------------- preparation
-# A data set is clips/VIDEO.pt, the tensors of every video, and manifest.pt: settings, clips, statistics.
+# A data set is clips/VIDEO.safetensors, the tensors of every video, and manifest.json: settings, clips, statistics.
 
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts"}
 # our names, which are HSEmotion's in lower case; MEAD's folders, where they differ; numbers
@@ -405,18 +423,19 @@ def prepare(flags):
     hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
-    path = folder / "manifest.pt"
-    manifest = read_tensors(path) if path.exists() else dict(settings=settings)
+    path = folder / "manifest.json"
+    manifest = read_manifest(path) if path.exists() else dict(settings=settings)
     begun = manifest.get("settings")
     require(begun == settings, f"{path}: begun with other settings, {begun}; use another --data_dir")
-    save(path, manifest)
+    save(path, manifest, write=write_manifest)
 
     rows, left_out = [], []
     for name in tqdm(videos, "preparing", unit="video"):
-        file = f"clips/{name.as_posix()}.pt"
+        file = f"clips/{name.as_posix()}.safetensors"
         try:
             if not (folder / file).exists():
-                save(folder / file, extract(root / name, face, hear, flags["crop"], classify))
+                clip = extract(root / name, face, hear, flags["crop"], classify)
+                save(folder / file, clip, write=write_safetensors)
             names = [name.as_posix(), name.stem, *(part.lower() for part in name.parts[-2::-1])]
             emotion = next((labels[key] for key in names if key in labels), opened(folder / file)["emotion"].item())
             rows.append(dict(file=file, emotion=emotion, split="val" if len(rows) % 20 == 1 else "train"))
@@ -425,7 +444,7 @@ def prepare(flags):
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
     require(rows, f"{root}: none of its {len(videos)} videos can be used")
     train = moments(folder / row["file"] for row in rows if row["split"] == "train")
-    save(path, dict(settings=settings, clips=rows, moments=train))
+    save(path, dict(settings=settings, clips=rows, moments=train.tolist()), write=write_manifest)
 
 def voice_lag(mouth, loud, reach=15):
     """By how many frames the voice follows the mouth's opening where both agree best, and their correlation there."""

@@ -355,11 +355,11 @@ def smooth_pose(motion, before):
     return torch.cat([joined[:, EXP], pose], 1)[len(before):]
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
-def save(path, state, keep=""):
+def save(path, state, keep="", write=torch.save):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        torch.save(state, f"{path}.tmp")
+        write(state, f"{path}.tmp")
         with open(f"{path}.tmp", "rb+") as file:
             os.fsync(file.fileno())
         if keep and os.path.exists(path):
@@ -368,10 +368,10 @@ def save(path, state, keep=""):
     except (OSError, RuntimeError) as error:
         raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None
 
-def read_tensors(path, advice="fetch it again", mmap=False):
+def read_tensors(path, advice="fetch it again"):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                                             # truncated, foreign, or a pickle with code
         reason = f"not a readable checkpoint: {type(error).__name__} {error}".splitlines()[0][:130]
         reason = "no such file" if isinstance(error, FileNotFoundError) else reason

@@ -16,16 +16,16 @@ import torch
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Clips, parse_flags, run
+from data import Clips, parse_flags, run, write_manifest, write_safetensors
 
 
 def make(folder, clips, frames, features):
     (folder / "clips").mkdir(parents=True)
-    rows = [dict(file=f"clips/{k}.pt", emotion=8, split="train") for k in range(clips)]
+    rows = [dict(file=f"clips/{k}.safetensors", emotion=8, split="train") for k in range(clips)]
     for row in rows:
         clip = dict(motion=torch.randn(frames, 70), audio=torch.randn(frames, *features).half(), identity=torch.zeros(63))
-        torch.save(clip, folder / row["file"])
-    torch.save(dict(clips=rows, moments=torch.ones(2, 70)), folder / "manifest.pt")
+        write_safetensors(clip, folder / row["file"])
+    write_manifest(dict(clips=rows, moments=[[1] * 70] * 2), folder / "manifest.json")
 
 
 def memory(kind):

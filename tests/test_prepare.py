@@ -1,5 +1,6 @@
 """Talking videos become a data set: frames and sound in step, killed runs go on, a broken video costs only itself."""
 import csv
+import json
 import random
 import resource
 import shutil
@@ -20,7 +21,8 @@ from PIL import Image
 
 import data
 import train
-from data import HOP, MOUTH, PUBLISHED, RATE, Clips, UsageError, log_mel, toy_clip
+from data import (HOP, MOUTH, PUBLISHED, RATE, Clips, UsageError, log_mel, read_safetensors, toy_clip, write_manifest,
+                  write_safetensors)
 from renderer import crop_box, to_motion
 
 ROOT = Path(__file__).parent.parent
@@ -131,10 +133,10 @@ def test_sound_that_starts_late_stays_in_step_with_the_picture(videos, tmp_path)
 
 
 def test_a_window_is_what_lies_on_disk_and_statistics_are_those_of_the_training_clips(prepared):
-    clips, rows = Clips.open(prepared, "train"), torch.load(prepared / "manifest.pt", weights_only=True)["clips"]
+    clips, rows = Clips.open(prepared, "train"), json.loads((prepared / "manifest.json").read_text())["clips"]
     splits = [row["split"] for row in rows]
     assert splits.count("val") == 1 == len(Clips.open(prepared, "val").length) and splits.count("train") == 4
-    stored = [torch.load(clip, weights_only=True) for clip in clips.clips]
+    stored = [read_safetensors(clip) for clip in clips.clips]
     motion, audio = stored[1]["motion"], stored[1]["audio"]
     assert audio.dtype == torch.float16
     item = clips[len(stored[0]["motion"]) - 80 + 7]
@@ -150,19 +152,19 @@ def test_a_window_touches_only_its_own_bytes(tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[2]) * resource.getpagesize()         # shared, mapped
     clips, before = Clips.open(tmp_path), read()
     kept = [clips[k] for k in (0, 1500, 2900)]
-    assert read() - before < 15e6 and len(kept) == 3
+    assert read() - before < 25e6 and len(kept) == 3
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(videos, prepared, tmp_path):
     chance, folder = random.Random(7), tmp_path / "set"
     for goal in (0, 2, 4):
         process = run(f"--videos={videos}", f"--data_dir={folder}", "--weights=unused")
-        while process.poll() is None and len(list(folder.glob("clips/**/*.pt"))) < goal + 1:
+        while process.poll() is None and len(list(folder.glob("clips/**/*.safetensors"))) < goal + 1:
             time.sleep(0.002)
         time.sleep(chance.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        done = {name: text for name, text in contents(folder).items() if name.endswith(".pt") and "clips" in name}
+        done = {name: text for name, text in contents(folder).items() if name.endswith(".safetensors")}
         assert all(contents(prepared)[name] == text for name, text in done.items())
     process = run(f"--videos={videos}", f"--data_dir={folder}", "--weights=unused")
     assert process.wait() == 0 and contents(folder) == contents(prepared)
@@ -250,7 +252,7 @@ def test_a_full_disk_ends_in_one_line_and_a_second_run_completes_the_set(stand_i
     out, err = process.communicate()
     error = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1 and len(error) == 1 and "could not be saved" in error[0] and "Traceback" not in err
-    assert not list(folder.glob("clips/**/*.pt"))
+    assert not list(folder.glob("clips/**/*.safetensors"))
     prepare(videos, folder)
     assert contents(folder) == contents(prepared)
 
@@ -258,8 +260,8 @@ def test_a_full_disk_ends_in_one_line_and_a_second_run_completes_the_set(stand_i
 def test_labels_come_from_a_table_a_folder_or_the_classifier(stand_in, videos, tmp_path, monkeypatch):
     def emotions(name, *flags):
         prepare(videos, tmp_path / name, *flags)
-        rows = torch.load(tmp_path / name / "manifest.pt", weights_only=True)["clips"]
-        return {row["file"][6:-3]: row["emotion"] for row in rows}
+        rows = json.loads((tmp_path / name / "manifest.json").read_text())["clips"]
+        return {row["file"][6:-12]: row["emotion"] for row in rows}
     table = tmp_path / "labels.csv"
     table.write_text("clip,emotion\n24,Surprised\nlate/voice.mp4,1\n")
     assert emotions("table", f"--labels={table}") == {
@@ -316,17 +318,17 @@ def test_the_check_finds_the_shifted_soundtrack(prepared, capsys):
     told = capsys.readouterr().out
     assert "5 clips" in told and "anger 1, " in told and "none 4" in told and "-2.3407 +-  8.8819" in told
     odd = [line for line in told.splitlines() if "LOOK: voice" in line]
-    assert len(odd) == 1 and "voice.mp4.pt: voice +8 frames after the lips" in odd[0] and "LOOK: pitch" not in told
+    assert len(odd) == 1 and "voice.mp4.safetensors: voice +8 frames after the lips" in odd[0] and "LOOK: pitch" not in told
 
 
 def made_up(folder, lengths=(200, 90), features=(1, 160)):
     """A data set of random numbers."""
     (folder / "clips").mkdir(parents=True)
-    rows = [dict(file=f"clips/{k}.pt", emotion=8, split="train") for k in range(len(lengths))]
+    rows = [dict(file=f"clips/{k}.safetensors", emotion=8, split="train") for k in range(len(lengths))]
     for n, row in zip(lengths, rows):
         clip = dict(motion=torch.randn(n, 70), audio=torch.zeros(n, *features).half(), identity=torch.zeros(63))
-        torch.save(clip, folder / row["file"])
-    torch.save(dict(clips=rows, moments=torch.stack([torch.zeros(70), torch.ones(70)])), folder / "manifest.pt")
+        write_safetensors(clip, folder / row["file"])
+    write_manifest(dict(clips=rows, moments=[[0] * 70, [1] * 70]), folder / "manifest.json")
     return folder
 
 
@@ -338,15 +340,15 @@ def test_damaged_data_sets_are_one_line(tmp_path):
         "code": lambda clip: torch.save(run, clip),
     }
     for name, harm in damage.items():
-        harm(made_up(tmp_path / name) / "clips/1.pt")
-        with pytest.raises(ValueError, match=r"1\.pt.*prepare the data again") as caught:
+        harm(made_up(tmp_path / name) / "clips/1.safetensors")
+        with pytest.raises(ValueError, match=r"1\.safetensors.*prepare the data again") as caught:
             Clips.open(tmp_path / name)
         assert "\n" not in str(caught.value)
     for content in (dict(), dict(clips=[]), dict(settings={})):
-        torch.save(content, tmp_path / "code/manifest.pt")
-        with pytest.raises(ValueError, match="manifest.pt: no train clips"):
+        write_manifest(content, tmp_path / "code/manifest.json")
+        with pytest.raises(ValueError, match="manifest.json: no train clips"):
             Clips.open(tmp_path / "code")
-    with pytest.raises(ValueError, match="nowhere.*no such file; prepare a data set"):
+    with pytest.raises(ValueError, match="nowhere.*No such file.*; prepare one"):
         Clips.open(tmp_path / "nowhere")
 
 
