@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from tqdm import tqdm
 
-from moda import EMOTIONS, MOUTH, NO_EMOTION, read_tensors, save
+from moda import EMOTIONS, MOUTH, NO_EMOTION, M, read_tensors, save
 from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
 RATE, HOP, STEP = 16000, 640, 160                  # samples per second, per video frame, per 10 ms
@@ -304,10 +304,6 @@ def opened(clip):
     """A clip's tensors by name. Of a file, what is looked at is read; of thousands, few may be open at a time."""
     return read_safetensors(clip, "delete it and prepare the data again") if isinstance(clip, Path) else clip
 
-def read_manifest(path):
-    with explained(path, "no data set there", "prepare one: data.py --videos=DIR"):
-        return dict(json.loads(path.read_text()))
-
 def write_manifest(manifest, path):
     Path(path).write_text(json.dumps(manifest, indent=1))
 
@@ -326,19 +322,24 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, clips, emotion, moments):
         self.clips, self.emotion, self.moments = clips, emotion, moments
-        sizes = np.array([opened(clip)["audio"].shape for clip in clips])  # T, L, A
-        self.length, self.audio_shape = sizes[:, 0], tuple(sizes[0, 1:].tolist())
+        shapes = [[np.shape(clip.get(name)) for name in ("audio", "motion", "identity")] for clip in map(opened, clips)]
+        self.audio_shape = tuple(shapes[0][0][1:])                         # L, A
+        for clip, shape in zip(clips, shapes):
+            fits = shape == [(*shape[0][:1], *self.audio_shape), (*shape[0][:1], M), (63,)]
+            require(fits, f"{clip}: {shape} does not fit {shapes[0]}; delete it and prepare the data again")
+        self.length = np.array([audio[0] for audio, *_ in shapes])
         self.start = np.cumsum([0, *np.maximum(self.length - self.frames, 0)])               # first window of each clip
 
     @classmethod
     def open(cls, folder, split="train"):
         """What `python data.py` prepared, "train" or "val" clips, or "" for both; ValueError if it is damaged."""
         path = Path(folder, "manifest.json")
-        manifest = read_manifest(path)
-        rows = [row for row in manifest.get("clips", []) if split in ("", row["split"])]
-        require(rows, f"{path}: no {split} clips; finish the preparation")
-        return cls([path.parent / row["file"] for row in rows], [row["emotion"] for row in rows],
-                   torch.tensor(manifest["moments"], dtype=torch.double))
+        with explained(path, f"no {split} clips there", "prepare a data set: data.py --videos=DIR"):
+            manifest = json.loads(path.read_text())
+            rows = [row for row in manifest["clips"] if split in ("", row["split"])]
+            files, emotions = zip(*((path.parent / row["file"], row["emotion"]) for row in rows))
+            moments = torch.tensor(manifest["moments"], dtype=torch.double).view(2, M)
+        return cls(files, emotions, moments)
 
     def __len__(self):
         return int(self.start[-1])
@@ -419,15 +420,16 @@ def prepare(flags):
     require(videos, f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(flags["labels"]) if flags["labels"] else {})
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
-    face, ears = LivePortrait(flags["weights"], flags["device"] or default_device()), flags["audio_encoder"]
+    face, ears = LivePortrait(flags["weights"], flags["device"]), flags["audio_encoder"]
     hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
     path = folder / "manifest.json"
-    manifest = read_manifest(path) if path.exists() else dict(settings=settings)
-    begun = manifest.get("settings")
-    require(begun == settings, f"{path}: begun with other settings, {begun}; use another --data_dir")
-    save(path, manifest, write=write_manifest)
+    if not path.exists():
+        save(path, dict(settings=settings), write=write_manifest)
+    with explained(path, "begun with other settings", "use another --data_dir"):
+        begun = json.loads(path.read_text())["settings"]
+        require(begun == settings, {name: value for name, value in begun.items() if value != settings.get(name)})
 
     rows, left_out = [], []
     for name in tqdm(videos, "preparing", unit="video"):
@@ -489,17 +491,23 @@ def parse_flags(doc, argv, defaults={}):
         kind = type(flags[name])
         with explained(arg, f"expected {kind.__name__}", f"as in --{name}={flags[name]}", UsageError):
             flags[name] = {"": True, "True": True, "False": False}[text] if kind is bool else kind(text)
+            require(kind is str or abs(flags[name]) < 2 ** 63, "no usable number")         # nor is NaN
+    if "device" in flags:
+        device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        with explained(f"--device={device}", "no such device here", "as in --device=cpu", UsageError):
+            flags["device"] = torch.empty(0, device=device).device
     return flags
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, ImportError, UsageError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.stdout.flush()
+    except (ValueError, OSError, ImportError, UsageError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):                         # a mistake of ours
+            raise
+        print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr)
+        sys.stdout = None                                                  # or a closed pipe is told once more
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (CONTROLS, LABELS, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, default_device, expression,
+from data import (CONTROLS, LABELS, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, expression,
                   log_mel_blocks, parse_flags, run, toy_prototypes)
 from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image, relative
@@ -201,7 +201,7 @@ def main(argv):
         load_statistics(model, flags["stats"])
     if flags["eval"]:
         return evaluate(flags, model, ToyTalker("val", 16))
-    model.to(flags["device"] or default_device())
+    model.to(flags["device"])
     for p in model.parameters() if flags["bf16"] else ():
         p.data = p.data.bfloat16()                                         # the statistics stay float32
     face, source, place = open_face(flags, model.mean.device)

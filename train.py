@@ -52,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, default_device, parse_flags, run
+from data import Clips, ToyTalker, UsageError, parse_flags, run
 from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -171,7 +171,7 @@ def train(flags, data, parts, first_step, log, device):
 def main(argv):
     flags, cfg = settings(argv)
     flags["out_dir"].mkdir(parents=True, exist_ok=True)
-    device = torch.device(flags["device"] or default_device())
+    device = flags["device"]
     if WORLD > 1:
         torch.distributed.init_process_group()
     if WORLD > 1 and device.type == "cuda":

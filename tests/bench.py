@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import build
 import moda
 import renderer
-from data import RATE, AudioEncoder, default_device
+from data import RATE, AudioEncoder
 from moda import Config, JointBlock, M, MoDA, SingleBlock, heads, modulate
 
 N, GUIDANCE, WORK = 80, {"audio+emotion": 0.2}, 206.8e9                    # FLOP a step, 2 passes x 4 x 80 tokens
@@ -143,7 +143,7 @@ def sampling(device, steps, turns):
 
 
 def bench(flags):
-    device = torch.device(flags["device"] or default_device())
+    device = flags["device"]
     print(torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
           f"torch {torch.__version__}; per window of {N} frames, and in real time; matrix products reach",
           f"{peak(device, torch.float32) / 1e9:.0f} GFLOP/s in float32", flush=True)

@@ -346,9 +346,9 @@ def test_damaged_data_sets_are_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     for content in (dict(), dict(clips=[]), dict(settings={})):
         write_manifest(content, tmp_path / "code/manifest.json")
-        with pytest.raises(ValueError, match="manifest.json: no train clips"):
+        with pytest.raises(ValueError, match="manifest.json: no train clips there"):
             Clips.open(tmp_path / "code")
-    with pytest.raises(ValueError, match="nowhere.*No such file.*; prepare one"):
+    with pytest.raises(ValueError, match="nowhere.*No such file.*; prepare a data set"):
         Clips.open(tmp_path / "nowhere")
 
 
