@@ -7,7 +7,6 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 
 import torch
@@ -272,11 +271,10 @@ class ALSE(MotionModel):
 # -------------------------------------------------------------------------------------------------------- the sampler
 def guidance_passes(guidance, emotion):
     """Eq. 8 as a sum of velocities: rows of (weight, audio dropped?, emotion). "audio+emotion" drops both together."""
-    weights = Counter({(False, emotion): 1.0})                             # equal passes become one
+    weights = Counter({(False, emotion): sum(guidance.values(), 1.0)})     # equal passes become one
     for key, scale in guidance.items():
         if not {*key.split("+")} <= {"audio", "emotion"}:
             raise ValueError(f"guidance {key!r}: conditions are audio and emotion, joined by + to drop them together")
-        weights[False, emotion] += scale
         weights["audio" in key, NO_EMOTION if "emotion" in key else emotion] -= scale
     return [(weight, *what) for what, weight in weights.items() if weight]
 
@@ -285,15 +283,6 @@ def euler(velocity, z, times):
     for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
-
-def plan(emotions, chunk, overlap, first):
-    """Of one chunk after the other: its frames, how many of them are its own, its emotion; a new one begins a chunk."""
-    size = first or chunk
-    for emotion, frames in emotions:
-        while frames >= 1:
-            stride = int(min(size - overlap, frames))
-            yield size, stride, emotion
-            size, frames = chunk, frames - stride
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
@@ -308,39 +297,36 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
     first    frames of the first chunk, for an earlier start"""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    if not (times and 0 <= overlap < (first or chunk) <= chunk):
+    device, size = model.mean.device, first or chunk
+    if not (times and 0 <= overlap < size <= chunk):
         raise ValueError(f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first={first} <= chunk={chunk}")
-    device = model.mean.device
-
-    @cache
-    def passes(emotion):
-        """Weight, dropped audio, emotion of all passes of a step, which run as one batch, and their modulations."""
-        rows = [torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion))]
-        return *rows, model.modulations(torch.tensor(times, device=device)[:, None], rows[2])      # (K, steps, B, 1, D)
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
+    voice = list(islice(frames, size))
+    if not voice:
+        raise ValueError("the audio has no frames")
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1/16 .. 15/16
-    calm = smooth_pose if smooth else lambda motion, before: motion
-    voice, identity, prev = [], identity.flatten(), prev.flatten()
+    calm = smooth_pose if smooth else lambda motion: motion
     z = before = tail = rest = torch.empty(0, M)
-    for size, stride, mood in plan(emotion if isinstance(emotion, list) else [(emotion, math.inf)], chunk, overlap, first):
-        voice += islice(frames, size - len(voice))
-        if len(voice) <= len(tail):
-            break
-        weight, drop_audio, emotions, mods = passes(mood)
-        window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
-        z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])     # chunks agree on a shared frame
+    for mood, left in emotion if isinstance(emotion, list) else [(emotion, math.inf)]:
+        # all passes of a step run as one batch; their modulations are the same in every chunk
+        weight, drop_audio, moods = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, mood)))
+        mods = model.modulations(torch.tensor(times, device=device)[:, None], moods)         # (K, steps, B, 1, D) each
         batch = lambda x: x.to(device).expand(len(weight), *x.shape)
-        given = model.conditions(batch(window), emotions, batch(identity), batch(prev), drop_audio)
-        guided = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
-        motion = calm(euler(guided, next(noises, z).to(device), times).cpu(), before[:0])              # Eq. 8, 2
-        motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
-        ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
-        yield ready[:stride]                                               # what no later chunk will touch
-        prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
-        z, voice, rest = z[stride:], voice[stride:], ready[stride:]
-    if not len(before):
-        raise ValueError("the audio has no frames")
+        while left >= 1 and len(voice) > len(tail):
+            window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
+            z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])           # chunks agree on these
+            given = model.conditions(batch(window), moods, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
+            v = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
+            motion = calm(euler(v, next(noises, z).to(device), times).cpu())                 # Eq. 8 above, Eq. 2
+            motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
+            ready = calm(torch.cat([before, motion[:len(voice)]]))[len(before):]   # fades start at 0: the next is known
+            stride = int(min(size - overlap, left))
+            yield ready[:stride]                                           # what no later chunk will touch
+            prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
+            z, voice, rest = z[stride:], voice[stride:], ready[stride:]
+            size, left = chunk, left - stride
+            voice += islice(frames, size - len(voice))
     if len(rest):
         yield rest
 
@@ -348,11 +334,10 @@ def sample(*args, **kwargs):
     """`stream`, joined: -> (T, 70)."""
     return torch.cat(list(stream(*args, **kwargs)))
 
-def smooth_pose(motion, before):
-    """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70), before (0 or 1, 70)."""
-    joined = torch.cat([before, motion])
-    pose = F.avg_pool1d(joined[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
-    return torch.cat([joined[:, EXP], pose], 1)[len(before):]
+def smooth_pose(motion):
+    """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70) -> the same."""
+    pose = F.avg_pool1d(motion[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
+    return torch.cat([motion[:, EXP], pose], 1)
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, state, keep=""):
