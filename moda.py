@@ -226,22 +226,24 @@ def draw(cfg, B, N, generator):
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
     """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
-    emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
     z0, t_ = z0 * mask[..., None], t[:, None, None]
     z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
-    v = model(z_t, t, audio, emotion, identity, prev, drop_audio, mask)
-    error, both, means = v - x, mask, []
-    for _ in range(3):                                                     # itself, its first and second differences
-        means.append((error ** 2 * both[..., None]).sum() / (M * both.sum()).clamp(min=1))
-        error, both = error.diff(dim=1), both[:, 1:] & both[:, :-1]
+    v = model(z_t, t, audio, torch.where(drop_emotion, NO_EMOTION, emotion), identity, prev, drop_audio, mask)
+    errors = [(v - x).diff(n=k, dim=1) for k in range(3)]                  # itself, its first and second differences
+    real = [mask.unfold(1, k + 1, 1).all(-1) for k in range(3)]            # (B, N - k): of frames that count, all k + 1
+    mse = [(e ** 2 * r[..., None]).sum() / (M * r.sum()).clamp(min=1) for e, r in zip(errors, real)]
     sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)
-    gate = (sync < tau) & ~drop_audio                                      # clip by clip: (B,)
-    return means[0], means[1] + means[2], (sync * gate).mean()             # Eq. 4, Eq. 5, Eq. 7
+    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 4; 5; 7, gated clip by clip
 
 def sync_loss(a, m, mask, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
     p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
     return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+class Residual(nn.Conv1d):
+    """x + a convolution over time, x (B, N, D)."""
+    def forward(self, x):
+        return x + super().forward(F.gelu(F.rms_norm(x, x.shape[-1:])).mT).mT
 
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
@@ -249,18 +251,14 @@ class ALSE(MotionModel):
     unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs."""
     def __init__(self, cfg, kernel=5, depth=4):
         super().__init__(cfg)
-        tower = lambda n_in: nn.ModuleList([linear(n_in, cfg.width)] + [
-            nn.Conv1d(cfg.width, cfg.width, kernel, padding=kernel // 2) for _ in range(depth)])
+        tower = lambda n_in: nn.Sequential(linear(n_in, cfg.width), *(
+            Residual(cfg.width, cfg.width, kernel, padding="same") for _ in range(depth)))
         self.audio, self.motion = tower(cfg.audio_layers * cfg.audio_dim), tower(len(LIPS))
 
     def forward(self, audio, z, mask):
         """audio (B, N, L, A), normalised motion z (B, N, 70), mask (B, N) -> unit vectors per frame, 2 x (B, N, D)."""
-        def embed(tower, x):
-            x = tower[0](x * mask[..., None]).transpose(1, 2)              # (B, D, N)
-            for conv in tower[1:]:
-                x = x + conv(F.gelu(F.rms_norm(x.mT, x.shape[1:2]).mT))
-            return F.normalize(F.relu(x).mT, dim=-1)                       # >= 0, so that a cosine is a probability
-        return embed(self.audio, self.hear(audio)), embed(self.motion, z[..., LIPS])
+        a, m = self.audio(self.hear(audio) * mask[..., None]), self.motion(z[..., LIPS] * mask[..., None])
+        return F.normalize(F.relu(a), dim=-1), F.normalize(F.relu(m), dim=-1)      # >= 0: a cosine is a probability
 
     def pretraining_loss(self, audio, z, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
