@@ -60,14 +60,10 @@ def linear(n_in, n_out, aligned=0, gain=1.0):
     layer.bias.data.copy_(torch.arange(n_out) < aligned)
     return layer
 
-def mlp(n_in, n_hidden, n_out, act):
-    return nn.Sequential(linear(n_in, n_hidden), act, linear(n_hidden, n_out))
-
 def heads(qkv, gain, table):
     """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
-    q, k, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
-    q, k = (rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip((q, k), gain))
-    return q, k, v
+    *qk, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
+    return *(rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip(qk, gain)), v
 
 class JointBlock(nn.Module):
     """Joint attention over n streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
@@ -78,7 +74,7 @@ class JointBlock(nn.Module):
         self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(n))
         self.qk_gain = nn.Parameter(torch.ones(n, 2, D // cfg.heads))
         self.out = nn.ModuleList(linear(D, D) for _ in range(n))
-        self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
+        self.mlp = nn.ModuleList(nn.Sequential(linear(D, 4 * D), nn.GELU("tanh"), linear(4 * D, D)) for _ in range(n))
 
     def forward(self, xs, mods, table, heard=None):
         """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
@@ -86,10 +82,9 @@ class JointBlock(nn.Module):
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
         qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
         q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
-        k, v = ([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)] for ys in (k, v))
-        y = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2), heard)
-        ys = y.transpose(1, 2).flatten(2).split(lengths, 1)                # (B, n, D), back to their owners
-        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
+        k, v = (torch.cat([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)], 2) for ys in (k, v))
+        y = F.scaled_dot_product_attention(torch.cat(q, 2), k, v, heard).transpose(1, 2).flatten(2)
+        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, y.split(lengths, 1), mods)]    # back to their owners
         return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]
 
 class SingleBlock(nn.Module):
@@ -104,8 +99,8 @@ class SingleBlock(nn.Module):
 
     def forward(self, x, mods, table, heard=None, keep=None):
         """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
-        u, cut = modulate(x, mods[0], mods[1]), [3 * x.size(-1)]           # 3D channels of qkv, 4D of the feed-forward
-        (W, W_mlp), (b, b_mlp) = (p.tensor_split(cut) for p in (self.qkv_mlp.weight, self.qkv_mlp.bias))
+        u = modulate(x, mods[0], mods[1])
+        (W, W_mlp), (b, b_mlp) = (p.tensor_split([3 * x.size(-1)]) for p in self.qkv_mlp.parameters())   # 3D, 4D rows
         q, k, v = heads(F.linear(u, W, b), self.qk_gain, table)
         y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
         h = F.gelu(F.linear(u[:, :keep], W_mlp, b_mlp), approximate="tanh")
@@ -117,8 +112,7 @@ class MotionModel(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.register_buffer("mean", torch.zeros(M))
-        self.register_buffer("std", torch.ones(M))
+        self.mean, self.std = nn.Buffer(torch.zeros(M)), nn.Buffer(torch.ones(M))
 
     def size(self, portrait):
         """How large a face is against the average of the training data: (..., 70) -> factors per channel, (..., 70)."""
@@ -158,7 +152,8 @@ class MoDA(MotionModel):
         if cfg.fusion not in stages or cfg.width % (2 * cfg.heads):
             raise ValueError(f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
         four, two, one, cross = stages[cfg.fusion]
-        self.motion_in, self.identity_in, self.time_in = (mlp(n, D, D, nn.SiLU()) for n in (2 * M, 63, 256))
+        embedder = lambda n_in: nn.Sequential(linear(n_in, D), nn.SiLU(), linear(D, D))
+        self.motion_in, self.identity_in, self.time_in = embedder(2 * M), embedder(63), embedder(256)
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
         for weight in (self.time_in[0].weight, self.time_in[2].weight, self.emotion_in.weight):
             nn.init.normal_(weight, std=0.02)
@@ -191,9 +186,8 @@ class MoDA(MotionModel):
 
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
-        wave = waves(1000 * t, 256, 10000)
-        time = self.time_in(torch.cat([wave.real, wave.imag], -1).to(self.head.weight))
-        c = F.silu(time + self.cfg.emotion_adaln * self.emotion_in(emotion))
+        wave = torch.view_as_real(waves(1000 * t, 256, 10000)).mT.flatten(-2)                # 128 cosines, 128 sines
+        c = F.silu(self.time_in(wave.to(self.head.weight)) + self.cfg.emotion_adaln * self.emotion_in(emotion))
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
 
