@@ -350,18 +350,16 @@ def read_tensors(path, advice="fetch it again", mmap=False):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except Exception as error:                                             # truncated, foreign, or a pickle with code
-        reason = f"not a readable checkpoint: {type(error).__name__} {error}".splitlines()[0][:130]
-        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+        reason = {FileNotFoundError: "no such file"}.get(type(error), f"not a readable checkpoint: {error!r:.100}")
         raise ValueError(f"{path}: {reason}; {advice}") from None
 
 def released_parameters(model):
     """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
     au or au1..3 (audio, emotion, identity); "audio" where a name is long."""
-    layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
-              "final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
+    places = {"null_audio_feat": model.null_audio, "emo_embedder.embedding_table.weight": model.emotion_in.weight}
+    layers = {"final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
     layers |= {f"{name}_embedder.mlp": getattr(model, f"{name}_in") for name in ("motion", "identity", "time")}
-    layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
-    places = {"null_audio_feat": model.null_audio}
+    layers |= {f"audio_embedder.{x}": model.audio_in[i] for x, i in dict(proj1=0, proj2=2, proj3=4, norm=5).items()}
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
     joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
     for name, block, numbers in joint:
@@ -381,25 +379,24 @@ def released_parameters(model):
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
     unused = [key for key in state if key.endswith(("scheduler.sigmas", "null_motion_feat"))]
-    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}")
+    # the authors' Parameter(...).to("cuda") was no parameter: never saved, and drawn anew by who loads it
+    voiceless = "its own" if "null_audio_feat" in state else "random, from a fixed seed; the authors' was another"
+    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}; null_audio_feat: {voiceless}")
     state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if key not in unused}
     count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
     size = lambda key: state[key].size(-1) if key in state else 768
     width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
     with torch.device("meta"):
         model = MoDA(Config(width, width // head, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
-                            audio_dim=size("audio_embedder.proj1.weight") // 12))
-    model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
-    if "null_audio_feat" not in state:     # the authors' Parameter(...).to("cuda") was no parameter: never saved
-        print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
-        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
-    return load_strictly(model, state, path, released_parameters(model))
+                            audio_dim=size("audio_embedder.proj1.weight") // 12)).to_empty(device="cpu")
+    null_audio = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
+    assumed = {"mean": torch.zeros(M), "std": torch.ones(M), "null_audio_feat": null_audio}
+    return load_strictly(model, assumed | state, path, released_parameters(model) | dict(model.named_buffers()))
 
 def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
-    places = {"mean": model.mean, "std": model.std}
-    load_strictly(model, {name: state[name] for name in places if name in state}, path, places)
+    load_strictly(model, {x: state[x] for x in ("mean", "std") if x in state}, path, dict(model.named_buffers()))
 
 def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
