@@ -7,7 +7,6 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 
 import torch
@@ -61,14 +60,10 @@ def linear(n_in, n_out, aligned=0, gain=1.0):
     layer.bias.data.copy_(torch.arange(n_out) < aligned)
     return layer
 
-def mlp(n_in, n_hidden, n_out, act):
-    return nn.Sequential(linear(n_in, n_hidden), act, linear(n_hidden, n_out))
-
 def heads(qkv, gain, table):
     """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
-    q, k, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
-    q, k = (rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip((q, k), gain))
-    return q, k, v
+    *qk, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
+    return *(rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip(qk, gain)), v
 
 class JointBlock(nn.Module):
     """Joint attention over n streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
@@ -79,7 +74,7 @@ class JointBlock(nn.Module):
         self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(n))
         self.qk_gain = nn.Parameter(torch.ones(n, 2, D // cfg.heads))
         self.out = nn.ModuleList(linear(D, D) for _ in range(n))
-        self.mlp = nn.ModuleList(mlp(D, 4 * D, D, nn.GELU("tanh")) for _ in range(n))
+        self.mlp = nn.ModuleList(nn.Sequential(linear(D, 4 * D), nn.GELU("tanh"), linear(4 * D, D)) for _ in range(n))
 
     def forward(self, xs, mods, table, heard=None):
         """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
@@ -87,10 +82,9 @@ class JointBlock(nn.Module):
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
         qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
         q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
-        k, v = ([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)] for ys in (k, v))
-        y = F.scaled_dot_product_attention(torch.cat(q, 2), torch.cat(k, 2), torch.cat(v, 2), heard)
-        ys = y.transpose(1, 2).flatten(2).split(lengths, 1)                # (B, n, D), back to their owners
-        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
+        k, v = (torch.cat([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)], 2) for ys in (k, v))
+        y = F.scaled_dot_product_attention(torch.cat(q, 2), k, v, heard).transpose(1, 2).flatten(2)
+        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, y.split(lengths, 1), mods)]    # back to their owners
         return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]
 
 class SingleBlock(nn.Module):
@@ -105,8 +99,8 @@ class SingleBlock(nn.Module):
 
     def forward(self, x, mods, table, heard=None, keep=None):
         """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
-        u, cut = modulate(x, mods[0], mods[1]), [3 * x.size(-1)]           # 3D channels of qkv, 4D of the feed-forward
-        (W, W_mlp), (b, b_mlp) = (p.tensor_split(cut) for p in (self.qkv_mlp.weight, self.qkv_mlp.bias))
+        u = modulate(x, mods[0], mods[1])
+        (W, W_mlp), (b, b_mlp) = (p.tensor_split([3 * x.size(-1)]) for p in self.qkv_mlp.parameters())   # 3D, 4D rows
         q, k, v = heads(F.linear(u, W, b), self.qk_gain, table)
         y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
         h = F.gelu(F.linear(u[:, :keep], W_mlp, b_mlp), approximate="tanh")
@@ -118,8 +112,7 @@ class MotionModel(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.register_buffer("mean", torch.zeros(M))
-        self.register_buffer("std", torch.ones(M))
+        self.mean, self.std = nn.Buffer(torch.zeros(M)), nn.Buffer(torch.ones(M))
 
     def size(self, portrait):
         """How large a face is against the average of the training data: (..., 70) -> factors per channel, (..., 70)."""
@@ -159,7 +152,8 @@ class MoDA(MotionModel):
         if cfg.fusion not in stages or cfg.width % (2 * cfg.heads):
             raise ValueError(f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
         four, two, one, cross = stages[cfg.fusion]
-        self.motion_in, self.identity_in, self.time_in = (mlp(n, D, D, nn.SiLU()) for n in (2 * M, 63, 256))
+        embedder = lambda n_in: nn.Sequential(linear(n_in, D), nn.SiLU(), linear(D, D))
+        self.motion_in, self.identity_in, self.time_in = embedder(2 * M), embedder(63), embedder(256)
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
         for weight in (self.time_in[0].weight, self.time_in[2].weight, self.emotion_in.weight):
             nn.init.normal_(weight, std=0.02)
@@ -192,9 +186,8 @@ class MoDA(MotionModel):
 
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
-        wave = waves(1000 * t, 256, 10000)
-        time = self.time_in(torch.cat([wave.real, wave.imag], -1).to(self.head.weight))
-        c = F.silu(time + self.cfg.emotion_adaln * self.emotion_in(emotion))
+        wave = torch.view_as_real(waves(1000 * t, 256, 10000)).mT.flatten(-2)                # 128 cosines, 128 sines
+        c = F.silu(self.time_in(wave.to(self.head.weight)) + self.cfg.emotion_adaln * self.emotion_in(emotion))
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
 
@@ -227,22 +220,24 @@ def draw(cfg, B, N, generator):
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
     """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
-    emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
     z0, t_ = z0 * mask[..., None], t[:, None, None]
     z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
-    v = model(z_t, t, audio, emotion, identity, prev, drop_audio, mask)
-    error, both, means = v - x, mask, []
-    for _ in range(3):                                                     # itself, its first and second differences
-        means.append((error ** 2 * both[..., None]).sum() / (M * both.sum()).clamp(min=1))
-        error, both = error.diff(dim=1), both[:, 1:] & both[:, :-1]
+    v = model(z_t, t, audio, torch.where(drop_emotion, NO_EMOTION, emotion), identity, prev, drop_audio, mask)
+    errors = [(v - x).diff(n=k, dim=1) for k in range(3)]                  # itself, its first and second differences
+    real = [mask.unfold(1, k + 1, 1).all(-1) for k in range(3)]            # (B, N - k): of frames that count, all k + 1
+    mse = [(e ** 2 * r[..., None]).sum() / (M * r.sum()).clamp(min=1) for e, r in zip(errors, real)]
     sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)
-    gate = (sync < tau) & ~drop_audio                                      # clip by clip: (B,)
-    return means[0], means[1] + means[2], (sync * gate).mean()             # Eq. 4, Eq. 5, Eq. 7
+    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 4; 5; 7, gated clip by clip
 
 def sync_loss(a, m, mask, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
     p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
     return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+class Residual(nn.Conv1d):
+    """x + a convolution over time, x (B, N, D)."""
+    def forward(self, x):
+        return x + super().forward(F.gelu(F.rms_norm(x, x.shape[-1:])).mT).mT
 
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
@@ -250,18 +245,14 @@ class ALSE(MotionModel):
     unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs."""
     def __init__(self, cfg, kernel=5, depth=4):
         super().__init__(cfg)
-        tower = lambda n_in: nn.ModuleList([linear(n_in, cfg.width)] + [
-            nn.Conv1d(cfg.width, cfg.width, kernel, padding=kernel // 2) for _ in range(depth)])
+        tower = lambda n_in: nn.Sequential(linear(n_in, cfg.width), *(
+            Residual(cfg.width, cfg.width, kernel, padding="same") for _ in range(depth)))
         self.audio, self.motion = tower(cfg.audio_layers * cfg.audio_dim), tower(len(LIPS))
 
     def forward(self, audio, z, mask):
         """audio (B, N, L, A), normalised motion z (B, N, 70), mask (B, N) -> unit vectors per frame, 2 x (B, N, D)."""
-        def embed(tower, x):
-            x = tower[0](x * mask[..., None]).transpose(1, 2)              # (B, D, N)
-            for conv in tower[1:]:
-                x = x + conv(F.gelu(F.rms_norm(x.mT, x.shape[1:2]).mT))
-            return F.normalize(F.relu(x).mT, dim=-1)                       # >= 0, so that a cosine is a probability
-        return embed(self.audio, self.hear(audio)), embed(self.motion, z[..., LIPS])
+        a, m = self.audio(self.hear(audio) * mask[..., None]), self.motion(z[..., LIPS] * mask[..., None])
+        return F.normalize(F.relu(a), dim=-1), F.normalize(F.relu(m), dim=-1)      # >= 0: a cosine is a probability
 
     def pretraining_loss(self, audio, z, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
@@ -272,11 +263,10 @@ class ALSE(MotionModel):
 # -------------------------------------------------------------------------------------------------------- the sampler
 def guidance_passes(guidance, emotion):
     """Eq. 8 as a sum of velocities: rows of (weight, audio dropped?, emotion). "audio+emotion" drops both together."""
-    weights = Counter({(False, emotion): 1.0})                             # equal passes become one
+    weights = Counter({(False, emotion): sum(guidance.values(), 1.0)})     # equal passes become one
     for key, scale in guidance.items():
         if not {*key.split("+")} <= {"audio", "emotion"}:
             raise ValueError(f"guidance {key!r}: conditions are audio and emotion, joined by + to drop them together")
-        weights[False, emotion] += scale
         weights["audio" in key, NO_EMOTION if "emotion" in key else emotion] -= scale
     return [(weight, *what) for what, weight in weights.items() if weight]
 
@@ -285,15 +275,6 @@ def euler(velocity, z, times):
     for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
-
-def plan(emotions, chunk, overlap, first):
-    """Of one chunk after the other: its frames, how many of them are its own, its emotion; a new one begins a chunk."""
-    size = first or chunk
-    for emotion, frames in emotions:
-        while frames >= 1:
-            stride = int(min(size - overlap, frames))
-            yield size, stride, emotion
-            size, frames = chunk, frames - stride
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
@@ -308,39 +289,36 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
     first    frames of the first chunk, for an earlier start"""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    if not (times and 0 <= overlap < (first or chunk) <= chunk):
+    device, size = model.mean.device, first or chunk
+    if not (times and 0 <= overlap < size <= chunk):
         raise ValueError(f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first={first} <= chunk={chunk}")
-    device = model.mean.device
-
-    @cache
-    def passes(emotion):
-        """Weight, dropped audio, emotion of all passes of a step, which run as one batch, and their modulations."""
-        rows = [torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, emotion))]
-        return *rows, model.modulations(torch.tensor(times, device=device)[:, None], rows[2])      # (K, steps, B, 1, D)
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
+    voice = list(islice(frames, size))
+    if not voice:
+        raise ValueError("the audio has no frames")
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1/16 .. 15/16
-    calm = smooth_pose if smooth else lambda motion, before: motion
-    voice, identity, prev = [], identity.flatten(), prev.flatten()
+    calm = smooth_pose if smooth else lambda motion: motion
     z = before = tail = rest = torch.empty(0, M)
-    for size, stride, mood in plan(emotion if isinstance(emotion, list) else [(emotion, math.inf)], chunk, overlap, first):
-        voice += islice(frames, size - len(voice))
-        if len(voice) <= len(tail):
-            break
-        weight, drop_audio, emotions, mods = passes(mood)
-        window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
-        z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])     # chunks agree on a shared frame
+    for mood, left in emotion if isinstance(emotion, list) else [(emotion, math.inf)]:
+        # all passes of a step run as one batch; their modulations are the same in every chunk
+        weight, drop_audio, moods = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, mood)))
+        mods = model.modulations(torch.tensor(times, device=device)[:, None], moods)         # (K, steps, B, 1, D) each
         batch = lambda x: x.to(device).expand(len(weight), *x.shape)
-        given = model.conditions(batch(window), emotions, batch(identity), batch(prev), drop_audio)
-        guided = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
-        motion = calm(euler(guided, next(noises, z).to(device), times).cpu(), before[:0])              # Eq. 8, 2
-        motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
-        ready = calm(motion[:len(voice)], before)                          # fades start at 0: the next frame is known
-        yield ready[:stride]                                               # what no later chunk will touch
-        prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
-        z, voice, rest = z[stride:], voice[stride:], ready[stride:]
-    if not len(before):
-        raise ValueError("the audio has no frames")
+        while left >= 1 and len(voice) > len(tail):
+            window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
+            z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])           # chunks agree on these
+            given = model.conditions(batch(window), moods, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
+            v = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
+            motion = calm(euler(v, next(noises, z).to(device), times).cpu())                 # Eq. 8 above, Eq. 2
+            motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
+            ready = calm(torch.cat([before, motion[:len(voice)]]))[len(before):]   # fades start at 0: the next is known
+            stride = int(min(size - overlap, left))
+            yield ready[:stride]                                           # what no later chunk will touch
+            prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
+            z, voice, rest = z[stride:], voice[stride:], ready[stride:]
+            size, left = chunk, left - stride
+            voice += islice(frames, size - len(voice))
     if len(rest):
         yield rest
 
@@ -348,11 +326,10 @@ def sample(*args, **kwargs):
     """`stream`, joined: -> (T, 70)."""
     return torch.cat(list(stream(*args, **kwargs)))
 
-def smooth_pose(motion, before):
-    """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70), before (0 or 1, 70)."""
-    joined = torch.cat([before, motion])
-    pose = F.avg_pool1d(joined[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
-    return torch.cat([joined[:, EXP], pose], 1)[len(before):]
+def smooth_pose(motion):
+    """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70) -> the same."""
+    pose = F.avg_pool1d(motion[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
+    return torch.cat([motion[:, EXP], pose], 1)
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, state, keep="", write=torch.save):
@@ -373,18 +350,16 @@ def read_tensors(path, advice="fetch it again"):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                                             # truncated, foreign, or a pickle with code
-        reason = f"not a readable checkpoint: {type(error).__name__} {error}".splitlines()[0][:130]
-        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+        reason = {FileNotFoundError: "no such file"}.get(type(error), f"not a readable checkpoint: {error!r:.100}")
         raise ValueError(f"{path}: {reason}; {advice}") from None
 
 def released_parameters(model):
     """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
     au or au1..3 (audio, emotion, identity); "audio" where a name is long."""
-    layers = {"emo_embedder.embedding_table": model.emotion_in, "audio_embedder.norm": model.audio_in[5],
-              "final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
+    places = {"null_audio_feat": model.null_audio, "emo_embedder.embedding_table.weight": model.emotion_in.weight}
+    layers = {"final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
     layers |= {f"{name}_embedder.mlp": getattr(model, f"{name}_in") for name in ("motion", "identity", "time")}
-    layers |= {f"audio_embedder.proj{i + 1}": model.audio_in[2 * i] for i in range(3)}
-    places = {"null_audio_feat": model.null_audio}
+    layers |= {f"audio_embedder.{x}": model.audio_in[i] for x, i in dict(proj1=0, proj2=2, proj3=4, norm=5).items()}
     joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
     joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
     for name, block, numbers in joint:
@@ -404,25 +379,24 @@ def released_parameters(model):
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
     unused = [key for key in state if key.endswith(("scheduler.sigmas", "null_motion_feat"))]
-    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}")
+    # the authors' Parameter(...).to("cuda") was no parameter: never saved, and drawn anew by who loads it
+    voiceless = "its own" if "null_audio_feat" in state else "random, from a fixed seed; the authors' was another"
+    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}; null_audio_feat: {voiceless}")
     state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if key not in unused}
     count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
     size = lambda key: state[key].size(-1) if key in state else 768
     width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
     with torch.device("meta"):
         model = MoDA(Config(width, width // head, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
-                            audio_dim=size("audio_embedder.proj1.weight") // 12))
-    model.to_empty(device="cpu").load_state_dict({"mean": torch.zeros(M), "std": torch.ones(M)}, strict=False)
-    if "null_audio_feat" not in state:     # the authors' Parameter(...).to("cuda") was no parameter: never saved
-        print(f"{path}: no null_audio_feat; guidance uses a random vector of a fixed seed, the authors' used another")
-        state["null_audio_feat"] = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
-    return load_strictly(model, state, path, released_parameters(model))
+                            audio_dim=size("audio_embedder.proj1.weight") // 12)).to_empty(device="cpu")
+    null_audio = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
+    assumed = {"mean": torch.zeros(M), "std": torch.ones(M), "null_audio_feat": null_audio}
+    return load_strictly(model, assumed | state, path, released_parameters(model) | dict(model.named_buffers()))
 
 def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
-    places = {"mean": model.mean, "std": model.std}
-    load_strictly(model, {name: state[name] for name in places if name in state}, path, places)
+    load_strictly(model, {x: state[x] for x in ("mean", "std") if x in state}, path, dict(model.named_buffers()))
 
 def load_strictly(module, tensors, path, places=None):
     """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
