@@ -22,7 +22,7 @@ import json
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -59,16 +59,24 @@ def explained(what, complaint, advice, error=ValueError):
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
+@contextmanager
+def ffmpeg(told, error, *options, **pipes):
+    """A running ffmpeg; where it fails, the user is told, with the first and last of its complaints."""
+    # they go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        command = [get_ffmpeg_exe(), "-v", "error", *options]
+        with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as process:
+            yield process
+        log.seek(0)
+        lines = [line.split("] ")[-1].strip() for line in log]
+        require(process.returncode == 0, f"{told} ({'; '.join(lines[:1] + lines[1:][-1:])})", error)
+
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""
     source = f"-f s16le -ar {RATE} -ac 1 -i -".split() if path == "-" else ["-nostdin", "-i", f"file:{path}"]
-    command = [get_ffmpeg_exe(), "-v", "error", "-abort_on", "empty_output", *source, *options, "-"]
-    # complaints go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
-    with tempfile.TemporaryFile("w+", errors="replace") as log, Popen(command, stdout=PIPE, stderr=log) as ffmpeg:
-        yield from iter(lambda: ffmpeg.stdout.read(size), b"")
-        if ffmpeg.wait():
-            log.seek(0)
-            raise ValueError(f"{path}: no {what} could be read ({log.readline().split('] ')[-1].strip()})")
+    options = "-abort_on", "empty_output", *source, *options, "-"
+    with ffmpeg(f"{path}: no {what} could be read", ValueError, *options, stdout=PIPE) as decoder:
+        yield from iter(lambda: decoder.stdout.read(size), b"")
 
 def audio_blocks(path):
     """Pieces of float32 (BLOCK * HOP,) of any sound ffmpeg reads, or of a video's: 16 kHz mono. The last is shorter."""
@@ -196,6 +204,10 @@ class AudioEncoder:
             x = F.layer_norm(x, x.shape, eps=1e-7) if self.config["do_normalize"] else x
             features = self.layers(self.net, x[None, None, :len(x) // HOP * HOP])
             yield features[torch.arange(-(-len(wav) // HOP)).clamp(max=len(features) - 1)].cpu()
+
+def hearing(encoder, device):
+    """What makes features (n, L, A) of sound in pieces: an encoder, from its file; log-mel without one."""
+    return AudioEncoder.from_pretrained(encoder, device).blocks if encoder else log_mel_blocks
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
 
@@ -420,8 +432,8 @@ def prepare(flags):
     require(videos, f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(flags["labels"]) if flags["labels"] else {})
     classify = hsemotion() if flags["emotion"] else lambda image: NO_EMOTION
-    face, ears = LivePortrait(flags["weights"], flags["device"]), flags["audio_encoder"]
-    hear = AudioEncoder.from_pretrained(ears, face.device).blocks if ears else log_mel_blocks
+    face = LivePortrait(flags["weights"], flags["device"])
+    hear = hearing(flags["audio_encoder"], face.device)
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
     path = folder / "manifest.json"

@@ -43,19 +43,15 @@ The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they
     --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
     --device=
 """
-import math
 import os
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
-from queue import SimpleQueue
-from subprocess import PIPE, Popen
-from threading import Thread
+from subprocess import PIPE
 
-import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
@@ -63,8 +59,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (CONTROLS, LABELS, RATE, AudioEncoder, ToyTalker, UsageError, audio_blocks, expression,
-                  log_mel_blocks, parse_flags, run, toy_prototypes)
+from data import (CONTROLS, LABELS, RATE, ToyTalker, UsageError, audio_blocks, explained, expression, ffmpeg, hearing,
+                  parse_flags, require, run, toy_prototypes)
 from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image, relative
 
@@ -82,70 +78,52 @@ def open_face(flags, device):
     place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
     return face, face.source(np.asarray(crop)), place
 
-def listen(flags, model, sound):
-    """What the model hears of a sound in pieces, piece by piece (n, L, A)."""
-    encoder = flags["audio_encoder"] and AudioEncoder.from_pretrained(flags["audio_encoder"], model.mean.device)
-    return encoder.blocks(sound) if encoder else log_mel_blocks(sound)
-
 def sampling(flags):
     """What the flags say to moda.stream."""
     guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
     named = {name: flags[name] for name in ("seed", "steps", "chunk", "overlap", "smooth")}
-    return named | {"guidance": guidance, "first": flags["first_chunk"]}
+    return dict(named, guidance=guidance, first=flags["first_chunk"])
 
 def pairs(flags, name, known, default):
     """A flag such as smile:0.5,brow:5 -> [(what is known as smile, 0.5), ...]; UsageError if a word is not known."""
-    try:
+    with explained(f"--{name}={flags[name]}", f"known are {', '.join(known)}", "use NAME or NAME:NUMBER", UsageError):
         words = (part.partition(":") for part in flags[name].split(",") if part)
         return [(known[word], float(number or default)) for word, _, number in words]
-    except (KeyError, ValueError):
-        raise UsageError(f"--{name}={flags[name]}: should be NAME or NAME:NUMBER; known are {', '.join(known)}") from None
 
 def talk(flags, model, source, features, made):
     """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait. To `made` goes what
     the model says, and --motion_path stands for: the same before it is edited and put on the portrait."""
     portrait, absolute = source.motion[0].to(model.mean.device), flags["absolute"] and not flags["relative"]
     # LivePortrait moves a portrait relative to a neutral driver; a generator's is a face at rest in its mean pose
-    scale, at_rest = torch.ones_like(portrait), torch.cat([0 * model.mean[EXP], model.mean[EXP.stop:]])
-    neutral, size = (portrait, model.size(portrait)) if absolute else (at_rest, 1.0)
-    scale[EXP], scale[ROT] = flags["exp_scale"], flags["pose_scale"]
-    directions = {name: expression(**{name: 1}) for name in CONTROLS}
-    edit = sum(amount * F.pad(torch.tensor(way).to(portrait), (0, 7)) for way, amount in pairs(flags, "edit", directions, 1))
+    neutral, size = (portrait, model.size(portrait)) if absolute else (F.pad(model.mean[63:], (63, 0)), 1.0)
+    scale = portrait.new_tensor(63 * [flags["exp_scale"]] + 4 * [1.0] + 3 * [flags["pose_scale"]])
+    edit = portrait.new_tensor(expression(**dict(pairs(flags, "edit", {name: name for name in CONTROLS}, 1))))
     if flags["motion_path"]:
-        motions = [checked(np.load(flags["motion_path"], allow_pickle=False))]
+        with explained(flags["motion_path"], "no motion could be read", "expected what --save_motion wrote"):
+            motions = [checked(np.load(flags["motion_path"], allow_pickle=False))]
     else:
         *earlier, (last, _) = pairs(flags, "emotion", LABELS, 0)
-        emotions = [(emotion, 25 * seconds) for emotion, seconds in earlier] + [(last, math.inf)]
+        emotions = [(emotion, 25 * seconds) for emotion, seconds in earlier] + [(last, np.inf)]
         zs = stream(model, features, source.x_c, model.normalise(neutral, size), emotions, **sampling(flags))
         motions = (model.denormalise(z.to(portrait), size) for z in zs)
     for motion in motions:
         made.append(motion.cpu())
-        motion = neutral + scale * (motion.to(portrait) - neutral) + edit
+        motion = neutral.lerp(motion.to(portrait), scale)
+        motion[:, EXP] += edit
         yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
 
-def write_video(path, frames, audio_path, heard=None):
+def write_video(path, frames, audio_path, heard=os.devnull):
     """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, and H.264 and AAC in an .mp4.
     `path` appears when it is complete: until then the film lies in a folder beside it that always goes away. "-" is
-    stdout. Sound that came on stdin is in the queue `heard`: float32 as bytes, and b"" at its end."""
+    stdout. Sound of the audio_path "-" comes through the pipe `heard`, float32."""
     coding = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0 -preset veryfast -crf 18 -pix_fmt yuv420p".split()
-    reader, writer = os.pipe()
-
-    def pump():
-        with suppress(BrokenPipeError), open(writer, "wb") as pipe:
-            pipe.writelines(iter(heard.get, b"") if heard else ())
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(f"{folder}/log", "w+", errors="replace") as log:
-        part = Path(folder, path.name)
-        voice = f"-f f32le -ar {RATE} -ac 1 -i pipe:{reader}".split() if heard else ["-i", f"file:{audio_path}"]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(heard) as pipe:
+        part, live = Path(folder, path.name), f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
+        voice = live if audio_path == "-" else ["-i", f"file:{audio_path}"]
         target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split() if path.name == "-" else [f"file:{part}"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *voice, *coding, *target]
-        Thread(target=pump, daemon=True).start()
-        # when the pipe breaks, ffmpeg has said why
-        with open(reader), suppress(BrokenPipeError), closing(frames), \
-                Popen(command, stdin=PIPE, stderr=log, pass_fds=[reader]) as ffmpeg:
-            ffmpeg.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
-        if ffmpeg.returncode:
-            log.seek(0)
-            raise OSError(f"{path}: could not be written ({' '.join(log.read().split())[-300:]})")
+        with closing(frames), ffmpeg(f"{path}: could not be written", OSError, *voice, *coding, *target,
+                                     stdin=PIPE, pass_fds=[pipe.fileno()]) as encoder:
+            encoder.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
         if path.name != "-":
             part.replace(path)
 
@@ -157,17 +135,15 @@ def timed(name, items, clock):
         yield item
         began = time.perf_counter()
 
-def microphone(pieces, clock, heard):
-    """Sound no sooner than it is spoken, which is at clock["spoken"]; also into the queue `heard`, if there is one."""
-    clock["spoken"] = time.perf_counter()
+def microphone(pieces, clock, pipe):
+    """Sound no sooner than it is spoken, at clock["spoken"]; a thread puts it into the pipe, which may be full."""
+    writer, clock["spoken"] = ThreadPoolExecutor(1), time.perf_counter()
     for piece in pieces:
         clock["spoken"] += len(piece) / RATE
         time.sleep(max(0, clock["spoken"] - time.perf_counter()))
-        if heard:
-            heard.put(piece.tobytes())
+        writer.submit(pipe.write, piece.tobytes())
         yield piece
-    if heard:
-        heard.put(b"")
+    writer.submit(pipe.close)
 
 def ahead(parts, clock):
     """Pass motion on while a thread makes the next piece; tell how late each is."""
@@ -181,16 +157,14 @@ def ahead(parts, clock):
 def main(argv):
     """Make the video that the flags ask for."""
     flags, began = parse_flags(__doc__, argv), time.perf_counter()
-    out = Path(flags["output_path"])
+    out, voice = Path(flags["output_path"]), flags["audio_path"]
     if out.name == "-":
         sys.stdout = sys.stderr                                            # stdout is for the film
-    for fine, told in (
-            (flags["audio_path"] or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?"),
-            (bool(flags["weights"]) == bool(flags["image_path"]), "--image_path=FILE and --weights=FOLDER go together"),
-            (out.name == "-" or out.suffix and out.parent.is_dir(),
-             f"--output_path={out}: no NAME.mp4 in a folder that exists")):
-        if not fine:
-            raise UsageError(told)
+    require(voice or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?", UsageError)
+    require(bool(flags["weights"]) == bool(flags["image_path"]),
+            "--image_path=FILE and --weights=FOLDER go together", UsageError)
+    require(out.name == "-" or out.suffix and out.parent.is_dir(),
+            f"--output_path={out}: no NAME.mp4 in a folder that exists", UsageError)
     pairs(flags, "emotion", LABELS, 0)
     if flags["bench"]:
         from tests.bench import bench
@@ -204,27 +178,31 @@ def main(argv):
     model.to(flags["device"])
     for p in model.parameters() if flags["bf16"] else ():
         p.data = p.data.bfloat16()                                         # the statistics stay float32
+    film(flags, model, out, began)
+
+def film(flags, model, out, began):
+    """From the voice to the file, where each stage pulls from the one before it; and how long each took."""
     face, source, place = open_face(flags, model.mean.device)
     if flags["compile"]:
         model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False)
         face.render = torch.compile(face.render, dynamic=False)
-    clock, made = dict.fromkeys(("sound", "motion", "wait", "render"), 0.0), []
-    heard, sound = SimpleQueue() if flags["audio_path"] == "-" else None, audio_blocks(flags["audio_path"])
-    live = flags["stream"] or heard
-    features = timed("sound", listen(flags, model, microphone(sound, clock, heard) if live else sound), clock)
+    clock, made, voice = dict.fromkeys(("sound", "motion", "wait", "render"), 0.0), [], flags["audio_path"]
+    heard, pipe = os.pipe() if voice == "-" else (os.devnull, os.devnull)
+    live, sound = flags["stream"] or voice == "-", audio_blocks(voice)
+    sound = microphone(sound, clock, open(pipe, "wb")) if live else sound
+    features = timed("sound", hearing(flags["audio_encoder"], model.mean.device)(sound), clock)
     parts = timed("motion", talk(flags, model, source, features, made), clock)
     parts = timed("wait", ahead(parts, clock) if live else parts, clock)
     frames = place(frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
     loading = time.perf_counter() - began
-    write_video(out, bar := tqdm(timed("render", frames, clock), "frames", unit=""), flags["audio_path"], heard)
+    write_video(out, bar := tqdm(timed("render", frames, clock), "frames", unit=""), voice, heard)
     taken = time.perf_counter() - began - loading
     if flags["save_motion"]:
         np.save(f"{flags['save_motion']}.part.npy", torch.cat(made))
-        Path(f"{flags['save_motion']}.part.npy").replace(flags["save_motion"])
-    stages = dict(loading=loading, sound=clock["sound"], motion=clock["motion"] - clock["sound"],
-                  render=clock["render"] - clock["wait"], encode=taken - clock["render"])
-    print(f"{out}: {bar.n} frames;", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()),
-          f"; real-time factor {taken / bar.n * 25:.3f}")
+        os.replace(f"{flags['save_motion']}.part.npy", flags["save_motion"])
+    print(f"{out}: {bar.n} frames; loading {loading:.2f} s, sound {clock['sound']:.2f} s, "
+          f"motion {clock['motion'] - clock['sound']:.2f} s, render {clock['render'] - clock['wait']:.2f} s, "
+          f"encode {taken - clock['render']:.2f} s; real-time factor {taken / bar.n * 25:.3f}")
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
@@ -239,7 +217,8 @@ def sync_scores(expert, audio, z):
 def evaluate(flags, model, talker):
     """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
     expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
-    audio = torch.stack([torch.cat(list(listen(flags, model, [wav])))[1:] for wav in talker.wavs])
+    hear = hearing(flags["audio_encoder"], model.mean.device)
+    audio = torch.stack([torch.cat(list(hear([wav])))[1:] for wav in talker.wavs])
     truth, _, emotion, identity = torch.utils.data.default_collate([talker.clip(k) for k in range(len(audio))])
     prev, truth = model.normalise(truth).split([1, audio.size(1)], 1)
 
@@ -250,9 +229,9 @@ def evaluate(flags, model, talker):
     still = [c for c in range(63) if c not in LIPS]
     moods, table = torch.from_numpy(toy_prototypes()).float()[:, still], {}
     for name, z in rows.items():
-        mouths = zip(z[..., MOUTH], truth[..., MOUTH])
         mood = torch.cdist(model.denormalise(z)[..., still].mean(1), moods).argmin(1)
-        table[name] = {"mouth corr": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths])),
+        mouths = zip(z[..., MOUTH], truth[..., MOUTH])
+        table[name] = {"mouth corr": np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths]),
                        **(sync_scores(expert, audio, z) if expert else {}),
                        "emotion": (mood == emotion).float().mean().item(),
                        "jerk": z.diff(n=3, dim=1).abs().mean().item()}

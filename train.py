@@ -41,7 +41,6 @@ import copy
 import os
 import signal
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, parse_flags, run
+from data import Clips, ToyTalker, UsageError, parse_flags, require, run
 from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -63,106 +62,110 @@ AT_LEAST_ONE = {"steps", "batch_size", "passes", "clips", "save_every", "width",
 
 def settings(argv):
     """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
-    flags = parse_flags(__doc__, argv, asdict(Config()))
+    flags = parse_flags(__doc__, argv, vars(Config()))
     for name, known in ("preset", PRESETS), ("model", ("moda", "alse")), ("fusion", ("c2f", "four", "cross")):
-        if flags[name] not in known:
-            raise UsageError(f"--{name}={flags[name]}: known are {', '.join(known)}")
-    flags = parse_flags(__doc__, argv, TRAINING[flags["preset"]] | asdict(Config(**PRESETS[flags["preset"]])))
+        require(flags[name] in known, f"--{name}={flags[name]}: known are {', '.join(known)}", UsageError)
+    flags = parse_flags(__doc__, argv, TRAINING[flags["preset"]] | vars(Config(**PRESETS[flags["preset"]])))
     for name, value in flags.items():
-        if type(value) in (int, float) and value < (name in AT_LEAST_ONE):
-            raise UsageError(f"--{name}={value}: should be {int(name in AT_LEAST_ONE)} or more")
-    if flags["batch_size"] % (WORLD * flags["passes"]):
-        raise UsageError(f"--batch_size={flags['batch_size']} does not divide by {WORLD} x --passes={flags['passes']}")
+        least = int(name in AT_LEAST_ONE)
+        require(isinstance(value, str) or value >= least, f"--{name}={value}: should be {least} or more", UsageError)
+    size, parts = flags["batch_size"], WORLD * flags["passes"]
+    require(size % parts == 0, f"--batch_size={size}: does not divide by processes x --passes = {parts}", UsageError)
     flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
-    return flags, Config(**{name: flags.pop(name) for name in asdict(Config())})
+    return flags, Config(**{name: flags.pop(name) for name in vars(Config())})
 
 def resume(path, parts):
     """Continue as if never stopped from the last complete checkpoint -> its step."""
     path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
     state, model = read_tensors(path, "nothing to resume"), parts["model"]
-    if (state.get("kind"), state.get("config")) != (type(model).__name__, asdict(model.cfg)):
-        raise ValueError(f"{path}: was trained with other settings: {state.get('kind')} {state.get('config')}")
+    require((state.get("kind"), state.get("config")) == (type(model).__name__, vars(model.cfg)),
+            f"{path}: was trained with other settings: {state.get('kind')} {state.get('config')}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
 
-def micro_batch(i, data, cfg, flags):
-    """What this process learns from in its pass i: windows, and the times, noise and dropped conditions they meet."""
-    step, k = divmod(i, flags["passes"])
+def own_windows(step, data, cfg, flags):
+    """What this process learns from in a step: windows, and the times, noise and dropped conditions they meet; and how
+    many of the windows were corrupt, so that others stand in for them."""
     generator = torch.Generator().manual_seed(flags["seed"] * 10**9 + step)
     index = torch.randint(len(data), (flags["batch_size"],), generator=generator)
-    whole = draw(cfg, flags["batch_size"], data.frames, generator) | dict(index=index)
-    mine = {name: x.chunk(WORLD * flags["passes"])[RANK * flags["passes"] + k] for name, x in whole.items()}
-    windows = [data[i] for i in mine.pop("index").tolist()]
+    chance = {name: x.chunk(WORLD)[RANK] for name, x in draw(cfg, len(index), data.frames, generator).items()}
+    windows = [data[i] for i in index.chunk(WORLD)[RANK].tolist()]
     fine = [w for w in windows if all(w[name].isfinite().all() for name in ("motion", "prev", "audio"))] or windows
-    mine["corrupt"] = torch.tensor(len(windows) - len(fine))               # others stand in for them
-    return torch.utils.data.default_collate((fine * len(windows))[:len(windows)]) | mine
+    batch = torch.utils.data.default_collate((fine * len(windows))[:len(windows)])
+    return batch | chance, len(windows) - len(fine)
 
-def objective(model, net, expert, tau, motion, prev, corrupt, **batch):
-    """L_RF, L_vel, L_ALSE of a micro-batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
+def objective(model, net, expert, tau, motion, prev, **batch):
+    """L_RF, L_vel, L_ALSE of a batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
     z0 = model.normalise(motion)
     if isinstance(model, ALSE):
         shift = int(3 + 27 * batch["t"][0])                                # frames
         return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
     return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
 
-def peak(device, dtype):
-    """FLOP/s of a large matrix product on this device: what a training step is measured against."""
-    a = torch.randn(4096, 4096, device=device, dtype=dtype)
-    return 2 * len(a) ** 3 / Timer("a @ a", globals=dict(a=a)).blocked_autorange().median
+def gradients(flags, model, net, expert, batch):
+    """Accumulate them over the passes and clip them -> the means of L_RF, L_vel, L_ALSE, and their norm (4,)."""
+    device, passes, means = model.mean.device, flags["passes"], 0
+    for k in range(passes):
+        part = {name: x.chunk(passes)[k].to(device, non_blocking=True) for name, x in batch.items()}
+        net.require_backward_grad_sync = k + 1 == passes                   # DDP's no_sync() in a line
+        with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
+            loss = objective(model, net, expert, flags["tau"], **part) / passes
+        loss.sum().backward()
+        means += loss.detach()
+    return torch.stack([*means, torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])])
 
-def train(flags, data, parts, first_step, log, device):
+def ideal_seconds(flags, model, batch):
+    """What a step would take if all of it were as fast as a large matrix product is on this device: MFU's measure."""
+    n, device, windows = 4096 if model.mean.is_cuda else 1024, model.mean.device, len(batch["motion"])
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if flags["bf16"] else None)
+    product = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        objective(model, model, None, 0, **{name: x[:1].to(device) for name, x in batch.items()})
+    # the backward pass takes twice the work of the forward pass
+    return 3 * windows * forward.get_total_flops() * product / (2 * n ** 3)
+
+def train(flags, data, parts, first_step, log):
     """The loop over steps."""
-    model, optimizer, path, signals = parts["model"], parts["optimizer"], flags["out_dir"] / "ckpt.pt", []
+    model, optimizer, signals = parts["model"], parts["optimizer"], []
+    steps, path, device = flags["steps"], flags["out_dir"] / "ckpt.pt", model.mean.device
     signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
     expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
-    fetch = partial(micro_batch, data=data, cfg=model.cfg, flags=flags)
-    place = lambda batch: {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        objective(model, model, None, 0, **place(fetch(0)))
-    # the backward pass takes twice the work of the forward pass
-    ideal = 3 * forward.get_total_flops() * flags["passes"] / peak(device, torch.bfloat16 if flags["bf16"] else None)
+    fetch = partial(own_windows, data=data, cfg=model.cfg, flags=flags)
+    ideal, skipped = ideal_seconds(flags, model, fetch(0)[0]), 0
+    for block in model.modules():
+        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     model.compile(disable=not flags["compile"])                            # in place: names in checkpoints stay
     # the last block of an all four-stream network has parts that nobody hears
     net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
-    clock, skipped = {}, 0.0
-    loader = sample.timed("data", torch.utils.data.DataLoader(
-        range(first_step * flags["passes"], flags["steps"] * flags["passes"]), None, collate_fn=fetch,
-        num_workers=flags["workers"], pin_memory=device.type == "cuda",    # SIGTERM is for this process alone
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)), clock)
-
-    for step in (bar := tqdm(range(first_step, flags["steps"]), "training", disable=RANK > 0)):
-        began, clock["data"] = time.perf_counter(), 0.0
-        left = (flags["steps"] - step) / max(1, flags["cooldown"] * flags["steps"])          # 1..0 in the cool-down
-        rate = optimizer.param_groups[0]["lr"] = flags["learning_rate"] * min(
-            1, (step + 1) / max(1, flags["warmup"]), left)
-        total = torch.zeros(4, device=device)                              # three losses, corrupt windows
-        for k in range(flags["passes"]):
-            batch = place(next(loader))
-            net.require_backward_grad_sync = k + 1 == flags["passes"]      # DDP's no_sync() in a line
-            with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
-                part = objective(model, net, expert, flags["tau"], **batch) / flags["passes"]
-            part.sum().backward()
-            total += torch.stack([*part.detach(), batch["corrupt"]])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])
-        means = torch.stack([*total, norm, norm.new_tensor(len(signals))])
+    loader = iter(torch.utils.data.DataLoader(                             # SIGTERM is for this process alone
+        range(first_step, steps), None, collate_fn=fetch, num_workers=flags["workers"], pin_memory=model.mean.is_cuda,
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))
+    for step in (bar := tqdm(range(first_step, steps), "training", disable=RANK > 0)):
+        began, (batch, corrupt) = time.perf_counter(), next(loader)
+        waiting = time.perf_counter() - began
+        up, down = (step + 1) / max(1, flags["warmup"]), (steps - step) / max(1, flags["cooldown"] * steps)
+        rate = optimizer.param_groups[0]["lr"] = flags["learning_rate"] * min(1, up, down)
+        means = torch.tensor([*gradients(flags, model, net, expert, batch), corrupt, len(signals)], device=device)
         if WORLD > 1:
             torch.distributed.all_reduce(means)
-        rf, vel, sync, corrupt, norm, stop = (means / WORLD).tolist()
-        skipped += corrupt * WORLD
-        if not means.isfinite().all() or skipped > 0.01 * flags["steps"] * flags["batch_size"]:
-            raise ValueError(f"step {step}: loss {rf + vel + sync}, gradients {norm}, {skipped:.0f} corrupt windows "
-                             f"skipped; {path}, if there, is still good")
+        rf, vel, sync, norm, corrupt, stop = (means / WORLD).tolist()
+        loss, skipped = rf + vel + sync, skipped + corrupt * WORLD
+        require(means.isfinite().all() and skipped <= 0.01 * steps * flags["batch_size"],
+                f"step {step}: loss {loss}, gradients {norm}, {skipped:.0f} corrupt windows skipped; "
+                f"{path}, if there, is still good")
         optimizer.step()
         optimizer.zero_grad()
         if flags["ema"]:
             torch._foreach_lerp_([*parts["ema"].parameters()], [*model.parameters()], 1 - flags["ema"])
-        loss, seconds = rf + vel + sync, time.perf_counter() - began
-        print(step, loss, rf, vel, sync, norm, rate, seconds, clock["data"], sep=",", file=log, flush=True)
+        seconds = time.perf_counter() - began
+        print(step, loss, rf, vel, sync, norm, rate, seconds, waiting, sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {flags['batch_size'] / seconds:.0f} windows/s, "
-                            f"{clock['data'] / seconds:.0%} waiting, MFU {ideal / seconds:.0%}")
-        if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == flags["steps"]):
-            about = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step + 1)
+                            f"{waiting / seconds:.0%} waiting, MFU {ideal / seconds:.0%}"
+                            + (f", {skipped:.0f} corrupt windows skipped" if skipped else ""))
+        if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == steps):
+            about = dict(kind=type(model).__name__, config=vars(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
         if stop:
             raise SystemExit                                               # with code 0
@@ -174,8 +177,7 @@ def main(argv):
     device = flags["device"]
     if WORLD > 1:
         torch.distributed.init_process_group()
-    if WORLD > 1 and device.type == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.set_device(LOCAL_RANK if device.type == "cuda" else -1)           # -1 sets none
     torch.manual_seed(flags["seed"])
     torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
     data = Clips.open(flags["data_dir"], "train") if flags["data_dir"] else ToyTalker("train", flags["clips"])
@@ -186,9 +188,6 @@ def main(argv):
         load_statistics(model, flags["stats"])
     elif model.std.eq(1).all():                                            # it has none yet
         model.mean[:], model.std[:] = torch.as_tensor(data.moments)
-    for block in model.modules():
-        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     # what a checkpoint holds, by name
     parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
     if flags["ema"]:
@@ -198,7 +197,7 @@ def main(argv):
     rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []
     with open(path if RANK == 0 else os.devnull, "w") as log:
         print("step,loss,rf,vel,sync,grad_norm,learning_rate,seconds,waiting", *rows, sep="\n", file=log, flush=True)
-        train(flags, data, parts, first_step, log, device)
+        train(flags, data, parts, first_step, log)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
     if RANK == 0 and flags["eval_clips"] and not flags["data_dir"] and flags["model"] == "moda":
