@@ -33,29 +33,11 @@ import torch.nn.functional as F
 from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from tqdm import tqdm
 
-from moda import EMOTIONS, MOUTH, NO_EMOTION, M, read_tensors, save
+from moda import EMOTIONS, MOUTH, NO_EMOTION, M, UsageError, explained, read_tensors, require, save
 from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 
-RATE, HOP, STEP = 16000, 640, 160                  # samples per second, per video frame, per 10 ms
-BLOCK = 5                                          # frames of sound read and analysed at once: 0.2 s
-
-# ---------------------------------------------------------------------------------------------------- a user's mistakes
-
-class UsageError(Exception):
-    """A flag that makes no sense: exit code 2."""
-
-def require(fine, told, error=ValueError):
-    """What has to be so, and what the user is told where it is not."""
-    if not fine:
-        raise error(told)
-
-@contextmanager
-def explained(what, complaint, advice, error=ValueError):
-    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
-    try:
-        yield
-    except Exception as reason:
-        raise error(f"{what}: {complaint} ({reason!s:.100}); {advice}") from None
+# samples per second, per video frame, per 10 ms; and the frames of sound that are read and analysed at once
+RATE, HOP, STEP, BLOCK = 16000, 640, 160, 5
 
 # -------------------------------------------------------------------------------------------------------------- sound
 
@@ -163,8 +145,7 @@ class AudioEncoder:
             self.hidden = len(tensors["encoder.layers.0.feed_forward.intermediate_dense.bias"])
             require(self.width <= 768, "a large model, and MoDA listens to the base size")
         tensors[f"{conv}.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
-        self.groups = self.width // v.size(1)
-        self.depth = sum(key.endswith("q_proj.bias") for key in tensors)
+        self.groups, self.depth = self.width // v.size(1), sum(key.endswith("q_proj.bias") for key in tensors)
         self.net = Weights(path, tensors, self.layers, (1, 1, HOP), advice=ENCODERS, device=device)
         return self
 
@@ -235,10 +216,6 @@ LOOKS = np.array([(-.2, 0, -9, -6, 4), (.25, 2, 0, -10, -4), (-.3, 0, -5, -12, -
                   (1, 4, 0, -2, 3), (0, 0, 0, 0, 0), (-.3, 5, -2, -9, -3), (.1, 14, 0, 5, 10)])
 TONES = np.array([(1.15, 1.3, 1.6, 1.15), (.9, .7, .8, .9), (.85, .9, .9, .85), (1.3, 1, .8, 1.2),
                   (1.2, 1.5, 1.2, 1.1), (1, 1, 1, 1), (.9, .6, .6, .8), (1.3, 1.6, 1.1, 1)])
-
-def toy_prototypes():
-    """The expression that each of the eight emotions holds, (8, 63)."""
-    return expression(**dict(zip(("smile", "brow", "frown", "blink"), LOOKS.T)))
 
 def smooth(track, width):
     """Gaussian average along the first axis; width (standard deviation) in samples."""
@@ -363,11 +340,6 @@ class Clips(torch.utils.data.Dataset):
         return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], emotion=self.emotion[k],
                     identity=clip["identity"], mask=torch.ones(self.frames, dtype=torch.bool))
 
-    def clip(self, k):
-        """All of clip k: motion (T, 70), audio (T, L, A), emotion, identity (63,)."""
-        clip = opened(self.clips[k])
-        return clip["motion"], clip["audio"].float(), self.emotion[k], clip["identity"]
-
 class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
 
@@ -437,11 +409,10 @@ def prepare(flags):
     settings = {key: flags[key] for key in ("videos", "weights", "audio_encoder", "crop", "emotion")}
     settings |= dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
     path = folder / "manifest.json"
-    if not path.exists():
-        save(path, dict(settings=settings), write=write_manifest)
     with explained(path, "begun with other settings", "use another --data_dir"):
-        begun = json.loads(path.read_text())["settings"]
-        require(begun == settings, {name: value for name, value in begun.items() if value != settings.get(name)})
+        manifest = json.loads(path.read_text()) if path.exists() else dict(settings=settings)
+        require(manifest["settings"] == settings, dict(manifest["settings"].items() - settings.items()))
+    save(path, manifest, write=write_manifest)
 
     rows, left_out = [], []
     for name in tqdm(videos, "preparing", unit="video"):
@@ -495,8 +466,7 @@ def parse_flags(doc, argv, defaults={}):
     value = lambda text: json.loads(text.lower()) if re.fullmatch(r"True|False|\d[\d.e-]*", text) else text
     flags = {name: value(text) for name, text in re.findall(r"^ +--(\w+)=(\S*)", doc, re.M)} | defaults
     if {"-h", "--help"} & set(argv):
-        print(doc)
-        sys.exit()
+        sys.exit(print(doc))
     for arg in argv:
         name, _, text = arg.removeprefix("--").partition("=")
         require(arg.startswith("--") and name in flags, f"unknown flag {arg}; known: {', '.join(flags)}", UsageError)
@@ -504,11 +474,10 @@ def parse_flags(doc, argv, defaults={}):
         with explained(arg, f"expected {kind.__name__}", f"as in --{name}={flags[name]}", UsageError):
             flags[name] = {"": True, "True": True, "False": False}[text] if kind is bool else kind(text)
             require(kind is str or abs(flags[name]) < 2 ** 63, "no usable number")         # nor is NaN
-    if "device" in flags:
-        device = flags["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-        with explained(f"--device={device}", "no such device here", "as in --device=cpu", UsageError):
-            flags["device"] = torch.empty(0, device=device).device
-    return flags
+    device = flags.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    with explained(f"--device={device}", "no such device here", "as in --device=cpu", UsageError):
+        torch.empty(0, device=device)
+        return flags | dict(device=torch.device(device))
 
 def run(main):
     """Call a script's main(argv); a mistake of the user is one line on stderr and exit code 1, or 2 for a flag."""

@@ -6,6 +6,7 @@ Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x cha
 import math
 import os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -19,6 +20,22 @@ MOUTH = 58                                         # (19, y): the mouth opening,
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
 NO_EMOTION = 8                                     # the null label that guidance drops to
+
+class UsageError(Exception):
+    """A flag that makes no sense."""
+
+def require(fine, told, error=ValueError):
+    """What has to be so, and what the user is told where it is not."""
+    if not fine:
+        raise error(told)
+
+@contextmanager
+def explained(what, complaint, advice, error=ValueError):
+    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
+    try:
+        yield
+    except Exception as reason:
+        raise error(f"{what}: {complaint} ({reason!s:.200}); {advice}") from None
 
 @dataclass
 class Config:
@@ -128,9 +145,8 @@ class MotionModel(nn.Module):
 
     def hear(self, audio):
         """Audio (B, N, L, A) flat, (B, N, L * A); ValueError if its features are not the kind that the model knows."""
-        if audio.shape[2:] != (self.cfg.audio_layers, self.cfg.audio_dim):
-            L, A, given = self.cfg.audio_layers, self.cfg.audio_dim, " x ".join(map(str, audio.shape[2:]))
-            raise ValueError(f"the model hears {L} x {A} features per frame, not {given}: name their audio encoder")
+        known, given = (self.cfg.audio_layers, self.cfg.audio_dim), tuple(audio.shape[2:])
+        require(known == given, f"the model hears {known} features per frame, not {given}: name their audio encoder")
         return audio.flatten(2)
 
     @classmethod
@@ -139,9 +155,9 @@ class MotionModel(nn.Module):
         state = read_tensors(path)
         if cls is MoDA and any(key.endswith("motion_embedder.mlp.0.weight") for key in state):
             return from_released(state, path).eval()
-        if state.get("kind") != cls.__name__ or state["config"].keys() - vars(Config()):
-            raise ValueError(f"{path}: holds {state.get('kind', 'nothing')}, not the {cls.__name__} this version knows")
-        return load_strictly(cls(Config(**state["config"])), state.get("ema", state["model"]), path).eval()
+        with explained(path, f"not a {cls.__name__} that this version knows", "train it anew"):
+            require(state.get("kind") == cls.__name__, f"it holds {state.get('kind', 'nothing')}")
+            return load_strictly(cls(Config(**state["config"])), state.get("ema") or state["model"], path).eval()
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
@@ -149,14 +165,12 @@ class MoDA(MotionModel):
         super().__init__(cfg)
         D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
         stages = {"c2f": (cfg.n_four, cfg.n_two, cfg.n_one, 0), "four": (depth, 0, 0, 0), "cross": (0, 0, 0, depth)}
-        if cfg.fusion not in stages or cfg.width % (2 * cfg.heads):
-            raise ValueError(f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
+        require(cfg.fusion in stages and cfg.width % (2 * cfg.heads) == 0,
+                f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
         four, two, one, cross = stages[cfg.fusion]
         embedder = lambda n_in: nn.Sequential(linear(n_in, D), nn.SiLU(), linear(D, D))
         self.motion_in, self.identity_in, self.time_in = embedder(2 * M), embedder(63), embedder(256)
         self.emotion_in = nn.Embedding(len(EMOTIONS), D)
-        for weight in (self.time_in[0].weight, self.time_in[2].weight, self.emotion_in.weight):
-            nn.init.normal_(weight, std=0.02)
         self.audio_in = nn.Sequential(linear(cfg.audio_layers * cfg.audio_dim, D), nn.ReLU(), linear(D, D), nn.ReLU(),
                                       linear(D, D), nn.RMSNorm(D, eps=1e-6))
         self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))         # what a dropped voice sounds like
@@ -214,9 +228,9 @@ class MoDA(MotionModel):
 # -------------------------------------------------------------------------------------------------------- the losses
 def draw(cfg, B, N, generator):
     """The chance in one training step: times, noise, dropped conditions. Drawn on the CPU, the same for any device."""
-    rand = lambda *shape: torch.rand(*shape, generator=generator)
-    return dict(t=rand(B), eps=torch.randn(B, N, M, generator=generator),
-                drop_audio=rand(B) < cfg.p_drop_audio, drop_emotion=rand(B) < cfg.p_drop_emotion)
+    return dict(t=torch.rand(B, generator=generator), eps=torch.randn(B, N, M, generator=generator),
+                drop_audio=torch.rand(B, generator=generator) < cfg.p_drop_audio,
+                drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
     """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
@@ -265,8 +279,7 @@ def guidance_passes(guidance, emotion):
     """Eq. 8 as a sum of velocities: rows of (weight, audio dropped?, emotion). "audio+emotion" drops both together."""
     weights = Counter({(False, emotion): sum(guidance.values(), 1.0)})     # equal passes become one
     for key, scale in guidance.items():
-        if not {*key.split("+")} <= {"audio", "emotion"}:
-            raise ValueError(f"guidance {key!r}: conditions are audio and emotion, joined by + to drop them together")
+        require({*key.split("+")} <= {"audio", "emotion"}, f"guidance {key!r}: should be audio, emotion, audio+emotion")
         weights["audio" in key, NO_EMOTION if "emotion" in key else emotion] -= scale
     return [(weight, *what) for what, weight in weights.items() if weight]
 
@@ -278,7 +291,7 @@ def euler(velocity, z, times):
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
-           seed=0, noise=None, smooth=False, first=None):
+           seed=0, noise=None, smooth=False, first_chunk=0):
     """Normalised motion for a voice of any length, piece by piece, each as soon as it is final; memory stays constant.
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
     identity (63,) canonical keypoints; prev (70,) normalised motion before the first frame, the portrait's own
@@ -287,15 +300,14 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
-    first    frames of the first chunk, for an earlier start"""
+    first_chunk  its frames, for an earlier start"""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    device, size = model.mean.device, first or chunk
-    if not (times and 0 <= overlap < size <= chunk):
-        raise ValueError(f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first={first} <= chunk={chunk}")
+    device, size = model.mean.device, first_chunk or chunk
+    require(times and 0 <= overlap < size <= chunk,
+            f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first_chunk={first_chunk} <= chunk={chunk}")
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
     voice = list(islice(frames, size))
-    if not voice:
-        raise ValueError("the audio has no frames")
+    require(voice, "the audio has no frames")
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1/16 .. 15/16
     calm = smooth_pose if smooth else lambda motion: motion
@@ -334,7 +346,7 @@ def smooth_pose(motion):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 def save(path, state, keep="", write=torch.save):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
-    try:
+    with explained(path, "could not be saved", "an earlier one is untouched", OSError):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write(state, f"{path}.tmp")
         with open(f"{path}.tmp", "rb+") as file:
@@ -342,16 +354,11 @@ def save(path, state, keep="", write=torch.save):
         if keep and os.path.exists(path):
             os.replace(path, os.path.join(os.path.dirname(path), keep))
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None
 
 def read_tensors(path, advice="fetch it again"):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
-    try:
+    with explained(path, "not a readable checkpoint", advice):             # truncated, foreign, or a pickle with code
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:                                             # truncated, foreign, or a pickle with code
-        reason = {FileNotFoundError: "no such file"}.get(type(error), f"not a readable checkpoint: {error!r:.100}")
-        raise ValueError(f"{path}: {reason}; {advice}") from None
 
 def released_parameters(model):
     """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
@@ -403,7 +410,7 @@ def load_strictly(module, tensors, path, places=None):
     places = places or module.state_dict()
     for name in places | tensors:
         needed, found = (f"shape {[*x[name].squeeze().shape]}" if name in x else "absent" for x in (places, tensors))
-        if needed != found or not tensors[name].isfinite().all():
-            raise ValueError(f"{path}: {name} is {found}, should be {needed} and finite: another model's file?")
+        fine = needed == found and tensors[name].isfinite().all()
+        require(fine, f"{path}: {name} is {found}, should be {needed} and finite: another model's file?")
         places[name].data.copy_(tensors[name].view_as(places[name]))
     return module

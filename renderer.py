@@ -3,8 +3,6 @@
 Letters: B images, T frames; x_c (21, 3) canonical keypoints, x right, y down, z inward, the image spans -1..1.
 Motion is in LivePortrait units: 63 expression offsets, scale, translation, pitch, yaw, roll in degrees.
 """
-import ctypes
-import platform
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from moda import EXP, M, ROT, SCALE, TRANS, read_tensors
+from moda import EXP, M, ROT, SCALE, TRANS, explained, read_tensors, require
 
 SIZE = 512                                         # pixels of a rendered frame, height and width
 GET = "get it with: huggingface-cli download KwaiVGI/LivePortrait --local-dir pretrained_weights"
@@ -45,28 +43,27 @@ def relative(motion, portrait, neutral):
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
     motion = torch.as_tensor(motion)
-    if motion.shape[1:] != (M,) or not len(motion) or not motion.isfinite().all():
-        raise ValueError(f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
+    fine = motion.shape[1:] == (M,) and len(motion) and motion.isfinite().all()
+    require(fine, f"motion of shape {tuple(motion.shape)}: expected finite numbers of shape (frames, {M})")
     return motion.detach().float()
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 def read_image(path):
     """Any picture Pillow reads, upright and on white where it is transparent -> RGB Image. ValueError if it is none."""
-    try:
+    with explained(path, "no picture could be read", "take another"):
         image = ImageOps.exif_transpose(Image.open(path))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: no picture could be read ({error})") from None
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 def crop_box(image, crop=""):
     """The square to animate as x, y, size: "x,y,size" in pixels of the picture, or the largest in its centre."""
     size = min(image.size)
     crop = crop or f"{(image.width - size) // 2},{(image.height - size) // 2},{size}"
-    box = [int(n) if n.isdecimal() else -1 for n in crop.split(",")]
-    if len(box) != 3 or min(box) < 0 or box[2] < 16 or box[0] + box[2] > image.width or box[1] + box[2] > image.height:
-        raise ValueError(f"crop {crop}: no square x,y,size of 16 or more in {image.width} x {image.height} pixels")
-    return box
+    wanted = f"no square x,y,size of 16 or more in {image.width} x {image.height} pixels"
+    with explained(f"crop {crop}", wanted, "x and y count from the upper left corner"):
+        x, y, size = map(int, crop.split(","))
+        require(0 <= x <= image.width - size and 0 <= y <= image.height - size and size >= 16, "it lies outside")
+    return x, y, size
 
 def paste_back(frames, image, box, longest=1280):
     """Frames blended into the whole picture, shrunk to `longest` and even sides, over a feathered edge."""
@@ -95,16 +92,14 @@ class Weights:
         self.tensors = {k.removeprefix("module.").removeprefix("detector."): t
                         for k, t in tensors.get("retarget_shoulder", tensors).items() if "num_batches_tracked" not in k}
         network(self, *(torch.empty(shape, device="meta") for shape in shapes))
-        if self.tensors:
-            raise ValueError(f"{path}: {next(iter(self.tensors))} does not belong there; {advice}")
+        require(not self.tensors, f"{path}: {next(iter(self.tensors), '')} does not belong there; {advice}")
 
     def take(self, key, *shape):
         if f"{key}_orig" in self.tensors:                                  # spectral norm: A / u^T A v, as stored
             A = self.take(f"{key}_orig", *shape)
             return A / (self.take(f"{key}_u", len(A)) @ A.flatten(1) @ self.take(f"{key}_v", A[0].numel()))
         found = tuple(self.tensors[key].shape) if key in self.tensors else "missing"
-        if found != shape:
-            raise ValueError(f"{self.path}: {key} is {found}, expected {shape}; {self.advice}")
+        require(found == shape, f"{self.path}: {key} is {found}, expected {shape}; {self.advice}")
         return self.tensors.pop(key).detach().float()
 
     def once(self, name, x, make):
@@ -243,13 +238,9 @@ class LivePortrait:
     """LivePortrait with the public weights, from the folder that holds base_models; ValueError names what is wrong."""
 
     def __init__(self, weights_dir, device="cpu", dtype=torch.float32):
-        if platform.libc_ver()[0] == "glibc":                              # or page faults take a fifth of the time:
-            ctypes.CDLL(None).mallopt(-4, 0)                               # M_MMAP_MAX: no block of its own mapping
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: keep what is free
         self.device = torch.device(device)
         root = next(Path(weights_dir).glob("liveportrait/"), Path(weights_dir))
-        if "animals" in root.name:
-            raise ValueError(f"{root}: these networks know animals only; {GET}")
+        require("animals" not in root.name, f"{root}: these networks know animals only; {GET}")
 
         def load(file, network, *shapes, **options):
             return Weights(root / file, read_tensors(root / file, GET), network, *shapes, device=device, **options)

@@ -48,20 +48,18 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE
 
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (CONTROLS, LABELS, RATE, ToyTalker, UsageError, audio_blocks, explained, expression, ffmpeg, hearing,
-                  parse_flags, require, run, toy_prototypes)
-from moda import ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
+from data import (CONTROLS, LABELS, LOOKS, RATE, ToyTalker, UsageError, audio_blocks, explained, expression, ffmpeg,
+                  hearing, parse_flags, require, run)
+from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
 from renderer import SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
@@ -73,7 +71,8 @@ def open_face(flags, device):
     image = read_image(flags["image_path"])
     x, y, size = box = crop_box(image, flags["crop"])
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
-    face = LivePortrait(flags["weights"], device)
+    face = LivePortrait(flags["weights"], device, torch.bfloat16 if flags["bf16"] else torch.float32)
+    face.render = torch.compile(face.render, dynamic=False, disable=not flags["compile"])
     crop.save(f"{flags['output_path']}.crop.png")
     place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
     return face, face.source(np.asarray(crop)), place
@@ -81,8 +80,8 @@ def open_face(flags, device):
 def sampling(flags):
     """What the flags say to moda.stream."""
     guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
-    named = {name: flags[name] for name in ("seed", "steps", "chunk", "overlap", "smooth")}
-    return dict(named, guidance=guidance, first=flags["first_chunk"])
+    names = "seed", "steps", "chunk", "overlap", "first_chunk", "smooth"
+    return {name: flags[name] for name in names} | {"guidance": guidance}
 
 def pairs(flags, name, known, default):
     """A flag such as smile:0.5,brow:5 -> [(what is known as smile, 0.5), ...]; UsageError if a word is not known."""
@@ -95,7 +94,8 @@ def talk(flags, model, source, features, made):
     the model says, and --motion_path stands for: the same before it is edited and put on the portrait."""
     portrait, absolute = source.motion[0].to(model.mean.device), flags["absolute"] and not flags["relative"]
     # LivePortrait moves a portrait relative to a neutral driver; a generator's is a face at rest in its mean pose
-    neutral, size = (portrait, model.size(portrait)) if absolute else (F.pad(model.mean[63:], (63, 0)), 1.0)
+    at_rest, size = torch.cat([0 * model.mean[EXP], model.mean[63:]]), model.size(portrait) if absolute else 1.0
+    neutral = portrait if absolute else at_rest
     scale = portrait.new_tensor(63 * [flags["exp_scale"]] + 4 * [1.0] + 3 * [flags["pose_scale"]])
     edit = portrait.new_tensor(expression(**dict(pairs(flags, "edit", {name: name for name in CONTROLS}, 1))))
     if flags["motion_path"]:
@@ -121,7 +121,7 @@ def write_video(path, frames, audio_path, heard=os.devnull):
         part, live = Path(folder, path.name), f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
         voice = live if audio_path == "-" else ["-i", f"file:{audio_path}"]
         target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split() if path.name == "-" else [f"file:{part}"]
-        with closing(frames), ffmpeg(f"{path}: could not be written", OSError, *voice, *coding, *target,
+        with ffmpeg(f"{path}: could not be written", OSError, *voice, *coding, *target,
                                      stdin=PIPE, pass_fds=[pipe.fileno()]) as encoder:
             encoder.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
         if path.name != "-":
@@ -163,8 +163,8 @@ def main(argv):
     require(voice or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?", UsageError)
     require(bool(flags["weights"]) == bool(flags["image_path"]),
             "--image_path=FILE and --weights=FOLDER go together", UsageError)
-    require(out.name == "-" or out.suffix and out.parent.is_dir(),
-            f"--output_path={out}: no NAME.mp4 in a folder that exists", UsageError)
+    require(out.name == "-" or out.suffix and out.parent.is_dir() and flags["output_path"] != voice,
+            f"--output_path={out}: no NAME.mp4 in a folder that exists, other than the voice", UsageError)
     pairs(flags, "emotion", LABELS, 0)
     if flags["bench"]:
         from tests.bench import bench
@@ -176,6 +176,7 @@ def main(argv):
     if flags["eval"]:
         return evaluate(flags, model, ToyTalker("val", 16))
     model.to(flags["device"])
+    model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False, disable=not flags["compile"])
     for p in model.parameters() if flags["bf16"] else ():
         p.data = p.data.bfloat16()                                         # the statistics stay float32
     film(flags, model, out, began)
@@ -183,26 +184,23 @@ def main(argv):
 def film(flags, model, out, began):
     """From the voice to the file, where each stage pulls from the one before it; and how long each took."""
     face, source, place = open_face(flags, model.mean.device)
-    if flags["compile"]:
-        model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False)
-        face.render = torch.compile(face.render, dynamic=False)
-    clock, made, voice = dict.fromkeys(("sound", "motion", "wait", "render"), 0.0), [], flags["audio_path"]
+    clock, made, voice = dict.fromkeys(("sound", "motion", "render"), 0.0), [], flags["audio_path"]
     heard, pipe = os.pipe() if voice == "-" else (os.devnull, os.devnull)
     live, sound = flags["stream"] or voice == "-", audio_blocks(voice)
     sound = microphone(sound, clock, open(pipe, "wb")) if live else sound
     features = timed("sound", hearing(flags["audio_encoder"], model.mean.device)(sound), clock)
     parts = timed("motion", talk(flags, model, source, features, made), clock)
-    parts = timed("wait", ahead(parts, clock) if live else parts, clock)
-    frames = place(frame for part in parts for frame in face.frames(source, part, stitch=flags["stitch"]))
+    drawn = (face.frames(source, part, stitch=flags["stitch"]) for part in (ahead(parts, clock) if live else parts))
+    frames = place(frame for film in drawn for frame in timed("render", film, clock))
     loading = time.perf_counter() - began
-    write_video(out, bar := tqdm(timed("render", frames, clock), "frames", unit=""), voice, heard)
+    write_video(out, bar := tqdm(frames, "frames", unit=""), voice, heard)
     taken = time.perf_counter() - began - loading
     if flags["save_motion"]:
         np.save(f"{flags['save_motion']}.part.npy", torch.cat(made))
         os.replace(f"{flags['save_motion']}.part.npy", flags["save_motion"])
     print(f"{out}: {bar.n} frames; loading {loading:.2f} s, sound {clock['sound']:.2f} s, "
-          f"motion {clock['motion'] - clock['sound']:.2f} s, render {clock['render'] - clock['wait']:.2f} s, "
-          f"encode {taken - clock['render']:.2f} s; real-time factor {taken / bar.n * 25:.3f}")
+          f"motion {clock['motion'] - clock['sound']:.2f} s, render {clock['render']:.2f} s, "
+          f"encode {taken - clock['motion'] - clock['render']:.2f} s; real-time factor {taken / bar.n * 25:.3f}")
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
@@ -217,21 +215,18 @@ def sync_scores(expert, audio, z):
 def evaluate(flags, model, talker):
     """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
     expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
-    hear = hearing(flags["audio_encoder"], model.mean.device)
-    audio = torch.stack([torch.cat(list(hear([wav])))[1:] for wav in talker.wavs])
-    truth, _, emotion, identity = torch.utils.data.default_collate([talker.clip(k) for k in range(len(audio))])
-    prev, truth = model.normalise(truth).split([1, audio.size(1)], 1)
+    clips, emotion = torch.utils.data.default_collate(talker.clips), torch.tensor(talker.emotion)
+    audio, (prev, truth) = clips["audio"][:, 1:], model.normalise(clips["motion"]).tensor_split([1], 1)
 
     def speak(voices, **other):
-        given = zip(tqdm(voices, "evaluating", leave=False), identity, prev, emotion)
+        given = zip(tqdm(voices, "evaluating", leave=False), clips["identity"], prev, emotion)
         return torch.stack([sample(model, *one, **sampling(flags | other)) for one in given])
     rows = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
-    still = [c for c in range(63) if c not in LIPS]
-    moods, table = torch.from_numpy(toy_prototypes()).float()[:, still], {}
+    still, table = [c for c in range(63) if c not in LIPS], {}
+    moods = torch.tensor(expression(**dict(zip(("smile", "brow", "frown", "blink"), LOOKS.T))))[:, still].float()
     for name, z in rows.items():
         mood = torch.cdist(model.denormalise(z)[..., still].mean(1), moods).argmin(1)
-        mouths = zip(z[..., MOUTH], truth[..., MOUTH])
-        table[name] = {"mouth corr": np.mean([np.corrcoef(*pair)[0, 1] for pair in mouths]),
+        table[name] = {"mouth corr": np.mean([np.corrcoef(a[:, MOUTH], b[:, MOUTH])[0, 1] for a, b in zip(z, truth)]),
                        **(sync_scores(expert, audio, z) if expert else {}),
                        "emotion": (mood == emotion).float().mean().item(),
                        "jerk": z.diff(n=3, dim=1).abs().mean().item()}
@@ -245,9 +240,9 @@ def after_training(ckpt, out, clips):
     """The table, a film of an unseen clip, and its strip: frames, sound, mouth opening generated (red) over true."""
     flags, model, talker = parse_flags(__doc__, []), MoDA.from_pretrained(ckpt), ToyTalker("val", clips)
     evaluate(flags, model, talker)
-    motion, audio, emotion, identity = (torch.as_tensor(x) for x in talker.clip(0))
-    made = model.denormalise(sample(model, audio, identity, model.normalise(motion[0]), emotion, **sampling(flags)))
-    face, source, wav = Sketch(), Sketch().source(x_c=identity), talker.wavs[0]
+    motion, audio, identity = talker.clips[0].values()
+    z = sample(model, audio, identity, model.normalise(motion[0]), talker.emotion[0], **sampling(flags))
+    face, source, wav, made = Sketch(), Sketch().source(x_c=identity), talker.wavs[0], model.denormalise(z)
     soundfile.write(out / "sample.wav", wav, RATE)
     write_video(out / "sample.mp4", face.frames(source, made), out / "sample.wav")
     strip = Image.new("RGB", (1280, 440), "white")

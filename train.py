@@ -51,14 +51,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, parse_flags, require, run
+from data import Clips, ToyTalker, UsageError, explained, parse_flags, require, run
 from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 # what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
 TRAINING = {"toy": {}, "moda": dict(
     steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=2500)}
-AT_LEAST_ONE = {"steps", "batch_size", "passes", "clips", "save_every", "width", "heads"}
 
 def settings(argv):
     """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
@@ -66,9 +65,9 @@ def settings(argv):
     for name, known in ("preset", PRESETS), ("model", ("moda", "alse")), ("fusion", ("c2f", "four", "cross")):
         require(flags[name] in known, f"--{name}={flags[name]}: known are {', '.join(known)}", UsageError)
     flags = parse_flags(__doc__, argv, TRAINING[flags["preset"]] | vars(Config(**PRESETS[flags["preset"]])))
-    for name, value in flags.items():
-        least = int(name in AT_LEAST_ONE)
-        require(isinstance(value, str) or value >= least, f"--{name}={value}: should be {least} or more", UsageError)
+    for name, x in flags.items():
+        low = int(name in ("steps", "batch_size", "passes", "clips", "save_every", "width", "heads"))
+        require(type(x) not in (int, float) or x >= low, f"--{name}={x}: should be {low} or more", UsageError)
     size, parts = flags["batch_size"], WORLD * flags["passes"]
     require(size % parts == 0, f"--batch_size={size}: does not divide by processes x --passes = {parts}", UsageError)
     flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
@@ -78,11 +77,11 @@ def resume(path, parts):
     """Continue as if never stopped from the last complete checkpoint -> its step."""
     path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
     state, model = read_tensors(path, "nothing to resume"), parts["model"]
-    require((state.get("kind"), state.get("config")) == (type(model).__name__, vars(model.cfg)),
-            f"{path}: was trained with other settings: {state.get('kind')} {state.get('config')}")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return state["step"]
+    with explained(path, f"cannot be resumed as {vars(model.cfg)}", "use another --out_dir"):
+        require((state["kind"], state["config"]) == (type(model).__name__, vars(model.cfg)), state["config"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
 
 def own_windows(step, data, cfg, flags):
     """What this process learns from in a step: windows, and the times, noise and dropped conditions they meet; and how
@@ -162,8 +161,7 @@ def train(flags, data, parts, first_step, log):
         seconds = time.perf_counter() - began
         print(step, loss, rf, vel, sync, norm, rate, seconds, waiting, sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {flags['batch_size'] / seconds:.0f} windows/s, "
-                            f"{waiting / seconds:.0%} waiting, MFU {ideal / seconds:.0%}"
-                            + (f", {skipped:.0f} corrupt windows skipped" if skipped else ""))
+                            f"{waiting / seconds:.0%} waiting, MFU {ideal / seconds:.0%}, {skipped:.0f} corrupt")
         if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == steps):
             about = dict(kind=type(model).__name__, config=vars(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
@@ -174,24 +172,22 @@ def train(flags, data, parts, first_step, log):
 def main(argv):
     flags, cfg = settings(argv)
     flags["out_dir"].mkdir(parents=True, exist_ok=True)
-    device = flags["device"]
     if WORLD > 1:
         torch.distributed.init_process_group()
-        torch.cuda.set_device(LOCAL_RANK if device.type == "cuda" else -1)           # -1 sets none
+        torch.cuda.set_device(LOCAL_RANK if flags["device"].type == "cuda" else -1)           # -1 sets none
     torch.manual_seed(flags["seed"])
     torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
     data = Clips.open(flags["data_dir"], "train") if flags["data_dir"] else ToyTalker("train", flags["clips"])
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
     kind, source = ALSE if flags["model"] == "alse" else MoDA, flags["init_from"]
-    model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(device).train()
+    model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(flags["device"]).train()
     if flags["stats"]:
         load_statistics(model, flags["stats"])
     elif model.std.eq(1).all():                                            # it has none yet
         model.mean[:], model.std[:] = torch.as_tensor(data.moments)
     # what a checkpoint holds, by name
     parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
-    if flags["ema"]:
-        parts["ema"] = copy.deepcopy(model).requires_grad_(False)
+    parts |= {"ema": copy.deepcopy(model).requires_grad_(False)} if flags["ema"] else {}
     first_step = resume(flags["out_dir"] / "ckpt.pt", parts) if source == "resume" else 0
     path = flags["out_dir"] / "log.csv"
     rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []

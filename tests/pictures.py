@@ -76,10 +76,10 @@ def attention(flags, path):
     def recorded(q, k, v, mask=None):
         seen.append((q @ k.mT / q.size(-1) ** 0.5).softmax(-1))            # (B, H, queries, keys)
         return plain(q, k, v, mask)
-    _, audio, emotion, identity = talker.clip(0)
+    _, audio, identity = talker.clips[0].values()
     torch.nn.functional.scaled_dot_product_attention = recorded
     try:
-        sample.sample(model, audio[:80], torch.as_tensor(identity), torch.zeros(moda.M), emotion, guidance={}, chunk=80)
+        sample.sample(model, audio[:80], identity, torch.zeros(moda.M), talker.emotion[0], guidance={}, chunk=80)
     finally:
         torch.nn.functional.scaled_dot_product_attention = plain
     blocks = len(seen) // 10

@@ -4,7 +4,7 @@ import pytest
 import soundfile
 import torch
 
-from data import RATE, ToyTalker, expression, load_audio, log_mel, log_mel_blocks, toy_clip, toy_prototypes
+from data import LOOKS, RATE, ToyTalker, expression, load_audio, log_mel, log_mel_blocks, toy_clip
 from moda import EMOTIONS, MOUTH
 
 
@@ -54,7 +54,7 @@ def test_toy_motion_has_real_magnitudes_and_every_emotion_its_own_face():
     assert -0.05 < motion[:, MOUTH].min() < 0 and 0.04 < motion[:, MOUTH].max() < 0.12
     assert 0.008 < motion[:, MOUTH].std() < 0.03                              # as published recordings: 0.010 to 0.029
     assert 1.1 < motion[:, 63].min() and motion[:, 63].max() < 1.5 and np.abs(motion[:, 68]).max() < 30
-    faces = toy_prototypes()
+    faces = expression(smile=LOOKS[:, 0], brow=LOOKS[:, 1], frown=LOOKS[:, 2], blink=LOOKS[:, 3])
     apart = np.linalg.norm(faces[:, None] - faces, axis=-1) + np.eye(8)
     assert len(faces) == len(EMOTIONS) - 1 and apart.min() > 0.003
 
@@ -63,8 +63,8 @@ def test_windows_start_everywhere_and_carry_the_frame_before():
     toy = ToyTalker("val", 3)
     assert len(toy) == 3 * (200 - 80)
     window = toy[125]                                                        # clip 1, the sixth window
-    motion, audio, emotion, identity = toy.clip(1)
+    motion, audio, identity = toy.clips[1].values()
     assert np.array_equal(window["motion"], motion[6:86]) and np.array_equal(window["prev"], motion[5])
-    assert np.array_equal(window["audio"], audio[6:86]) and window["emotion"] == emotion and window["mask"].all()
+    assert np.array_equal(window["audio"], audio[6:86]) and window["emotion"] == toy.emotion[1] and window["mask"].all()
     last = toy[len(toy) - 1]
-    assert np.array_equal(last["motion"], toy.clip(2)[0][120:])
+    assert np.array_equal(last["motion"], toy.clips[2]["motion"][120:])

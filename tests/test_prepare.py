@@ -21,7 +21,7 @@ from PIL import Image
 
 import data
 import train
-from data import (HOP, MOUTH, PUBLISHED, RATE, Clips, UsageError, log_mel, read_safetensors, toy_clip, write_manifest,
+from data import (HOP, MOUTH, PUBLISHED, RATE, Clips, UsageError, log_mel, opened, read_safetensors, toy_clip, write_manifest,
                   write_safetensors)
 from renderer import crop_box, to_motion
 
@@ -115,14 +115,15 @@ def test_frame_and_sound_belong_together_whatever_the_rates(prepared):
     names = [path.stem for path in clips.clips]
     assert sorted(names) == ["12.5.mkv", "24.mp4", "30.mp4", "quiet.mp4", "voice.mp4"]
     for name, seed, slack in (("30.mp4", 1, 0.8), ("12.5.mkv", 2, 0.8), ("24.mp4", 3, 0.8), ("voice.mp4", 4, 0.98)):
-        motion, audio, emotion, identity = clips.clip(names.index(name))
+        clip, emotion = opened(clips.clips[names.index(name)]), clips.emotion[names.index(name)]
+        motion, audio, identity = clip["motion"], clip["audio"], clip["identity"]
         wav, true, *_ = toy_clip(seed, T)
         assert T - 2 <= len(motion) == len(audio) <= T and audio.shape[1:] == (1, 160) and identity.shape == (63,)
         fit = [np.corrcoef(motion[5:90, MOUTH], true[5 + k:90 + k, MOUTH])[0, 1] for k in (-2, -1, 0, 1, 2)]
         assert abs(np.argmax(fit) - 2) <= (name == "12.5.mkv") and fit[2] > slack, (name, fit)
         assert emotion == (0 if name == "30.mp4" else 8)
     k = names.index("12.5.mkv")                                              # MP4's AAC is not that exact
-    assert np.allclose(identity, clips.clip(names.index("voice.mp4"))[0][:, MOUTH].mean() * 10 + 0.5, atol=0.02)
+    assert np.allclose(identity, opened(clips.clips[names.index("voice.mp4")])["motion"][:, MOUTH].mean() * 10 + 0.5, atol=0.02)
 
 
 def test_sound_that_starts_late_stays_in_step_with_the_picture(videos, tmp_path):
@@ -197,7 +198,8 @@ def test_the_network_sees_the_crop_at_25_frames_per_second(tmp_path, monkeypatch
     monkeypatch.setattr(data, "LivePortrait", lambda *args: types.SimpleNamespace(device="cpu", M=None))
     monkeypatch.setattr(Clips, "frames", 4)
     prepare(tmp_path / "v", tmp_path / "set", f"--crop={crop}")
-    motion, _, _, identity = Clips.open(tmp_path / "set").clip(0)
+    clip = opened(Clips.open(tmp_path / "set").clips[0])
+    motion, identity = clip["motion"], clip["identity"]
     assert np.allclose(motion, to_motion(seen), atol=1e-3)
     assert np.allclose(identity, seen["kp"].mean(0), atol=1e-3)
 

@@ -87,7 +87,7 @@ def test_bad_requests_are_refused(tiny):
     for bad in (dict(overlap=100), dict(chunk=0), dict(steps=0)):
         with pytest.raises(ValueError):
             sample(tiny, **voice(20), **bad)
-    with pytest.raises(ValueError, match="hears 1 x 160 .* not 12 x 160"):
+    with pytest.raises(ValueError, match=r"hears \(1, 160\) .* not \(12, 160\)"):
         sample(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)))
     with pytest.raises(ValueError, match="no frames"):
         sample(tiny, **voice(0))
@@ -101,4 +101,4 @@ def test_a_new_emotion_begins_a_chunk_and_a_first_chunk_may_be_short(tiny):
     assert [len(part) for part in parts] == [32, 18, 32, 18]
     changed = torch.cat(parts)
     assert torch.equal(changed[:50], plain[:50]) and not torch.allclose(changed[58:], plain[58:], atol=1e-2)
-    assert [len(part) for part in stream(tiny, **x, first=20, **options)] == [12, 32, 32, 24]
+    assert [len(part) for part in stream(tiny, **x, first_chunk=20, **options)] == [12, 32, 32, 24]
