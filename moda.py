@@ -56,14 +56,14 @@ PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=
 
 # ------------------------------------------------------------------------------------------ positions and attention
 def waves(position, n, theta):
-    """exp(i position theta^(-2j / n)), complex (..., n / 2): the turns of RoPE, and the sinusoids that embed time."""
+    """Cosine and sine of position theta^(-2j / n), (..., n / 2, 2): the turns of RoPE, and the embedding of time."""
     angle = position[..., None] * torch.exp(-math.log(theta) * torch.arange(0, n, 2, device=position.device) / n)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()], -1)
 
 def rotate(x, table):
     """Turn the channel pairs (2i, 2i + 1) of x (..., n, d) by the first n rows of the table, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:x.size(-2)]).flatten(-2).type_as(x)
+    (a, b), (c, s) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table[:x.size(-2)].unbind(-1)
+    return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2).type_as(x)
 
 def modulate(x, shift, scale):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -196,11 +196,11 @@ class MoDA(MotionModel):
         n = N if self.cfg.rope_streams == 4 else 1     # Sec. 3.2.2; unrotated, all N are equal: one stands for them
         e, i = (x[:, None].expand(-1, n, -1) for x in (self.emotion_in(emotion), self.identity_in(identity)))
         table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256)
-        return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1)          # every modality counts 0..N-1
+        return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1, 1)        # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
         """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
-        wave = torch.view_as_real(waves(1000 * t, 256, 10000)).mT.flatten(-2)                # 128 cosines, 128 sines
+        wave = waves(1000 * t, 256, 10000).mT.flatten(-2)                  # (..., B, 256), cosines first
         c = F.silu(self.time_in(wave.to(self.head.weight)) + self.cfg.emotion_adaln * self.emotion_in(emotion))
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]

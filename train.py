@@ -117,7 +117,7 @@ def gradients(flags, model, net, expert, batch):
 def ideal_seconds(flags, model, batch):
     """What a step would take if all of it were as fast as a large matrix product is on this device: MFU's measure."""
     n, device, windows = 4096 if model.mean.is_cuda else 1024, model.mean.device, len(batch["motion"])
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if flags["bf16"] else None)
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if flags["bf16"] and model.mean.is_cuda else None)
     product = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         objective(model, model, None, 0, **{name: x[:1].to(device) for name, x in batch.items()})

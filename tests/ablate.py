@@ -34,6 +34,7 @@ CLAIMS = {
                         "cross-attention": (["--fusion=cross"], [])},
     "Euler steps": {str(n): ([], [f"--steps={n}"]) for n in (1, 2, 5, 10, 20, 40)},
     "audio guidance, Eq. 8": {str(x): ([], [f"--cfg_audio={x}"]) for x in (0, 0.2, 0.5, 1, 2)},
+    "emotion": {"in AdaLN and as a stream": ([], []), "as a stream only": (["--emotion_adaln=False"], [])},
     "sync loss, Eq. 7": {"without ALSE": ([], []), "tau 0.4": ([EXPERT, "--tau=0.4"], []),
                          "no gate": ([EXPERT, "--tau=99"], [])},
 }

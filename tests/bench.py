@@ -3,9 +3,9 @@
     python sample.py --bench [--weights=pretrained_weights] [--audio_encoder=FOLDER] [--steps=10] [--device=cuda]
 
 One window is 80 frames, 3.2 s of film, by the full model with the released model's guidance. What is timed takes turns
-with what it is compared to, and with the matrix product that shows what the machine can do at that moment; a row is the
-median. Work is counted as a plain implementation does it, 206.8 GFLOP a step: exact algebra counts as speed. Without
-weights, numbers of our own stand in.
+with what it is compared to, and with matrix products, two seconds of them, that show what the machine can do at that
+moment; a row is the median. Work is counted as a plain implementation does it, 206.8 GFLOP a step: exact algebra counts
+as speed. Without weights, numbers of our own stand in. --compile adds a row for torch.compile (minutes).
 """
 import functools
 import statistics
@@ -34,8 +34,7 @@ class PlainJointBlock(JointBlock):
 
     def forward(self, xs, mods, table, heard=None):
         N, mods = xs[0].size(1), mods.unflatten(0, (len(xs), 6))
-        tables = [table if x.size(1) > 1 else torch.ones_like(table) for x in xs]
-        tables = [table if len(xs) == 2 or s < 2 else torch.ones_like(table) for s in range(len(xs))]
+        tables = [table if len(xs) == 2 or s < 2 else table[:1].expand_as(table) for s in range(len(xs))]
         xs = [x.expand(-1, max(N, x.size(1)), -1) for x in xs]
         qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]
         q, k, v = (torch.cat(ys, 2) for ys in zip(*map(heads, qkv, self.qk_gain, tables)))
@@ -68,11 +67,14 @@ def timed(run):
     return time.perf_counter() - began, result
 
 
-def peak(device, dtype):
-    """FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
+def peak(device, dtype, seconds=2):
+    """FLOP/s that large matrix products sustain for as long."""
+    n, count, began = 8192 if device.type == "cuda" else 2048, 0, time.perf_counter()
     a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / min(timed(lambda: a @ a)[0] for _ in range(5))
+    while time.perf_counter() - began < seconds:
+        timed(lambda: a @ a)
+        count += 1
+    return 2 * count * n ** 3 / (time.perf_counter() - began)
 
 
 def knows_bfloat16(device):
@@ -108,7 +110,7 @@ def row(name, seconds, frames, work=0.0, top=0.0, remark=""):
     print(f"{name:28}{1e3 * seconds / frames * N:>10.0f} ms {seconds / frames * 25:>9.4f} x {rates}  {remark}", flush=True)
 
 
-def sampling(device, steps, turns):
+def sampling(device, steps, turns, compiled):
     """Rows for motion -> seconds of our fastest window."""
     model = full_model(device)
     torch.manual_seed(0)
@@ -128,6 +130,11 @@ def sampling(device, steps, turns):
             p.data = q.data.bfloat16()
         runs["motion, bfloat16"] = lambda: ours(half)
         peaks["motion, bfloat16"] = functools.partial(peak, device, torch.bfloat16)
+    if compiled and device.type == "cpu":
+        fast = full_model(device)
+        fast.load_state_dict(model.state_dict(), assign=True)
+        fast.fuse = torch.compile(fast.fuse, dynamic=False)
+        runs["motion, compiled"], peaks["motion, compiled"] = lambda: ours(fast), peaks["motion"]
     if device.type == "cuda":
         fast = full_model(device)
         fast.load_state_dict(half.state_dict(), assign=True)
@@ -150,7 +157,7 @@ def bench(flags):
     if not knows_bfloat16(device):
         print("this processor has no bfloat16 arithmetic: its rows are left out")
     turns, dtype = (10, torch.bfloat16) if device.type == "cuda" else (3, torch.float32)
-    motion = sampling(device, flags["steps"], turns)
+    motion = sampling(device, flags["steps"], turns, flags["compile"])
     with tempfile.TemporaryDirectory() as folder:
         encoder = AudioEncoder.from_pretrained(flags["audio_encoder"] or build.encoder(folder), device)
         face = renderer.LivePortrait(flags["weights"] or build.liveportrait(folder), device, dtype)

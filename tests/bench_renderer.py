@@ -1,11 +1,13 @@
 """Frames per second of W + G, the share of the machine's peak, and the ratio to a plain loop that caches nothing.
 
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647                glibc keeps large blocks: fewer page faults
     python tests/bench_renderer.py [--weights=pretrained_weights] [--frames=5] [--batches=1,2,4,8]
     python tests/bench_renderer.py --memory=30 --dtype=bfloat16        peak memory on a CPU after so many frames
 
-Without weights it fills its own. The plain loop is a process of its own, as plain PyTorch would run it; it and ours
-take turns, frame by frame, so that a drifting machine harms neither.
+Without weights it fills its own. The plain loop is a process of its own, as plain PyTorch would run it, without those
+variables; it and ours take turns, frame by frame, so that a drifting machine harms neither.
 """
+import os
 import resource
 import subprocess
 import sys
@@ -61,7 +63,6 @@ def plain_spade_block(net, name, x, h, n):
 
 def use_plain_layers():
     renderer.Weights, renderer.spade_block = Plain, plain_spade_block
-    renderer.platform.libc_ver = lambda: ("", "")                          # and the memory as the system manages it
 
 
 def render(face, f, x_s, x_d):
@@ -103,8 +104,9 @@ def plain_loop(weights, out):
 
 def compare(weights, faces, f, x_s, x_d, n):
     out = Path(tempfile.mkdtemp()) / "plain.pt"
+    plainly = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     child = subprocess.Popen([sys.executable, __file__, f"--weights={weights}", f"--plain={out}"], text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plainly)
 
     def plain():
         child.stdin.write("\n")

@@ -69,7 +69,7 @@ def test_one_token_stands_for_all_equal_ones():
     prev, a, e, i, table = model.conditions(x["audio"], x["emotion"], x["identity"], x["prev"])
     assert e.shape == i.shape == (2, 1, 32)
     assert torch.equal(rotate(e, rope(1, 32)), e)                            # its position, 0, is not turned
-    still, mods = torch.ones_like(table), model.modulations(x["t"], x["emotion"])
+    still, mods = table[:1].expand_as(table), model.modulations(x["t"], x["emotion"])
     alone = model.fuse(x["z"], (prev, a, e, i, still), mods)
     copies = model.fuse(x["z"], (prev, a, e.expand(-1, 20, -1), i.expand(-1, 20, -1), still), mods)
     assert torch.allclose(alone, copies, atol=1e-5)
