@@ -487,7 +487,7 @@ def run(main):
     except (ValueError, OSError, ImportError, UsageError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):                         # a mistake of ours
             raise
-        print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr)
+        tqdm.write(f"error: {' '.join(str(error).split()) or 'interrupted'}", sys.stderr)
         sys.stdout = None                                                  # or a closed pipe is told once more
         sys.exit(2 if isinstance(error, UsageError) else 1)
 

@@ -161,10 +161,11 @@ def main(argv):
     if out.name == "-":
         sys.stdout = sys.stderr                                            # stdout is for the film
     require(voice or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?", UsageError)
+    require(not Path(voice).is_fifo(), f"--audio_path={voice}: not a pipe, a file; - is stdin", UsageError)
     require(bool(flags["weights"]) == bool(flags["image_path"]),
             "--image_path=FILE and --weights=FOLDER go together", UsageError)
-    require(out.name == "-" or out.suffix and out.parent.is_dir() and flags["output_path"] != voice,
-            f"--output_path={out}: no NAME.mp4 in a folder that exists, other than the voice", UsageError)
+    require((out.name == "-" or out.suffix and out.parent.is_dir()) and Path(flags["save_motion"]).parent.is_dir()
+            and str(out) != voice, f"--output_path={out} or --save_motion: no new file in a folder", UsageError)
     pairs(flags, "emotion", LABELS, 0)
     if flags["bench"]:
         from tests.bench import bench

@@ -165,8 +165,7 @@ def train(flags, data, parts, first_step, log):
         if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == steps):
             about = dict(kind=type(model).__name__, config=vars(model.cfg), step=step + 1)
             save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
-        if stop:
-            raise SystemExit                                               # with code 0
+        require(not stop, 0, SystemExit)                                   # ends with code 0
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def main(argv):
