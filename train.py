@@ -77,7 +77,7 @@ def resume(path, parts):
     """Continue as if never stopped from the last complete checkpoint -> its step."""
     path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
     state, model = read_tensors(path, "nothing to resume"), parts["model"]
-    with explained(path, f"cannot be resumed as {vars(model.cfg)}", "use another --out_dir"):
+    with explained(path, "was trained with other settings", "use another --out_dir"):
         require((state["kind"], state["config"]) == (type(model).__name__, vars(model.cfg)), state["config"])
         for name, part in parts.items():
             part.load_state_dict(state[name])

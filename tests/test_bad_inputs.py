@@ -226,7 +226,7 @@ BAD = {
     "no expert": (None, "train --alse=nowhere.pt", "nowhere.pt: not a readable checkpoint ([Errno 2] No such file"),
     "nothing to start from": (None, "train --init_from=nowhere.pt", "nowhere.pt: not a readable checkpoint ([Errno 2] No such file"),
     "nothing to resume": (None, "resume --out_dir=nowhere", "ckpt.pt: not a readable checkpoint"),
-    "another preset's run to resume": (None, "resume --width=64", "old/ckpt.pt: cannot be resumed as"),
+    "another preset's run to resume": (None, "resume --width=64", "old/ckpt.pt: was trained with other settings"),
     "a run to resume without optimizer": (lambda: shutil.copy("expert.pt", "old/ckpt.pt"), "resume", "old/ckpt.pt"),
     "no audio encoder": (None, "sample --audio_encoder=nowhere", "nowhere"),
     "an empty folder as encoder": (None, "sample --audio_encoder=videos", "videos/pytorch_model.bin: not a readable"),

@@ -109,7 +109,7 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
         path.write_bytes(path.read_bytes()[:cut])
         with pytest.raises(ValueError, match=name):
             AudioEncoder.from_pretrained(path)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         AudioEncoder.from_pretrained(tmp_path / "nowhere")
 
 

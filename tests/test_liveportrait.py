@@ -209,7 +209,7 @@ def test_pictures_of_every_kind_come_out_upright_and_in_colour(tmp_path):
 
 def test_the_crop_is_the_middle_unless_said_and_goes_back_without_an_edge():
     picture = Image.new("RGB", (1601, 1001), (0, 0, 200))
-    assert crop_box(picture) == [300, 0, 1001] and crop_box(picture, "7,9,16") == [7, 9, 16]
+    assert crop_box(picture) == (300, 0, 1001) and crop_box(picture, "7,9,16") == (7, 9, 16)
     white = np.full((512, 512, 3), 255, np.uint8)
     whole, = paste_back([white], picture, crop_box(picture, "1001,401,600"))
     assert whole.shape == (800, 1280, 3)
@@ -278,7 +278,7 @@ def one_line(words, call):
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_file_is_named(copy, file):
     (copy / file).unlink()
-    one_line([file, "no such file", "huggingface-cli"], lambda: LivePortrait(copy))
+    one_line([file, "No such file", "huggingface-cli"], lambda: LivePortrait(copy))
 
 
 @pytest.mark.parametrize("spoil, words", SPOILT.values(), ids=SPOILT)
@@ -289,7 +289,7 @@ def test_a_spoilt_file_is_named_with_its_key(copy, spoil, words):
 
 
 def test_other_weights_are_refused(weights, copy):
-    one_line(["nowhere", "no such file"], lambda: LivePortrait(copy / "nowhere"))
+    one_line(["nowhere", "No such file"], lambda: LivePortrait(copy / "nowhere"))
     (copy / "liveportrait_animals").mkdir()
     one_line(["liveportrait_animals", "animals"], lambda: LivePortrait(copy / "liveportrait_animals"))
     (copy / MLPS).unlink()

@@ -181,11 +181,11 @@ def test_a_flag_that_makes_no_sense_is_named(tmp_path, flag):
 
 def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path):
     resume = ["--steps=2", "--batch_size=2", "--init_from=resume"]
-    with pytest.raises(ValueError, match="ckpt.pt: no such file; nothing to resume"):
+    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint .*nothing to resume"):
         train_here(tmp_path, *resume)
     train_here(tmp_path, "--steps=1", "--batch_size=2")
     for other in ("--width=64", "--model=alse", "--p_drop_audio=0.1"):
-        with pytest.raises(ValueError, match="ckpt.pt: was trained with other settings: MoDA") as error:
+        with pytest.raises(ValueError, match="ckpt.pt: was trained with other settings") as error:
             train_here(tmp_path, *resume, other)
         assert "\n" not in str(error.value)
     with pytest.raises(OSError, match="ckpt.pt"):
