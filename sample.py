@@ -199,9 +199,9 @@ def film(flags, model, out, began):
     if flags["save_motion"]:
         np.save(f"{flags['save_motion']}.part.npy", torch.cat(made))
         os.replace(f"{flags['save_motion']}.part.npy", flags["save_motion"])
-    print(f"{out}: {bar.n} frames; loading {loading:.2f} s, sound {clock['sound']:.2f} s, "
-          f"motion {clock['motion'] - clock['sound']:.2f} s, render {clock['render']:.2f} s, "
-          f"encode {taken - clock['motion'] - clock['render']:.2f} s; real-time factor {taken / bar.n * 25:.3f}")
+    print(f"{out}: {bar.n} frames; loading {loading:.2f} s, sound {clock['sound']:.2f} s, motion "
+          f"{clock['motion'] - clock['sound']:.2f} s, render {clock['render']:.2f} s, encode "
+          f"{max(0, taken - clock['motion'] - clock['render']):.2f} s; real-time factor {taken / bar.n * 25:.3f}")
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;

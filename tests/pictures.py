@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import imageio_ffmpeg
 import matplotlib
 import numpy as np
 import soundfile
@@ -35,7 +36,7 @@ def spoken(flags, folder, emotion):
     soundfile.write(folder / "voice.wav", wav[:5 * RATE], RATE)
     sample.main([f"--ckpt={flags['ckpt']}", f"--audio_path={folder}/voice.wav", f"--output_path={folder}/film.mp4",
                  f"--emotion={emotion}"])
-    film = sample.imageio_ffmpeg.read_frames(folder / "film.mp4")
+    film = imageio_ffmpeg.read_frames(folder / "film.mp4")
     next(film)
     return [Image.frombytes("RGB", (512, 512), frame) for frame in film]
 
