@@ -157,15 +157,15 @@ def ahead(parts, clock):
 def main(argv):
     """Make the video that the flags ask for."""
     flags, began = parse_flags(__doc__, argv), time.perf_counter()
-    out, voice = Path(flags["output_path"]), flags["audio_path"]
+    out, voice, saved = Path(flags["output_path"]), flags["audio_path"], Path(flags["save_motion"])
     if out.name == "-":
         sys.stdout = sys.stderr                                            # stdout is for the film
     require(voice or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?", UsageError)
     require(not Path(voice).is_fifo(), f"--audio_path={voice}: not a pipe, a file; - is stdin", UsageError)
     require(bool(flags["weights"]) == bool(flags["image_path"]),
             "--image_path=FILE and --weights=FOLDER go together", UsageError)
-    require((out.name == "-" or out.suffix and out.parent.is_dir()) and Path(flags["save_motion"]).parent.is_dir()
-            and str(out) != voice, f"--output_path={out} or --save_motion: no new file in a folder", UsageError)
+    require((out.name == "-" or out.suffix and out.parent.is_dir() and str(out) != voice) and saved.parent.is_dir(),
+            f"--output_path={out} or --save_motion: no new file in a folder that exists", UsageError)
     pairs(flags, "emotion", LABELS, 0)
     if flags["bench"]:
         from tests.bench import bench
