@@ -48,7 +48,7 @@ class Config:
     rope_streams: int = 4        # streams rotated in the four-stream stage: 4 in the paper, 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
     audio_dim: int = 768
-    emotion_adaln: bool = True   # emotion joins the timestep in AdaLN (Sec. 3.2.2); False: it is only a stream
+    emotion_adaln: bool = True   # emotion joins the timestep in AdaLN (Sec. 3.2.1); False: it is only a stream
     p_drop_audio: float = 0.5    # Sec. 4.1.2: condition dropout, what makes guidance (Eq. 8) possible
     p_drop_emotion: float = 0.1
 
@@ -199,7 +199,8 @@ class MoDA(MotionModel):
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1, 1)        # every modality counts 0..N-1
 
     def modulations(self, t, emotion):
-        """Each block's K shifts, scales, gates: t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D)."""
+        """Each block's K shifts, scales, gates, in the order in which `fuse` takes them, the head's last.
+        t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D); K is 6 per stream of a joint block, 3, or 2."""
         wave = waves(1000 * t, 256, 10000).mT.flatten(-2)                  # (..., B, 256), cosines first
         c = F.silu(self.time_in(wave.to(self.head.weight)) + self.cfg.emotion_adaln * self.emotion_in(emotion))
         mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
@@ -211,23 +212,23 @@ class MoDA(MotionModel):
         N, mods = z.size(1), iter(mods)
         heard = None if mask is None else mask.repeat(1, 4)[:, None, None]
         m = self.motion_in(torch.cat([prev, z], -1).to(a))                 # (B, N, 2M) -> (B, N, D), prev first
-        for block in self.four:                                            # every modality has its own weights
+        for block in self.four:                                            # stage 1: every modality has its own weights
             m, a, e, i = block([m, a, e, i], next(mods), table, heard)
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
         asked = F.pad(z.new_ones(1, 3 * N) if mask is None else mask.repeat(1, 3), (N, 0))[:, None, None] > 0
-        for own, ask in zip(self.cross[::2], self.cross[1::2]):            # w/ CABA: motion hears itself, then asks
+        for own, ask in zip(self.cross[::2], self.cross[1::2]):         # w/ CABA, else empty: motion hears itself, asks
             m, = own([m], next(mods), table, heard if mask is None else heard[..., :N])
             m = ask(torch.cat([m, cond], 1), next(mods), table, asked, keep=N)
-        for block in self.two:
+        for block in self.two:                                             # stage 2: motion and its conditions
             m, cond = block([m, cond], next(mods), table, heard)
-        x = torch.cat([m, cond], 1)                                        # (B, 4N, D) all merge
+        x = torch.cat([m, cond], 1)                                        # (B, 4N, D) stage 3: all merge
         for block in self.one:
             x = block(x, next(mods), table, heard, keep=N if block is self.one[-1] else None)
         return self.head(modulate(x[:, :N], *next(mods)))
 
 # -------------------------------------------------------------------------------------------------------- the losses
 def draw(cfg, B, N, generator):
-    """The chance in one training step: times, noise, dropped conditions. Drawn on the CPU, the same for any device."""
+    """The random draws of a training step: times, noise, dropped conditions. Drawn on the CPU: any device has the same."""
     return dict(t=torch.rand(B, generator=generator), eps=torch.randn(B, N, M, generator=generator),
                 drop_audio=torch.rand(B, generator=generator) < cfg.p_drop_audio,
                 drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
@@ -241,7 +242,7 @@ def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, 
     real = [mask.unfold(1, k + 1, 1).all(-1) for k in range(3)]            # (B, N - k): of frames that count, all k + 1
     mse = [(e ** 2 * r[..., None]).sum() / (M * r.sum()).clamp(min=1) for e, r in zip(errors, real)]
     sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)
-    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 4; 5; 7, gated clip by clip
+    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 4; 5; 7, clip by clip
 
 def sync_loss(a, m, mask, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
@@ -284,7 +285,7 @@ def guidance_passes(guidance, emotion):
     return [(weight, *what) for what, weight in weights.items() if weight]
 
 def euler(velocity, z, times):
-    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]."""
+    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]; there is none at 0."""
     for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
@@ -309,7 +310,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     voice = list(islice(frames, size))
     require(voice, "the audio has no frames")
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
-    fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1/16 .. 15/16
+    fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1 / overlap .. < 1
     calm = smooth_pose if smooth else lambda motion: motion
     z = before = tail = rest = torch.empty(0, M)
     for mood, left in emotion if isinstance(emotion, list) else [(emotion, math.inf)]:
@@ -319,10 +320,10 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
         batch = lambda x: x.to(device).expand(len(weight), *x.shape)
         while left >= 1 and len(voice) > len(tail):
             window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
-            z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])           # chunks agree on these
+            z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])        # neighbours share their noise
             given = model.conditions(batch(window), moods, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
             v = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
-            motion = calm(euler(v, next(noises, z).to(device), times).cpu())                 # Eq. 8 above, Eq. 2
+            motion = calm(euler(v, next(noises, z).to(device), times).cpu())                 # Eq. 2; v is Eq. 8
             motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
             ready = calm(torch.cat([before, motion[:len(voice)]]))[len(before):]   # fades start at 0: the next is known
             stride = int(min(size - overlap, left))

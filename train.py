@@ -26,7 +26,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --ema=0.0                decay of a moving average of the weights, which sample.py prefers; 0 = none
     --bf16=False             bfloat16 where autocast knows it to be safe
     --compile=False          torch.compile the model
-    --checkpointing=False    recompute activations in the backward pass: slower, but the full model fits a 24 GB card
+    --checkpointing=False    recompute activations in the backward pass: slower, but ten times as many windows fit
     --save_every=250         steps; the last two checkpoints are kept, ckpt.pt and previous.pt
     --eval_clips=12          unseen toy clips for the table and the film at the end; 0 = neither
     --seed=1
