@@ -228,7 +228,7 @@ class MoDA(MotionModel):
 
 # -------------------------------------------------------------------------------------------------------- the losses
 def draw(cfg, B, N, generator):
-    """The random draws of a training step: times, noise, dropped conditions. Drawn on the CPU: any device has the same."""
+    """The random draws of a training step: times, noise, dropped conditions; on the CPU, for any device."""
     return dict(t=torch.rand(B, generator=generator), eps=torch.randn(B, N, M, generator=generator),
                 drop_audio=torch.rand(B, generator=generator) < cfg.p_drop_audio,
                 drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
