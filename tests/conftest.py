@@ -15,6 +15,15 @@ def same_chance():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for the tests of a file that asks for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A small MoDA whose every weight does something (fresh ones start with closed gates)."""

@@ -21,7 +21,7 @@ from PIL import Image
 
 import data
 import train
-from data import (HOP, MOUTH, PUBLISHED, RATE, Clips, UsageError, log_mel, opened, read_safetensors, toy_clip, write_manifest,
+from data import (HOP, MOUTH, RATE, Clips, UsageError, opened, read_safetensors, toy_clip, write_manifest,
                   write_safetensors)
 from renderer import crop_box, to_motion
 

@@ -1,7 +1,6 @@
 """The sampler solves the flow, guides as Eq. 8 says, and streams what it would have sampled at once."""
 import math
 
-import numpy as np
 import pytest
 import torch
 

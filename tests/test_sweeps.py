@@ -10,13 +10,7 @@ from moda import EMOTIONS, M, sample, stream
 KEYS = "audio", "emotion", "audio+emotion", "emotion+audio"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")          # small tensors gain nothing from more
 
 
 def draw(chance):

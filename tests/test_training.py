@@ -23,13 +23,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--width=32", "--heads=1", "--clips=4", "--eval_clips=0", "--device=cpu", "--warmup=5"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the processes that are started here: sums then have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")          # as in the processes started here: sums have one order
 
 
 def start(out, *flags, ranks=1):
