@@ -42,16 +42,15 @@ RATE, HOP, STEP, BLOCK = 16000, 640, 160, 5
 # -------------------------------------------------------------------------------------------------------------- sound
 
 @contextmanager
-def ffmpeg(told, error, *options, **pipes):
+def ffmpeg(told, error, *args, **pipes):
     """A running ffmpeg; where it fails, the user is told, with the first and last of its complaints."""
     # they go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        command = [get_ffmpeg_exe(), "-v", "error", *options]
-        with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as process:
-            yield process
+        with suppress(BrokenPipeError), Popen([get_ffmpeg_exe(), "-v", "error", *args], stderr=log, **pipes) as child:
+            yield child
         log.seek(0)
         lines = [line.split("] ")[-1].strip() for line in log]
-        require(process.returncode == 0, f"{told} ({'; '.join(lines[:1] + lines[1:][-1:])})", error)
+        require(child.returncode == 0, f"{told} ({'; '.join(lines[:1] + lines[1:][-1:])})", error)
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes but the last. ValueError if that is nothing."""

@@ -3,7 +3,6 @@
 Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, rotary positions, the joint attention
 blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
 Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers."""
-import math
 import os
 from collections import Counter
 from contextlib import contextmanager
@@ -57,7 +56,7 @@ PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=
 # ------------------------------------------------------------------------------------------ positions and attention
 def waves(position, n, theta):
     """Cosine and sine of position theta^(-2j / n), (..., n / 2, 2): the turns of RoPE, and the embedding of time."""
-    angle = position[..., None] * torch.exp(-math.log(theta) * torch.arange(0, n, 2, device=position.device) / n)
+    angle = position[..., None] * torch.exp(-torch.tensor(theta).log() * torch.arange(0, n, 2).to(position.device) / n)
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 def rotate(x, table):
@@ -296,7 +295,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     """Normalised motion for a voice of any length, piece by piece, each as soon as it is final; memory stays constant.
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
     identity (63,) canonical keypoints; prev (70,) normalised motion before the first frame, the portrait's own
-    emotion  0..8, or a list of (emotion, frames), one after the other, the last for math.inf
+    emotion  0..8, or a list of (emotion, frames), one after the other, the last for torch.inf
     steps    number of equal Euler steps, or a list of times from 1 down
     chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
@@ -312,24 +311,24 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1 / overlap .. < 1
     calm = smooth_pose if smooth else lambda motion: motion
-    z = before = tail = rest = torch.empty(0, M)
-    for mood, left in emotion if isinstance(emotion, list) else [(emotion, math.inf)]:
+    eps = before = tail = rest = torch.empty(0, M)
+    for mood, left in emotion if isinstance(emotion, list) else [(emotion, torch.inf)]:
         # all passes of a step run as one batch; their modulations are the same in every chunk
         weight, drop_audio, moods = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, mood)))
         mods = model.modulations(torch.tensor(times, device=device)[:, None], moods)         # (K, steps, B, 1, D) each
         batch = lambda x: x.to(device).expand(len(weight), *x.shape)
         while left >= 1 and len(voice) > len(tail):
             window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
-            z = torch.cat([z, torch.randn(size - len(z), M, generator=generator)])        # neighbours share their noise
+            eps = torch.cat([eps, torch.randn(size - len(eps), M, generator=generator)])    # neighbours share noise
             given = model.conditions(batch(window), moods, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
             v = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
-            motion = calm(euler(v, next(noises, z).to(device), times).cpu())                 # Eq. 2; v is Eq. 8
+            motion = calm(euler(v, next(noises, eps).to(device), times).cpu())                 # Eq. 2; v is Eq. 8
             motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
             ready = calm(torch.cat([before, motion[:len(voice)]]))[len(before):]   # fades start at 0: the next is known
             stride = int(min(size - overlap, left))
             yield ready[:stride]                                           # what no later chunk will touch
             prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
-            z, voice, rest = z[stride:], voice[stride:], ready[stride:]
+            eps, voice, rest = eps[stride:], voice[stride:], ready[stride:]
             size, left = chunk, left - stride
             voice += islice(frames, size - len(voice))
     if len(rest):

@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 from data import (CONTROLS, LABELS, LOOKS, RATE, ToyTalker, UsageError, audio_blocks, explained, expression, ffmpeg,
                   hearing, parse_flags, require, run)
-from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, stream
+from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, save, stream
 from renderer import SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image, relative
 
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
@@ -132,6 +132,7 @@ def timed(name, items, clock):
     began = time.perf_counter()
     for item in items:
         clock[name] += time.perf_counter() - began
+        clock.setdefault(f"first {name}", time.perf_counter())
         yield item
         began = time.perf_counter()
 
@@ -162,8 +163,7 @@ def main(argv):
         sys.stdout = sys.stderr                                            # stdout is for the film
     require(voice or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?", UsageError)
     require(not Path(voice).is_fifo(), f"--audio_path={voice}: not a pipe, a file; - is stdin", UsageError)
-    require(bool(flags["weights"]) == bool(flags["image_path"]),
-            "--image_path=FILE and --weights=FOLDER go together", UsageError)
+    require(bool(flags["weights"]) == bool(flags["image_path"]), "--weights and --image_path go together", UsageError)
     require((out.name == "-" or out.suffix and out.parent.is_dir() and str(out) != voice) and saved.parent.is_dir(),
             f"--output_path={out} or --save_motion: no new file in a folder that exists", UsageError)
     pairs(flags, "emotion", LABELS, 0)
@@ -193,15 +193,15 @@ def film(flags, model, out, began):
     parts = timed("motion", talk(flags, model, source, features, made), clock)
     drawn = (face.frames(source, part, stitch=flags["stitch"]) for part in (ahead(parts, clock) if live else parts))
     frames = place(frame for film in drawn for frame in timed("render", film, clock))
-    loading = time.perf_counter() - began
+    started = time.perf_counter()
     write_video(out, bar := tqdm(frames, "frames", unit=""), voice, heard)
-    taken = time.perf_counter() - began - loading
+    taken, busy = time.perf_counter() - started, clock["motion"] - clock["sound"] + clock["render"]
     if flags["save_motion"]:
-        np.save(f"{flags['save_motion']}.part.npy", torch.cat(made))
-        os.replace(f"{flags['save_motion']}.part.npy", flags["save_motion"])
-    print(f"{out}: {bar.n} frames; loading {loading:.2f} s, sound {clock['sound']:.2f} s, motion "
+        save(flags["save_motion"], torch.cat(made), write=lambda motion, path: np.save(open(path, "wb"), motion))
+    print(f"{out}: {bar.n} frames; loading {started - began:.2f} s, sound {clock['sound']:.2f} s, motion "
           f"{clock['motion'] - clock['sound']:.2f} s, render {clock['render']:.2f} s, encode "
-          f"{max(0, taken - clock['motion'] - clock['render']):.2f} s; real-time factor {taken / bar.n * 25:.3f}")
+          f"{max(0, taken - busy - clock['sound']):.2f} s; first frame {clock['first render'] - started:.2f} s after the "
+          f"voice began; real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;

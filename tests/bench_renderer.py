@@ -1,13 +1,12 @@
 """Frames per second of W + G, the share of the machine's peak, and the ratio to a plain loop that caches nothing.
 
-    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647                glibc keeps large blocks: fewer page faults
     python tests/bench_renderer.py [--weights=pretrained_weights] [--frames=5] [--batches=1,2,4,8]
     python tests/bench_renderer.py --memory=30 --dtype=bfloat16        peak memory on a CPU after so many frames
 
-Without weights it fills its own. The plain loop is a process of its own, as plain PyTorch would run it, without those
-variables; it and ours take turns, frame by frame, so that a drifting machine harms neither.
+Without weights it fills its own. The plain loop is a process of its own, as plain PyTorch would run it, memory included;
+it and ours take turns, frame by frame, so that a drifting machine harms neither.
 """
-import os
+import ctypes
 import resource
 import subprocess
 import sys
@@ -21,6 +20,9 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import build
+
+if any(arg.startswith("--plain") for arg in sys.argv):
+    ctypes.CDLL = lambda name: None                                          # no mallopt for the plain loop
 import renderer
 from renderer import BATCH_NORM, LivePortrait, Weights
 
@@ -104,9 +106,8 @@ def plain_loop(weights, out):
 
 def compare(weights, faces, f, x_s, x_d, n):
     out = Path(tempfile.mkdtemp()) / "plain.pt"
-    plainly = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     child = subprocess.Popen([sys.executable, __file__, f"--weights={weights}", f"--plain={out}"], text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=plainly)
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def plain():
         child.stdin.write("\n")

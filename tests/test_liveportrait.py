@@ -163,7 +163,8 @@ def test_a_batch_of_portraits_of_any_size_equals_each_alone(face, source):
 
 
 def test_frames_do_not_depend_on_the_batch(face, portrait, monkeypatch):
-    monkeypatch.setattr(renderer, "generate", lambda net, h: F.interpolate(h[:, :3].sigmoid(), 512))    # G is slow
+    monkeypatch.setattr(renderer, "warp", lambda net, f, x_s, x_d: f[:, :3, 0] + 20 * x_d[:, :3, :1, None])    # slow
+    monkeypatch.setattr(renderer, "generate", lambda net, h: F.interpolate(h.sigmoid(), 512))
     motion = portrait.motion + 0.05 * torch.randn(3, 70)
     frames = list(face.frames(portrait, motion.numpy(), batch=2))
     assert len(frames) == 3 and frames[0].shape == (512, 512, 3) and frames[0].dtype == np.uint8
@@ -325,12 +326,8 @@ def test_the_script_says_what_is_wrong_in_one_line(copy, tiny, tmp_path):
     Image.new("RGB", (100, 80)).save(tmp_path / "face.png")
     (tmp_path / "text.jpg").write_text("a portrait of my aunt")
     shorten(copy / APPEARANCE)
-    for flags, words, code in (
-            (("--image_path=text.jpg", "--weights=."), "text.jpg", 1),
-            (("--image_path=face.png", "--weights=.", "--crop=50,50,50"), "crop 50,50,50", 1),
-            (("--image_path=face.png", "--weights=."), APPEARANCE, 1),
-            (("--weights=.",), "--image_path", 2)):
-        command = [sys.executable, Path(renderer.__file__).parent / "sample.py", "--ckpt=ckpt.pt", "--audio_path=a.wav"]
-        told = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True)
-        assert told.returncode == code and words in told.stderr and told.stderr.count("\n") == 1, told.stderr
+    command = [sys.executable, Path(renderer.__file__).parent / "sample.py", "--ckpt=ckpt.pt", "--audio_path=a.wav"]
+    for image, words in ("text.jpg", "text.jpg"), ("face.png", APPEARANCE):
+        told = subprocess.run([*command, f"--image_path={image}", "--weights=."], cwd=tmp_path, capture_output=True, text=True)
+        assert told.returncode == 1 and words in told.stderr and told.stderr.count("\n") == 1, told.stderr
         assert not list(tmp_path.glob("out*.mp4"))

@@ -8,10 +8,9 @@ from zlib import crc32
 
 import build
 from conftest import golden
-from fill import fill
 from moda import Config, MoDA, euler, load_statistics, released_parameters, sample
 
-SMALL = build.tensors(fill(build.manifest("moda")["small"], 1))
+SMALL = build.tensors(build.manifest("moda")["small"])
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_a_missing_null_vector_is_drawn_once_and_said(tmp_path, capsys):
 
 
 def test_full_size_loads_fast_and_its_velocities_agree(tmp_path, g):
-    torch.save(build.tensors(fill(build.manifest("moda")["full"], 1)), tmp_path / "net-200.pth")
+    torch.save(build.tensors(build.manifest("moda")["full"]), tmp_path / "net-200.pth")
     began = time.perf_counter()
     model = MoDA.from_pretrained(tmp_path / "net-200.pth")
     assert time.perf_counter() - began < 20
