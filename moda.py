@@ -2,7 +2,7 @@
 
 Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, rotary positions, the joint attention
 blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
-Letters: B clips, N frames at 25 fps, D width, H heads, L x A audio layers x channels, M = 70 motion numbers."""
+Letters: B clips, N frames at 25 fps, S streams of n tokens, D width, H heads, L x A audio layers x channels, M = 70."""
 import os
 from collections import Counter
 from contextlib import contextmanager
@@ -82,19 +82,19 @@ def heads(qkv, gain, table):
     return *(rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip(qk, gain)), v
 
 class JointBlock(nn.Module):
-    """Joint attention over n streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
-    def __init__(self, cfg, n):
+    """Joint attention over S streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
+    def __init__(self, cfg, S):
         super().__init__()
         D = cfg.width
-        self.adaln = linear(D, 6 * n * D, gain=0)  # per stream: shift, scale, gate of attention and of feed-forward
-        self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(n))
-        self.qk_gain = nn.Parameter(torch.ones(n, 2, D // cfg.heads))
-        self.out = nn.ModuleList(linear(D, D) for _ in range(n))
-        self.mlp = nn.ModuleList(nn.Sequential(linear(D, 4 * D), nn.GELU("tanh"), linear(4 * D, D)) for _ in range(n))
+        self.adaln = linear(D, 6 * S * D, gain=0)  # per stream: shift, scale, gate of attention and of feed-forward
+        self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(S))
+        self.qk_gain = nn.Parameter(torch.ones(S, 2, D // cfg.heads))
+        self.out = nn.ModuleList(linear(D, D) for _ in range(S))
+        self.mlp = nn.ModuleList(nn.Sequential(linear(D, 4 * D), nn.GELU("tanh"), linear(4 * D, D)) for _ in range(S))
 
     def forward(self, xs, mods, table, heard=None):
         """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
-        mods (6 n, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count."""
+        mods (6 S, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count."""
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
         qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
         q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
