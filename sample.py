@@ -122,7 +122,7 @@ def write_video(path, frames, audio_path, heard=os.devnull):
         voice = live if audio_path == "-" else ["-i", f"file:{audio_path}"]
         target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split() if path.name == "-" else [f"file:{part}"]
         with ffmpeg(f"{path}: could not be written", OSError, *voice, *coding, *target,
-                                     stdin=PIPE, pass_fds=[pipe.fileno()]) as encoder:
+                    stdin=PIPE, pass_fds=[pipe.fileno()]) as encoder:
             encoder.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
         if path.name != "-":
             part.replace(path)
