@@ -40,7 +40,6 @@ from renderer import FACE, LivePortrait, Weights, motion_heads, to_motion
 RATE, HOP, STEP, BLOCK = 16000, 640, 160, 5
 
 # -------------------------------------------------------------------------------------------------------------- sound
-
 @contextmanager
 def ffmpeg(told, error, *args, **pipes):
     """A running ffmpeg; where it fails, the user is told, with the first and last of its complaints."""
@@ -98,7 +97,6 @@ def log_mel(wav, n_frames):
     return torch.cat(list(log_mel_blocks([np.pad(wav, (0, max(0, n_frames * HOP - len(wav))))])))[:n_frames]
 
 # --------------------------------------------------------------------------------------------------- the audio encoder
-
 # tensors by their names without the prefix that some files carry; what else a file holds served its training
 PART = re.compile(r"\b(feature_extractor|feature_projection|encoder)\..*")
 ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base from huggingface.co"
@@ -190,7 +188,6 @@ def hearing(encoder, device):
     return AudioEncoder.from_pretrained(encoder, device).blocks if encoder else log_mel_blocks
 
 # ------------------------------------------------------------------------------------------------------ the toy talker
-
 # by how many thousandths a point moves per unit of a control, as LivePortrait has it; 19y opens the mouth, frown < 0
 CONTROLS = {"aaa": {"19y": 1, "19z": .1, "17y": -.1}, "eee": {"20z": -1, "20y": -1, "14y": -1},
             "woo": {"14y": 1, "3y": -.5, "7y": -.5, "17z": -.5}, "brow": {"1y": 1, "2y": -1},
@@ -287,7 +284,6 @@ def toy_voice(rng, mood, target):
     return np.clip(wav, -1, 1).astype(np.float32)
 
 # ------------------------------------------------------------------------------------------------------------ datasets
-
 def opened(clip):
     """A clip's tensors by name. Of a file, what is looked at is read; of thousands, few may be open at a time."""
     return read_safetensors(clip, "delete it and prepare the data again") if isinstance(clip, Path) else clip
@@ -458,7 +454,6 @@ def main(argv):
     check(flags["data_dir"]) if flags["check"] else prepare(flags)
 
 # ---------------------------------------------------------------------------------------------------------- the scripts
-
 def parse_flags(doc, argv, defaults={}):
     """The flags that a script's docstring lists as `--name=default`, other `defaults`, and what argv says instead.
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is wrong."""

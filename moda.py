@@ -20,29 +20,13 @@ LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(
 EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
 NO_EMOTION = 8                                     # the null label that guidance drops to
 
-class UsageError(Exception):
-    """A flag that makes no sense."""
-
-def require(fine, told, error=ValueError):
-    """What has to be so, and what the user is told where it is not."""
-    if not fine:
-        raise error(told)
-
-@contextmanager
-def explained(what, complaint, advice, error=ValueError):
-    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
-    try:
-        yield
-    except Exception as reason:
-        raise error(f"{what}: {complaint} ({reason!s:.200}); {advice}") from None
-
 @dataclass
 class Config:
     width: int = 768
     heads: int = 12
-    n_four: int = 3              # Sec. 4.1.2: 3 four-stream, 6 two-stream, 12 single-stream blocks
-    n_two: int = 6
-    n_one: int = 12
+    n_four: int = 3              # blocks of each fusion stage (Sec. 4.1.2): four-stream,
+    n_two: int = 6               # two-stream,
+    n_one: int = 12              # single-stream
     fusion: str = "c2f"          # Table 3: c2f, four (w/o C2F: all blocks four-stream), cross (w/ CABA)
     rope_streams: int = 4        # streams rotated in the four-stream stage: 4 in the paper, 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
@@ -55,7 +39,7 @@ PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=
 
 # ------------------------------------------------------------------------------------------ positions and attention
 def waves(position, n, theta):
-    """Cosine and sine of position theta^(-2j / n), (..., n / 2, 2): the turns of RoPE, and the embedding of time."""
+    """Cosine and sine of position * theta^(-2j / n), (..., n / 2, 2): the turns of RoPE, and the embedding of time."""
     angle = position[..., None] * torch.exp(-torch.tensor(theta).log() * torch.arange(0, n, 2).to(position.device) / n)
     return torch.stack([angle.cos(), angle.sin()], -1)
 
@@ -76,7 +60,7 @@ def linear(n_in, n_out, aligned=0, gain=1.0):
     layer.bias.data.copy_(torch.arange(n_out) < aligned)
     return layer
 
-def heads(qkv, gain, table):
+def split_heads(qkv, gain, table):
     """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
     *qk, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
     return *(rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip(qk, gain)), v
@@ -96,12 +80,13 @@ class JointBlock(nn.Module):
         """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
         mods (6 S, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count."""
         lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
-        qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]          # (B, n, 3D) per stream
-        q, k, v = zip(*[heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) per stream
-        k, v = (torch.cat([y.expand(-1, -1, max(n, lengths[0]), -1) for y, n in zip(ys, lengths)], 2) for ys in (k, v))
+        qkv = [f(modulate(x, mod[0], mod[1])) for f, x, mod in zip(self.qkv, xs, mods)]    # (B, n, 3D) per stream
+        q, k, v = zip(*[split_heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) each
+        # a key that stands for N is repeated, so that the softmax counts it N times
+        k, v = (torch.cat([x.expand(-1, -1, max(n, lengths[0]), -1) for x, n in zip(kv, lengths)], 2) for kv in (k, v))
         y = F.scaled_dot_product_attention(torch.cat(q, 2), k, v, heard).transpose(1, 2).flatten(2)
-        xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, y.split(lengths, 1), mods)]    # back to their owners
-        return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]
+        xs = [x + mod[2] * f(y) for f, x, y, mod in zip(self.out, xs, y.split(lengths, 1), mods)]
+        return [x + mod[5] * f(modulate(x, mod[3], mod[4])) for f, x, mod in zip(self.mlp, xs, mods)]
 
 class SingleBlock(nn.Module):
     """One stream for all tokens; attention and feed-forward run side by side and share their projections."""
@@ -114,10 +99,10 @@ class SingleBlock(nn.Module):
         self.out = linear(5 * D, D)
 
     def forward(self, x, mods, table, heard=None, keep=None):
-        """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` are carried on."""
+        """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` ask, are fed forward, carried on."""
         u = modulate(x, mods[0], mods[1])
-        (W, W_mlp), (b, b_mlp) = (p.tensor_split([3 * x.size(-1)]) for p in self.qkv_mlp.parameters())   # 3D, 4D rows
-        q, k, v = heads(F.linear(u, W, b), self.qk_gain, table)
+        (W, W_mlp), (b, b_mlp) = (p.tensor_split([3 * x.size(-1)]) for p in self.qkv_mlp.parameters())
+        q, k, v = split_heads(F.linear(u, W, b), self.qk_gain, table)
         y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
         h = F.gelu(F.linear(u[:, :keep], W_mlp, b_mlp), approximate="tanh")
         return x[:, :keep] + mods[2] * self.out(torch.cat([y, h], -1))
@@ -192,7 +177,7 @@ class MoDA(MotionModel):
         N = audio.size(1)
         a, null = self.hear(audio), self.null_audio.repeat(self.cfg.audio_layers)          # (B, N, L * A), (L * A)
         a = self.audio_in(a if drop_audio is None else torch.where(drop_audio[:, None, None], null, a))    # (B, N, D)
-        n = N if self.cfg.rope_streams == 4 else 1     # Sec. 3.2.2; unrotated, all N are equal: one stands for them
+        n = N if self.cfg.rope_streams == 4 else 1     # not rotated (row 0 turns nothing) all N are equal: one will do
         e, i = (x[:, None].expand(-1, n, -1) for x in (self.emotion_in(emotion), self.identity_in(identity)))
         table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256)
         return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1, 1)        # every modality counts 0..N-1
@@ -202,7 +187,7 @@ class MoDA(MotionModel):
         t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D); K is 6 per stream of a joint block, 3, or 2."""
         wave = waves(1000 * t, 256, 10000).mT.flatten(-2)                  # (..., B, 256), cosines first
         c = F.silu(self.time_in(wave.to(self.head.weight)) + self.cfg.emotion_adaln * self.emotion_in(emotion))
-        mods = [block.adaln(c) for block in (*self.four, *self.cross, *self.two, *self.one, self)]
+        mods = [x.adaln(c) for x in (*self.four, *self.cross, *self.two, *self.one, self)]        # self: the head's
         return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
 
     def fuse(self, z, conditions, mods, mask=None):
@@ -214,10 +199,11 @@ class MoDA(MotionModel):
         for block in self.four:                                            # stage 1: every modality has its own weights
             m, a, e, i = block([m, a, e, i], next(mods), table, heard)
         cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
-        asked = F.pad(z.new_ones(1, 3 * N) if mask is None else mask.repeat(1, 3), (N, 0))[:, None, None] > 0
-        for own, ask in zip(self.cross[::2], self.cross[1::2]):         # w/ CABA, else empty: motion hears itself, asks
-            m, = own([m], next(mods), table, heard if mask is None else heard[..., :N])
-            m = ask(torch.cat([m, cond], 1), next(mods), table, asked, keep=N)
+        # w/ CABA, else no such blocks: motion hears itself, then the conditions alone, as cross-attention does
+        others = F.pad(z.new_ones(1, 3 * N) if mask is None else mask.repeat(1, 3), (N, 0))[:, None, None] > 0
+        for self_block, cross_block in zip(self.cross[::2], self.cross[1::2]):
+            m, = self_block([m], next(mods), table, heard if mask is None else heard[..., :N])
+            m = cross_block(torch.cat([m, cond], 1), next(mods), table, others, keep=N)
         for block in self.two:                                             # stage 2: motion and its conditions
             m, cond = block([m, cond], next(mods), table, heard)
         x = torch.cat([m, cond], 1)                                        # (B, 4N, D) stage 3: all merge
@@ -233,15 +219,15 @@ def draw(cfg, B, N, generator):
                 drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
-    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; z0 (B, N, 70) normalised, mask (B, N), the rest drawn."""
+    """L_RF, L_vel, gated L_ALSE: Eq. 6 is their sum. z0 (B, N, 70) normalised; t .. drop_emotion from `draw`."""
     z0, t_ = z0 * mask[..., None], t[:, None, None]
     z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
     v = model(z_t, t, audio, torch.where(drop_emotion, NO_EMOTION, emotion), identity, prev, drop_audio, mask)
-    errors = [(v - x).diff(n=k, dim=1) for k in range(3)]                  # itself, its first and second differences
-    real = [mask.unfold(1, k + 1, 1).all(-1) for k in range(3)]            # (B, N - k): of frames that count, all k + 1
+    errors = [(v - x).diff(n=k, dim=1) for k in range(3)]                  # Eq. 4; Eq. 5: from frame to frame, twice
+    real = [mask.unfold(1, k + 1, 1).all(-1) for k in range(3)]            # (B, N - k): all k + 1 frames are real
     mse = [(e ** 2 * r[..., None]).sum() / (M * r.sum()).clamp(min=1) for e, r in zip(errors, real)]
-    sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)
-    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 4; 5; 7, clip by clip
+    sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)    # of v's z0
+    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 7, where there is a voice
 
 def sync_loss(a, m, mask, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
@@ -249,7 +235,7 @@ def sync_loss(a, m, mask, in_sync=True):
     return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 class Residual(nn.Conv1d):
-    """x + a convolution over time, x (B, N, D)."""
+    """x + convolution over time of GELU(RMSNorm(x)); x (B, N, D)."""
     def forward(self, x):
         return x + super().forward(F.gelu(F.rms_norm(x, x.shape[-1:])).mT).mT
 
@@ -284,7 +270,7 @@ def guidance_passes(guidance, emotion):
     return [(weight, *what) for what, weight in weights.items() if weight]
 
 def euler(velocity, z, times):
-    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]; there is none at 0."""
+    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k], and not known at 0."""
     for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
         z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
     return z
@@ -300,37 +286,39 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
-    first_chunk  its frames, for an earlier start"""
+    first_chunk  frames of the first chunk, for an earlier start; 0: as many as the others"""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    device, size = model.mean.device, first_chunk or chunk
-    require(times and 0 <= overlap < size <= chunk,
+    device, length = model.mean.device, first_chunk or chunk
+    require(times and 0 <= overlap < length <= chunk,
             f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first_chunk={first_chunk} <= chunk={chunk}")
     frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
-    voice = list(islice(frames, size))
+    voice = list(islice(frames, length))
     require(voice, "the audio has no frames")
     noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
     fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1 / overlap .. < 1
-    calm = smooth_pose if smooth else lambda motion: motion
+    smoothed = smooth_pose if smooth else lambda motion: motion
+    # noise that the next chunk shares; the frame before it, and those it fades into; what no chunk has yielded yet
     eps = before = tail = rest = torch.empty(0, M)
-    for mood, left in emotion if isinstance(emotion, list) else [(emotion, torch.inf)]:
+    for mood, frames_left in emotion if isinstance(emotion, list) else [(emotion, torch.inf)]:
         # all passes of a step run as one batch; their modulations are the same in every chunk
         weight, drop_audio, moods = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, mood)))
         mods = model.modulations(torch.tensor(times, device=device)[:, None], moods)         # (K, steps, B, 1, D) each
         batch = lambda x: x.to(device).expand(len(weight), *x.shape)
-        while left >= 1 and len(voice) > len(tail):
-            window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, size - len(voice)))
-            eps = torch.cat([eps, torch.randn(size - len(eps), M, generator=generator)])    # neighbours share noise
+        while frames_left >= 1 and len(voice) > len(tail):                 # or the tail holds all that is left
+            window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, length - len(voice)))
+            eps = torch.cat([eps, torch.randn(length - len(eps), M, generator=generator)])
             given = model.conditions(batch(window), moods, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
             v = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
-            motion = calm(euler(v, next(noises, eps).to(device), times).cpu())                 # Eq. 2; v is Eq. 8
+            motion = smoothed(euler(v, next(noises, eps).to(device), times).cpu())             # Eq. 2; v is Eq. 8
             motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
-            ready = calm(torch.cat([before, motion[:len(voice)]]))[len(before):]   # fades start at 0: the next is known
-            stride = int(min(size - overlap, left))
+            # smoothing looks one frame ahead, into the tail: its fade starts at 0, so that frame is final as well
+            ready = smoothed(torch.cat([before, motion[:len(voice)]]))[len(before):]
+            stride = int(min(length - overlap, frames_left))
             yield ready[:stride]                                           # what no later chunk will touch
             prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
             eps, voice, rest = eps[stride:], voice[stride:], ready[stride:]
-            size, left = chunk, left - stride
-            voice += islice(frames, size - len(voice))
+            length, frames_left = chunk, frames_left - stride
+            voice += islice(frames, length - len(voice))
     if len(rest):
         yield rest
 
@@ -343,7 +331,23 @@ def smooth_pose(motion):
     pose = F.avg_pool1d(motion[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
     return torch.cat([motion[:, EXP], pose], 1)
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------ complaints, checkpoints
+class UsageError(Exception):
+    """A flag that makes no sense."""
+
+def require(fine, told, error=ValueError):
+    """What has to be so, and what the user is told where it is not."""
+    if not fine:
+        raise error(told)
+
+@contextmanager
+def explained(what, complaint, advice, error=ValueError):
+    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
+    try:
+        yield
+    except Exception as reason:
+        raise error(f"{what}: {complaint} ({reason!s:.200}); {advice}") from None
+
 def save(path, state, keep="", write=torch.save):
     """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
     with explained(path, "could not be saved", "an earlier one is untouched", OSError):

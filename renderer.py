@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 from moda import EXP, M, ROT, SCALE, TRANS, explained, read_tensors, require
 
 SIZE = 512                                         # pixels of a rendered frame, height and width
-GET = "get it with: huggingface-cli download KwaiVGI/LivePortrait --local-dir pretrained_weights"
+GET = "get it with: hf download KwaiVGI/LivePortrait --local-dir pretrained_weights"
 BATCH_NORM = "running_mean", "running_var", "weight", "bias"
 # M_MMAP_MAX and M_TRIM_THRESHOLD: glibc keeps large blocks; to give them back each time, and pay for their pages anew,
 # costs a sixth of the time on a CPU
@@ -53,7 +53,6 @@ def checked(motion):
     return motion.detach().float()
 
 # ------------------------------------------------------------------------------------------------------------- pictures
-
 def read_image(path):
     """Any picture Pillow reads, upright and on white where it is transparent -> RGB Image. ValueError if it is none."""
     with explained(path, "no picture could be read", "take another"):
@@ -275,7 +274,6 @@ class LivePortrait:
             yield from self.render(f_s, still, keypoints(source.x_c, part).to(self.device), stitch).cpu().numpy()
 
 # ----------------------------------------------------------------------------------------------------------- a sketch
-
 # where a made-up face has LivePortrait's 21 points, x, y and z in percent, and which are each other's mirror image
 FACE = np.array([[0, -14, 14, -20, -29, 0, 0, 20, 0, 0, 29, -12.5, 0, -12.5, -10.5, 12.5, 12.5, 0, 0, 0, 10.5],
                  [-40, -16, -16, 8, -6, 75, 15, 8, -8, 4, -6, -7.5, 40, -3.5, 20.5, -7.5, -3.5, 18.5, -9, 22.5, 20.5],

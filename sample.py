@@ -20,7 +20,7 @@ The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they
     --stats=mean.pt          the statistics that belong to net-200.pth, which does not hold them
     --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT, for models that hear it instead of log-mel
     --emotion=none           anger contempt disgust fear happiness neutral sadness surprise none, or their number; or
-                             some in turn, with their seconds, the last to the end: neutral:2,happiness
+                             some in turn, each its seconds (2) long, the last to the end: neutral:2.5,happiness
     --edit=                  expression added to the motion: smile:0.5,brow:5; also aaa eee woo frown blink
     --seed=1                 another seed, another head motion
     --steps=10               Euler steps
@@ -72,7 +72,7 @@ def open_face(flags, device):
     x, y, size = box = crop_box(image, flags["crop"])
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
     face = LivePortrait(flags["weights"], device, torch.bfloat16 if flags["bf16"] else torch.float32)
-    face.render = torch.compile(face.render, dynamic=False, disable=not flags["compile"])
+    face.render = torch.compile(face.render, dynamic=False) if flags["compile"] else face.render
     crop.save(f"{flags['output_path']}.crop.png")
     place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
     return face, face.source(np.asarray(crop)), place
@@ -102,8 +102,8 @@ def talk(flags, model, source, features, made):
         with explained(flags["motion_path"], "no motion could be read", "expected what --save_motion wrote"):
             motions = [checked(np.load(flags["motion_path"], allow_pickle=False))]
     else:
-        *earlier, (last, _) = pairs(flags, "emotion", LABELS, 0)
-        emotions = [(emotion, 25 * seconds) for emotion, seconds in earlier] + [(last, np.inf)]
+        moods, seconds = zip(*pairs(flags, "emotion", LABELS, 2))          # to the nearest frame, without drift
+        emotions = list(zip(moods, np.diff(np.round(25 * np.cumsum([0, *seconds[:-1]])), append=np.inf)))
         zs = stream(model, features, source.x_c, model.normalise(neutral, size), emotions, **sampling(flags))
         motions = (model.denormalise(z.to(portrait), size) for z in zs)
     for motion in motions:
@@ -166,7 +166,7 @@ def main(argv):
     require(bool(flags["weights"]) == bool(flags["image_path"]), "--weights and --image_path go together", UsageError)
     require((out.name == "-" or out.suffix and out.parent.is_dir() and str(out) != voice) and saved.parent.is_dir(),
             f"--output_path={out} or --save_motion: no new file in a folder that exists", UsageError)
-    pairs(flags, "emotion", LABELS, 0)
+    pairs(flags, "emotion", LABELS, 2)
     if flags["bench"]:
         from tests.bench import bench
         return bench(flags)
@@ -177,7 +177,7 @@ def main(argv):
     if flags["eval"]:
         return evaluate(flags, model, ToyTalker("val", 16))
     model.to(flags["device"])
-    model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False, disable=not flags["compile"])
+    model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False) if flags["compile"] else model.fuse
     for p in model.parameters() if flags["bf16"] else ():
         p.data = p.data.bfloat16()                                         # the statistics stay float32
     film(flags, model, out, began)
@@ -200,8 +200,8 @@ def film(flags, model, out, began):
         save(flags["save_motion"], torch.cat(made), write=lambda motion, path: np.save(open(path, "wb"), motion))
     print(f"{out}: {bar.n} frames; loading {started - began:.2f} s, sound {clock['sound']:.2f} s, motion "
           f"{clock['motion'] - clock['sound']:.2f} s, render {clock['render']:.2f} s, encode "
-          f"{max(0, taken - busy - clock['sound']):.2f} s; first frame {clock['first render'] - started:.2f} s after the "
-          f"voice began; real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
+          f"{max(0, taken - busy - clock['sound']):.2f} s; first frame after {clock['first render'] - started:.2f} s; "
+          f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
 
 def sync_scores(expert, audio, z):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;

@@ -68,8 +68,8 @@ def settings(argv):
     for name, x in flags.items():
         low = int(name in ("steps", "batch_size", "passes", "clips", "save_every", "width", "heads"))
         require(type(x) not in (int, float) or x >= low, f"--{name}={x}: should be {low} or more", UsageError)
-    size, parts = flags["batch_size"], WORLD * flags["passes"]
-    require(size % parts == 0, f"--batch_size={size}: does not divide by processes x --passes = {parts}", UsageError)
+    parts = WORLD * flags["passes"] * (2 if flags["model"] == "alse" else 1)       # its foreign pairs take two windows
+    require(flags["batch_size"] % parts == 0, f"--batch_size: no multiple of {parts}, processes x --passes", UsageError)
     flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
     return flags, Config(**{name: flags.pop(name) for name in vars(Config())})
 

@@ -23,7 +23,7 @@ import build
 import moda
 import renderer
 from data import RATE, AudioEncoder
-from moda import Config, JointBlock, M, MoDA, SingleBlock, heads, modulate
+from moda import Config, JointBlock, M, MoDA, SingleBlock, modulate, split_heads
 
 N, GUIDANCE, WORK = 80, {"audio+emotion": 0.2}, 206.8e9                    # FLOP a step, 2 passes x 4 x 80 tokens
 FRAME_WORK = 1233.6e9                                                      # W + G of one frame
@@ -37,7 +37,7 @@ class PlainJointBlock(JointBlock):
         tables = [table if len(xs) == 2 or s < 2 else table[:1].expand_as(table) for s in range(len(xs))]
         xs = [x.expand(-1, max(N, x.size(1)), -1) for x in xs]
         qkv = [f(modulate(x, m[0], m[1])) for f, x, m in zip(self.qkv, xs, mods)]
-        q, k, v = (torch.cat(ys, 2) for ys in zip(*map(heads, qkv, self.qk_gain, tables)))
+        q, k, v = (torch.cat(ys, 2) for ys in zip(*map(split_heads, qkv, self.qk_gain, tables)))
         ys = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).split([x.size(1) for x in xs], 1)
         xs = [x + m[2] * f(y) for f, x, y, m in zip(self.out, xs, ys, mods)]
         return [x + m[5] * f(modulate(x, m[3], m[4])) for f, x, m in zip(self.mlp, xs, mods)]

@@ -279,13 +279,13 @@ def one_line(words, call):
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_file_is_named(copy, file):
     (copy / file).unlink()
-    one_line([file, "No such file", "huggingface-cli"], lambda: LivePortrait(copy))
+    one_line([file, "No such file", "hf download"], lambda: LivePortrait(copy))
 
 
 @pytest.mark.parametrize("spoil, words", SPOILT.values(), ids=SPOILT)
 def test_a_spoilt_file_is_named_with_its_key(copy, spoil, words):
     spoil(copy / APPEARANCE)
-    one_line([APPEARANCE, words, "huggingface-cli"], lambda: LivePortrait(copy))
+    one_line([APPEARANCE, words, "hf download"], lambda: LivePortrait(copy))
     assert not Path("run_by_a_pickle").exists()
 
 

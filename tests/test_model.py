@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from moda import Config, JointBlock, MoDA, heads, rotate, waves
+from moda import Config, JointBlock, MoDA, rotate, split_heads, waves
 
 
 def rope(n, dim):
@@ -96,6 +96,6 @@ def test_attention_starts_on_the_diagonal():
     """At initialisation a motion frame listens most to its own moment in every stream."""
     cfg = Config(width=128, heads=2)
     block = JointBlock(cfg, 1)
-    q, k, _ = heads(block.qkv[0](torch.randn(64, 40, 128)), block.qk_gain[0], rope(40, 64))
+    q, k, _ = split_heads(block.qkv[0](torch.randn(64, 40, 128)), block.qk_gain[0], rope(40, 64))
     score = (q @ k.mT).mean((0, 1))
     assert (score.argmax(1) == torch.arange(40)).float().mean() > 0.9

@@ -62,7 +62,7 @@ def test_the_command_makes_a_film_and_says_what_each_stage_took(trained, tmp_pat
     printed = script("sample.py", f"--ckpt={trained[0]}/ckpt.pt", f"--audio_path={tmp_path}/v.wav",
                      "--emotion=happiness", f"--output_path={tmp_path}/v.mp4")
     assert "v.mp4: 20 frames; " in printed
-    for stage in ("loading", "sound", "motion", "render", "encode", "first frame", "real-time factor", "steady"):
+    for stage in ("loading", "sound", "motion", "render", "encode", "first frame after", "real-time factor", "steady"):
         assert float(printed.split(f"{stage} ")[1].split()[0].rstrip(",")) >= 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["v.mp4", "v.wav"]
 
