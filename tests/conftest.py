@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training(request, tmp_path_factory):
+    """The toy's training for the tests that need its result: on one core, from the first test on -> folder, process."""
+    if not any("trained" in item.fixturenames for item in request.session.items):
+        yield
+        return
+    out = tmp_path_factory.mktemp("toy")
+    flags = "--clips=48 --batch_size=4 --p_drop_audio=0.1 --steps=180 --eval_clips=4".split()
+    with open(out / "printed", "w") as printed, open(out / "told", "w") as told:
+        run = subprocess.Popen([sys.executable, HERE.parent / "train.py", *flags, f"--out_dir={out}"], stdout=printed,
+                               stderr=told, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    yield out, run
+    run.kill()
+    run.wait()
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ import sample
 import train
 from moda import ALSE, Config, save
 
+pytestmark = pytest.mark.usefixtures("one_thread")          # the other core trains the toy meanwhile
 ROOT = Path(__file__).parent.parent
 # the commands that work in the folder `good`; what a row adds comes last and counts
 DOORS = {
@@ -313,7 +314,7 @@ WRONG = {
     "train --steps=0": "--steps=0: should be 1 or more",
     "train --steps=1e3": "--steps=1e3: expected int",
     "train --batch_size=-2": "--batch_size=-2",
-    "train --passes=3": "--passes = 3",
+    "train --passes=3": "no multiple of 3, processes x --passes",
     "train --warmup=-1": "--warmup=-1: should be 0 or more",
     "train --learning_rate=nan": "--learning_rate=nan",
     "train --learning_rate=-1": "--learning_rate=-1.0",

@@ -324,10 +324,8 @@ def test_the_script_says_what_is_wrong_in_one_line(copy, tiny, tmp_path):
     model = tiny.state_dict() | {"std": torch.full((70,), 0.5)}
     save(tmp_path / "ckpt.pt", dict(kind="MoDA", config=asdict(tiny.cfg), model=model))
     Image.new("RGB", (100, 80)).save(tmp_path / "face.png")
-    (tmp_path / "text.jpg").write_text("a portrait of my aunt")
     shorten(copy / APPEARANCE)
     command = [sys.executable, Path(renderer.__file__).parent / "sample.py", "--ckpt=ckpt.pt", "--audio_path=a.wav"]
-    for image, words in ("text.jpg", "text.jpg"), ("face.png", APPEARANCE):
-        told = subprocess.run([*command, f"--image_path={image}", "--weights=."], cwd=tmp_path, capture_output=True, text=True)
-        assert told.returncode == 1 and words in told.stderr and told.stderr.count("\n") == 1, told.stderr
-        assert not list(tmp_path.glob("out*.mp4"))
+    told = subprocess.run([*command, "--image_path=face.png", "--weights=."], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 1 and APPEARANCE in told.stderr and told.stderr.count("\n") == 1, told.stderr
+    assert not list(tmp_path.glob("out*.mp4"))

@@ -16,7 +16,7 @@ from data import ToyTalker, UsageError, parse_flags, toy_clip
 from moda import MoDA
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--clips=48", "--batch_size=4", "--p_drop_audio=0.1"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def script(*args, code=0):
@@ -26,10 +26,10 @@ def script(*args, code=0):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("toy")
-    printed = script("train.py", *SMALL, "--steps=180", "--eval_clips=4", f"--out_dir={out}")
-    return out, printed
+def trained(training):
+    out, run = training
+    assert run.wait(timeout=400) == 0, (out / "told").read_text()
+    return out, (out / "printed").read_text()
 
 
 def speak(trained, folder, samples, *flags, voice="v.wav", film="v.mp4"):
@@ -129,9 +129,9 @@ def test_a_failing_run_leaves_the_last_film_and_nothing_else(tmp_path, name, err
 
 
 def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
-    script("train.py", "--model=alse", "--clips=6", "--steps=5", "--width=32", f"--out_dir={tmp_path}/alse")
-    script("train.py", *SMALL, "--clips=6", "--steps=2", f"--alse={tmp_path}/alse/ckpt.pt", "--tau=99",
-           f"--out_dir={tmp_path}/moda", "--eval_clips=0")
+    train.main(["--model=alse", "--clips=6", "--steps=5", "--width=32", f"--out_dir={tmp_path}/alse"])
+    train.main(["--clips=6", "--steps=2", "--p_drop_audio=0.1", f"--alse={tmp_path}/alse/ckpt.pt", "--tau=99",
+                f"--out_dir={tmp_path}/moda", "--eval_clips=0"])
     rows = list(csv.DictReader(open(tmp_path / "moda/log.csv")))
     assert float(rows[0]["sync"]) > 0
     flags = parse_flags(sample.__doc__, ["--steps=2", f"--alse={tmp_path}/alse/ckpt.pt"])
@@ -154,7 +154,6 @@ def test_wrong_flags_are_named_before_any_work(main, argument, message):
 
 
 def test_a_mistake_is_one_line_and_an_exit_code(trained, tmp_path):
-    assert script("sample.py", "--stepz=3", code=2).startswith("error: unknown flag --stepz=3")
     said = script("sample.py", "--audio_path=nope.wav", f"--ckpt={trained[0]}/ckpt.pt",
                   f"--output_path={tmp_path}/out.mp4", code=1)
     assert "error: nope.wav" in said and "Traceback" not in said and not list(tmp_path.iterdir())
