@@ -4,9 +4,6 @@ The weights are stand-ins with the public files' names and shapes (fill.py, seed
 what the reference makes of them. Its R_eye and R_lip are not part of the renderer.
 """
 import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,6 @@ from PIL import Image
 import build
 import renderer
 from conftest import golden
-from moda import save
 from renderer import LivePortrait, Sketch, Source, crop_box, keypoints, paste_back, read_image, stitching
 
 G = golden("liveportrait")
@@ -318,14 +314,3 @@ def test_motion_that_is_none_is_refused(face, portrait, shape, value):
     motion = np.full(shape, value, np.float32)
     one_line(["motion", str(shape), "70"], lambda: next(face.frames(portrait, motion)))
     one_line(["motion", str(shape), "70"], lambda: next(Sketch().frames(Sketch().source(), motion)))
-
-
-def test_the_script_says_what_is_wrong_in_one_line(copy, tiny, tmp_path):
-    model = tiny.state_dict() | {"std": torch.full((70,), 0.5)}
-    save(tmp_path / "ckpt.pt", dict(kind="MoDA", config=asdict(tiny.cfg), model=model))
-    Image.new("RGB", (100, 80)).save(tmp_path / "face.png")
-    shorten(copy / APPEARANCE)
-    command = [sys.executable, Path(renderer.__file__).parent / "sample.py", "--ckpt=ckpt.pt", "--audio_path=a.wav"]
-    told = subprocess.run([*command, "--image_path=face.png", "--weights=."], cwd=tmp_path, capture_output=True, text=True)
-    assert told.returncode == 1 and APPEARANCE in told.stderr and told.stderr.count("\n") == 1, told.stderr
-    assert not list(tmp_path.glob("out*.mp4"))

@@ -158,7 +158,7 @@ def test_a_window_touches_only_its_own_bytes(tmp_path):
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(videos, prepared, tmp_path):
     chance, folder = random.Random(7), tmp_path / "set"
-    for goal in (0, 2, 4):
+    for goal in (0, 3):
         process = run(f"--videos={videos}", f"--data_dir={folder}", "--weights=unused")
         while process.poll() is None and len(list(folder.glob("clips/**/*.safetensors"))) < goal + 1:
             time.sleep(0.002)

@@ -96,15 +96,15 @@ def test_saved_motion_makes_the_same_film_again_and_takes_edits(trained, tmp_pat
 
 def test_a_live_voice_gives_the_motion_and_the_film_of_its_file(trained, tmp_path):
     """Raw sound on stdin, a film on stdout as it grows, and the same numbers as offline."""
-    filed = speak(trained, tmp_path, 51_200, "--emotion=neutral:1,happiness")
+    filed = speak(trained, tmp_path, 25_600, "--emotion=neutral:1,happiness", "--chunk=20")
     sound = soundfile.read(tmp_path / "v.wav", dtype="int16")[0].tobytes()
     done = subprocess.run([sys.executable, "sample.py", f"--ckpt={trained[0]}/ckpt.pt", "--audio_path=-", "--steps=2",
-                           "--output_path=-", "--chunk=40", "--emotion=neutral:1,happiness",
+                           "--output_path=-", "--chunk=20", "--emotion=neutral:1,happiness",
                            f"--save_motion={tmp_path}/live.npy"], cwd=ROOT, input=sound, capture_output=True, timeout=300)
     assert done.returncode == 0 and b"after their sound" in done.stderr, done.stderr
     (tmp_path / "live.ts").write_bytes(done.stdout)
     about = next(imageio_ffmpeg.read_frames(tmp_path / "live.ts"))
-    assert about["audio_codec"] == "aac" and imageio_ffmpeg.count_frames_and_secs(tmp_path / "live.ts")[0] == 80
+    assert about["audio_codec"] == "aac" and imageio_ffmpeg.count_frames_and_secs(tmp_path / "live.ts")[0] == 40
     assert np.array_equal(np.load(tmp_path / "live.npy", allow_pickle=False), filed)
 
 

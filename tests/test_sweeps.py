@@ -34,7 +34,7 @@ def pieces(audio, chance):
         at += n
 
 
-@pytest.mark.parametrize("k", range(60))
+@pytest.mark.parametrize("k", range(45))
 def test_a_request_of_any_kind_is_answered_whole_and_the_same_each_time(tiny, k):
     chance = random.Random(k)
     T, request = draw(chance)
@@ -48,5 +48,5 @@ def test_a_request_of_any_kind_is_answered_whole_and_the_same_each_time(tiny, k)
 
 
 def test_lengths_of_every_size_are_drawn():
-    lengths = [draw(random.Random(k))[0] for k in range(60)]
-    assert min(lengths) == 1 and max(lengths) > 1000 and sorted(lengths)[30] < 100
+    lengths = [draw(random.Random(k))[0] for k in range(45)]
+    assert min(lengths) == 1 and max(lengths) > 1000 and sorted(lengths)[22] < 100

@@ -86,11 +86,17 @@ def one_process(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def two_started(tmp_path_factory):
+    """They run beside the first tests."""
     out = tmp_path_factory.mktemp("two")
-    finish(start(out, *FLAGS, *SPLIT, ranks=2))
-    return out
+    return out, start(out, *FLAGS, *SPLIT, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def two_processes(two_started):
+    finish(two_started[1])
+    return two_started[0]
 
 
 def test_a_killed_run_goes_on_to_the_bit(one_process, tmp_path):
