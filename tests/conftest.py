@@ -1,3 +1,4 @@
+"""What the tests share: chance, threads, a small network, and one training that runs beside the first of them."""
 import os
 import subprocess
 import sys

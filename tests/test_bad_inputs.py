@@ -315,6 +315,7 @@ WRONG = {
     "train --steps=1e3": "--steps=1e3: expected int",
     "train --batch_size=-2": "--batch_size=-2",
     "train --passes=3": "no multiple of 3, processes x --passes",
+    "train --model=alse --passes=2": "no multiple of 4",
     "train --warmup=-1": "--warmup=-1: should be 0 or more",
     "train --learning_rate=nan": "--learning_rate=nan",
     "train --learning_rate=-1": "--learning_rate=-1.0",

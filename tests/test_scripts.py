@@ -108,6 +108,14 @@ def test_a_live_voice_gives_the_motion_and_the_film_of_its_file(trained, tmp_pat
     assert np.array_equal(np.load(tmp_path / "live.npy", allow_pickle=False), filed)
 
 
+def test_emotions_in_turn_keep_to_the_clock(trained, tmp_path, monkeypatch):
+    """Spells of half a frame too much do not add up, and a spell without seconds lasts two."""
+    given, stream = [], sample.stream
+    monkeypatch.setattr(sample, "stream", lambda *args, **options: given.extend(args[4]) or stream(*args, **options))
+    speak(trained, tmp_path, 6400, "--emotion=anger:0.5,fear:0.5,neutral,happiness")
+    assert given == [(0, 12), (3, 13), (5, 50), (4, np.inf)]
+
+
 def test_file_names_may_hold_anything(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     speak(trained, Path(), 1280, voice="-my 'own' voice: 100%d.wav", film="-it's \"it\" %d.mp4")
