@@ -359,7 +359,7 @@ def save(path, state, keep="", write=torch.save):
             os.replace(path, os.path.join(os.path.dirname(path), keep))
         os.replace(f"{path}.tmp", path)
 
-def read_tensors(path, advice="fetch it again"):
+def read_tensors(path, advice="fetch it again, or train it first"):
     """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
     with explained(path, "not a readable checkpoint", advice):             # truncated, foreign, or a pickle with code
         return dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -2,7 +2,7 @@
 
     python sample.py --audio_path=voice.wav --emotion=happiness
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
-    arecord -f S16_LE -r 16000 | python sample.py --stream --audio_path=- --output_path=- | ffplay -
+    arecord -t raw -f S16_LE -r 16000 -c 1 | python sample.py --stream --audio_path=- --output_path=- | ffplay -
     python sample.py --eval                              a table of metrics on toy clips the model never saw
     python sample.py --bench                             how fast this machine is
 The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they are without being given:
@@ -41,7 +41,7 @@ The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they
     --eval=False
     --bench=False
     --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
-    --device=
+    --device=                cuda if there is one
 """
 import os
 import sys
@@ -107,7 +107,7 @@ def talk(flags, model, source, features, made):
         zs = stream(model, features, source.x_c, model.normalise(neutral, size), emotions, **sampling(flags))
         motions = (model.denormalise(z.to(portrait), size) for z in zs)
     for motion in motions:
-        made.append(motion.cpu())
+        made.extend([motion.cpu()] if flags["save_motion"] else [])
         motion = neutral.lerp(motion.to(portrait), scale)
         motion[:, EXP] += edit
         yield (motion if absolute else relative(motion, portrait, neutral)).cpu()

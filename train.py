@@ -11,7 +11,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --preset=toy             toy or moda
     --data_dir=              a data set prepared by data.py; the toy talker without one
     --clips=300              how many clips the toy talker makes, 8 s each
-    --out_dir=               checkpoints, log.csv, samples; out/<preset> without one
+    --out_dir=               checkpoints, log.csv, samples; out/<preset>, or out/alse, without one
     --init_from=scratch      scratch, resume, or a checkpoint to start from, with its Config; net-200.pth too
     --stats=                 file with the motion's mean and std, as net-200.pth needs; those of the data without one
     --alse=                  checkpoint of a lip-sync expert that supervises MoDA

@@ -3,7 +3,7 @@
     python tests/bench_loader.py --data_dir=bench [--clips=24] [--frames=1500] [--seconds=10]
 
 Makes data sets of random numbers with log-mel (1 x 160) and with wav2vec 2.0 (12 x 768) features below data_dir. Toy
-training takes about 50 windows a second.
+training takes about 45 windows a second.
 """
 import os
 import shutil

@@ -28,7 +28,7 @@ from renderer import BATCH_NORM, LivePortrait, Weights
 
 
 class Plain(Weights):
-    """The layers as the specification words them: nothing folded, upsampling done pixel by pixel."""
+    """The layers as the reference has them: nothing folded, upsampling done pixel by pixel."""
 
     def conv(self, x, name, n, k=3, norm="", up=1, stride=0, groups=1, bias=True):
         orig = f"{name}.weight_orig"
