@@ -90,7 +90,9 @@ def one_process(tmp_path_factory):
 def two_started(tmp_path_factory):
     """They run beside the first tests."""
     out = tmp_path_factory.mktemp("two")
-    return out, start(out, *FLAGS, *SPLIT, ranks=2)
+    run = start(out, *FLAGS, *SPLIT, ranks=2)
+    yield out, run
+    send([process for process in run if process.poll() is None], signal.SIGKILL)       # nobody asked for them
 
 
 @pytest.fixture(scope="module")
