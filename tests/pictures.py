@@ -70,7 +70,7 @@ def emotions(flags, folder, path):
 
 
 def attention(flags, path):
-    """How much the motion tokens of the most diagonal head of each block look at the audio tokens, in the last Euler step."""
+    """How much motion looks at the voice in each block's most diagonal head, in the last Euler step."""
     model, talker, seen = MoDA.from_pretrained(flags["ckpt"]), ToyTalker("val", 1), []
     plain = torch.nn.functional.scaled_dot_product_attention
 
