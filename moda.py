@@ -303,7 +303,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
         # all passes of a step run as one batch; their modulations are the same in every chunk
         weight, drop_audio, moods = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, mood)))
         mods = model.modulations(torch.tensor(times, device=device)[:, None], moods)         # (K, steps, B, 1, D) each
-        batch = lambda x: x.to(device).expand(len(weight), *x.shape)
+        batch = lambda x: x.to(model.head.weight).expand(len(weight), *x.shape)    # on its device, in its precision
         while frames_left >= 1 and len(voice) > len(tail):                 # or the tail holds all that is left
             window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, length - len(voice)))
             eps = torch.cat([eps, torch.randn(length - len(eps), M, generator=generator)])

@@ -4,8 +4,9 @@
 
 One window is 80 frames, 3.2 s of film, by the full model with the released model's guidance. What is timed takes turns
 with what it is compared to, and with matrix products, two seconds of them, that show what the machine can do at that
-moment; a row is the median. Work is counted as a plain implementation does it, 206.8 GFLOP a step: exact algebra counts
-as speed. Without weights, numbers of our own stand in. --compile adds a row for torch.compile (minutes).
+moment; a row is the median. The renderer is compared to convolutions, where they are faster. Work is counted as a plain
+implementation does it, 206.8 GFLOP a step: exact algebra counts as speed. The last row adds the fastest of each stage.
+Without weights, numbers of our own stand in. --compile compiles the renderer, and adds a row for motion (minutes).
 """
 import functools
 import statistics
@@ -67,14 +68,22 @@ def timed(run):
     return time.perf_counter() - began, result
 
 
-def peak(device, dtype, seconds=2):
-    """FLOP/s that large matrix products sustain for as long."""
-    n, count, began = 8192 if device.type == "cuda" else 2048, 0, time.perf_counter()
-    a = torch.randn(n, n, device=device).to(dtype)
-    while time.perf_counter() - began < seconds:
-        timed(lambda: a @ a)
-        count += 1
-    return 2 * count * n ** 3 / (time.perf_counter() - began)
+def peak(device, dtype, convolutions=False, seconds=2):
+    """FLOP/s that large matrix products sustain for as long, or convolutions like the renderer's if faster."""
+    n, batch = (8192, 8) if device.type == "cuda" else (2048, 1)
+    a, x, weight = (torch.randn(shape, device=device).to(dtype) for shape in
+                    ((n, n), (batch, 512, 64, 64), (512, 512, 3, 3)))
+
+    def sustained(work, run):
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            timed(run)
+            count += 1
+        return count * work / (time.perf_counter() - began)
+    products = sustained(2 * n ** 3, lambda: a @ a)
+    if not convolutions:
+        return products
+    return max(products, sustained(2 * batch * 64 ** 2 * weight.numel(), lambda: F.conv2d(x, weight, padding=1)))
 
 
 def knows_bfloat16(device):
@@ -156,19 +165,24 @@ def bench(flags):
           f"{peak(device, torch.float32) / 1e9:.0f} GFLOP/s in float32", flush=True)
     if not knows_bfloat16(device):
         print("this processor has no bfloat16 arithmetic: its rows are left out")
-    turns, dtype = (10, torch.bfloat16) if device.type == "cuda" else (3, torch.float32)
+    turns = 10 if device.type == "cuda" else 3
     motion = sampling(device, flags["steps"], turns, flags["compile"])
     with tempfile.TemporaryDirectory() as folder:
         encoder = AudioEncoder.from_pretrained(flags["audio_encoder"] or build.encoder(folder), device)
-        face = renderer.LivePortrait(flags["weights"] or build.liveportrait(folder), device, dtype)
+        weights = flags["weights"] or build.liveportrait(folder)
+        faces = {"renderer": renderer.LivePortrait(weights, device)}
+        if knows_bfloat16(device):
+            faces["renderer, bfloat16"] = renderer.LivePortrait(weights, device, torch.bfloat16)
     wav = np.random.default_rng(0).standard_normal(N * RATE // 25).astype(np.float32)
     hear = statistics.median(timed(lambda: encoder(wav))[0] for _ in range(turns + 1))
     row("audio encoder", hear, N)
-    source = face.source(np.full((512, 512, 3), 128, np.uint8))
+    source = faces["renderer"].source(np.full((512, 512, 3), 128, np.uint8))
     n = 80 if device.type == "cuda" else 2
-    if flags["compile"]:
-        face.render = torch.compile(face.render, dynamic=False)
-    frames = source.motion + 0.001 * torch.randn(n, M)
-    draw = min(timed(lambda: list(face.frames(source, frames)))[0] for _ in range(turns))
-    row("renderer", draw, n, n * FRAME_WORK, peak(device, dtype), f"{n / draw:.3f} frames/s")
-    row("end to end, stages added", hear + motion + draw / n * N, N)
+    frames, fastest = source.motion + 0.001 * torch.randn(n, M), float("inf")
+    for name, face in faces.items():
+        if flags["compile"]:
+            face.render = torch.compile(face.render, dynamic=False)
+        draw = min(timed(lambda: list(face.frames(source, frames)))[0] for _ in range(turns))
+        row(name, draw, n, n * FRAME_WORK, peak(device, face.G.dtype, convolutions=True), f"{n / draw:.3f} frames/s")
+        fastest = min(fastest, draw)
+    row("end to end, stages added", hear + motion + fastest / n * N, N)

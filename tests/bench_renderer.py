@@ -11,7 +11,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ import build
 if any(arg.startswith("--plain") for arg in sys.argv):
     ctypes.CDLL = lambda name: None                                          # no mallopt for the plain loop
 import renderer
+from bench import FRAME_WORK, knows_bfloat16, peak, timed
 from renderer import BATCH_NORM, LivePortrait, Weights
 
 
@@ -75,16 +75,7 @@ def render(face, f, x_s, x_d):
 
 
 def seconds(run):
-    began = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def peak(device, dtype, n=2048):
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n ** 3 / min(seconds(lambda: a @ a) for _ in range(10))
+    return timed(run)[0]
 
 
 def scene(weights, device):
@@ -153,27 +144,26 @@ def main():
     print(f"{machine}, torch {torch.__version__}", flush=True)
     scenery = scene(weights, device)
     faces = {"float32": LivePortrait(weights, device)}
-    if cuda or "bf16" in Path("/proc/cpuinfo").read_text():
+    if knows_bfloat16(torch.device(device)):
         faces["bfloat16"] = LivePortrait(weights, device, low)
     else:
-        print("this processor has no bfloat16 arithmetic (avx512_bf16, amx_bf16): left out")
+        print("this processor has no bfloat16 arithmetic: left out")
     if not cuda:
         compare(weights, faces, *scenery, int(flags.get("frames", 5)))
     else:
         faces["bfloat16 compiled"] = LivePortrait(weights, device, low)
         faces["bfloat16 compiled"].render = torch.compile(faces["bfloat16 compiled"].render)
     f, x_s, x_d = scenery
-    work = 1233.6e9                                                          # per frame, counted on the plain layers
     for name, face in faces.items():
-        top = peak(device, torch.float32 if name == "float32" else low, 8192 if cuda else 2048)
+        top = peak(torch.device(device), face.G.dtype, convolutions=True)
         for batch in map(int, flags.get("batches", "1,2,4,8").split(",")):
             run = lambda: face.render(f.expand(batch, -1, -1, -1, -1), x_s.expand(batch, -1, -1), x_d[:batch])
             with torch.inference_mode():
                 began = seconds(run)
                 t = min([began] + [seconds(run) for _ in range(10 if cuda else 1)]) / batch
-            print(f"{name} batch {batch}: {1 / t:8.3f} frames/s, {work / t / 1e9:7.0f} GFLOP/s of the plain layers' "
-                  f"work, {work / t / top:.2f} of the matmul peak {top / 1e9:.0f} GFLOP/s; first call {began:.2f} s",
-                  flush=True)
+            rate = FRAME_WORK / t
+            print(f"{name} batch {batch}: {1 / t:8.3f} frames/s, {rate / 1e9:7.0f} GFLOP/s of the plain layers' work, "
+                  f"{rate / top:.2f} of the peak {top / 1e9:.0f} GFLOP/s; first call {began:.2f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def test_the_same_seed_makes_the_same_motion_and_another_one_another_head(traine
     assert np.corrcoef(first[:, 68], other[:, 68])[0, 1] < 0.9
 
 
+def test_bfloat16_makes_nearly_the_same_motion(trained, tmp_path):
+    exact, rounded = (speak(trained, tmp_path, 40_000, *flags) for flags in ((), ("--bf16",)))
+    assert 0 < np.square(rounded - exact).mean() < 0.1 ** 2 * exact.var(0).mean()
+
+
 def frames_of(film):
     return np.stack([frame for frame in imageio.get_reader(film)]).astype(int)
 
