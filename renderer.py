@@ -268,7 +268,7 @@ class LivePortrait:
     def frames(self, source, motion, stitch=True, batch=None):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), rendered `batch` at a time."""
         x_s = keypoints(source.x_c, source.motion).to(self.device)
-        # on a CPU larger batches only cost memory
+        # on a CPU larger batches gain little and cost memory
         for part in checked(motion).split(batch or (8 if self.device.type == "cuda" else 1)):
             f_s, still = (t.expand(len(part), *t.shape[1:]) for t in (source.f_s, x_s))
             yield from self.render(f_s, still, keypoints(source.x_c, part).to(self.device), stitch).cpu().numpy()
