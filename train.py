@@ -22,7 +22,7 @@ Flags and what they are without being given; every field of moda.Config, such as
     --learning_rate=2e-3
     --warmup=50              steps
     --cooldown=0.5           last share of the steps, over which the rate falls to zero
-    --grad_clip=1.0
+    --grad_clip=1.0          largest norm of the gradients; 0 = any
     --ema=0.0                decay of a moving average of the weights, which sample.py prefers; 0 = none
     --bf16=False             bfloat16 where autocast knows it to be safe
     --compile=False          torch.compile the model
@@ -96,11 +96,11 @@ def own_windows(step, data, cfg, flags):
 
 def objective(model, net, expert, tau, motion, prev, **batch):
     """L_RF, L_vel, L_ALSE of a batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
-    z0 = model.normalise(motion)
     if isinstance(model, ALSE):
-        shift = int(3 + 27 * batch["t"][0])                                # frames
-        return ALSE.pretraining_loss(net, batch["audio"], z0, batch["mask"], shift) * z0.new_tensor([1, 0, 0])
-    return torch.stack(losses(net, z0, prev=model.normalise(prev), **batch, expert=expert, tau=tau))
+        late = int(3 + 27 * batch["t"][0])                                 # frames
+        return ALSE.pretraining_loss(net, batch["audio"], motion, batch["mask"], late) * motion.new_tensor([1, 0, 0])
+    sync = expert and (lambda audio, z, mask: expert(audio, model.denormalise(z), mask))     # it has its own statistics
+    return torch.stack(losses(net, model.normalise(motion), prev=model.normalise(prev), **batch, expert=sync, tau=tau))
 
 def gradients(flags, model, net, expert, batch):
     """Accumulate them over the passes and clip them -> the means of L_RF, L_vel, L_ALSE, and their norm (4,)."""
@@ -112,7 +112,7 @@ def gradients(flags, model, net, expert, batch):
             loss = objective(model, net, expert, flags["tau"], **part) / passes
         loss.sum().backward()
         means += loss.detach()
-    return torch.stack([*means, torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"])])
+    return torch.stack([*means, torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"] or torch.inf)])
 
 def ideal_seconds(flags, model, batch):
     """What a step would take if all of it were as fast as a large matrix product is on this device: MFU's measure."""
@@ -138,9 +138,10 @@ def train(flags, data, parts, first_step, log):
     model.compile(disable=not flags["compile"])                            # in place: names in checkpoints stay
     # the last block of an all four-stream network has parts that nobody hears
     net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
-    loader = iter(torch.utils.data.DataLoader(                             # SIGTERM is for this process alone
-        range(first_step, steps), None, collate_fn=fetch, num_workers=flags["workers"], pin_memory=model.mean.is_cuda,
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)))
+    # workers share the data, so they are forked; SIGTERM is for this process alone
+    loader = iter(torch.utils.data.DataLoader(range(first_step, steps), None, collate_fn=fetch,
+        num_workers=flags["workers"], multiprocessing_context="fork" if flags["workers"] else None,
+        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), pin_memory=model.mean.is_cuda))
     for step in (bar := tqdm(range(first_step, steps), "training", disable=RANK > 0)):
         began, (batch, corrupt) = time.perf_counter(), next(loader)
         waiting = time.perf_counter() - began
@@ -152,12 +153,11 @@ def train(flags, data, parts, first_step, log):
         rf, vel, sync, norm, corrupt, stop = (means / WORLD).tolist()
         loss, skipped = rf + vel + sync, skipped + corrupt * WORLD
         require(means.isfinite().all() and skipped <= 0.01 * steps * flags["batch_size"],
-                f"step {step}: loss {loss}, gradients {norm}, {skipped:.0f} corrupt windows skipped; "
-                f"{path}, if there, is still good")
+                f"step {step}: loss {loss}, gradients {norm}, {skipped:.0f} corrupt windows; {path}, if there, is good")
         optimizer.step()
         optimizer.zero_grad()
         if flags["ema"]:
-            torch._foreach_lerp_([*parts["ema"].parameters()], [*model.parameters()], 1 - flags["ema"])
+            torch._foreach_lerp_([*parts["ema"].parameters()], [p.data for p in model.parameters()], 1 - flags["ema"])
         seconds = time.perf_counter() - began
         print(step, loss, rf, vel, sync, norm, rate, seconds, waiting, sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {flags['batch_size'] / seconds:.0f} windows/s, "
@@ -173,7 +173,8 @@ def main(argv):
     flags["out_dir"].mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
         torch.distributed.init_process_group()
-        torch.cuda.set_device(LOCAL_RANK if flags["device"].type == "cuda" else -1)           # -1 sets none
+    # of --device=cuda:1 that one; -1 sets none
+    torch.cuda.set_device((flags["device"].index or LOCAL_RANK) if flags["device"].type == "cuda" else -1)
     torch.manual_seed(flags["seed"])
     torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
     data = Clips.open(flags["data_dir"], "train") if flags["data_dir"] else ToyTalker("train", flags["clips"])

@@ -1,5 +1,6 @@
 """Training survives whatever happens to it: a killed run goes on to the bit, any number of processes follows the same
 curve, and what stops it leaves a checkpoint that loads."""
+import copy
 import csv
 import math
 import os
@@ -141,7 +142,7 @@ def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
         drawn = moda.draw(cfg, B, N, generator)
         return drawn | {"eps": drawn["eps"] * (math.nan if generator.initial_seed() % 10**9 == 5 else 1)}
     monkeypatch.setattr(train, "draw", draw)
-    with pytest.raises(ValueError, match="step 5: loss nan.*ckpt.pt, if there, is still good$"):
+    with pytest.raises(ValueError, match="step 5: loss nan.*ckpt.pt, if there, is good$"):
         train_here(tmp_path, "--steps=9", "--batch_size=2", "--save_every=2")
     assert len(curve(tmp_path)) == 5 and read_tensors(tmp_path / "ckpt.pt")["step"] == 4
     assert all(p.isfinite().all() for p in MoDA.from_pretrained(tmp_path / "ckpt.pt").parameters())
@@ -163,6 +164,30 @@ def test_recomputed_activations_change_no_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: blocks.append(1) or run(*args, **options))
     assert plain == train_here(tmp_path / "b", *flags, "--checkpointing") and len(blocks) == 9      # 3 steps, 3 blocks
     assert_same(tmp_path / "a/ckpt.pt", tmp_path / "b/ckpt.pt")
+
+
+def test_the_moving_average_follows_the_weights_and_is_what_is_loaded(tmp_path, monkeypatch):
+    saved, save, lerp = [], train.save, torch._foreach_lerp_
+
+    def average(averages, weights, share):
+        lerp(averages, weights, share)
+        assert not any(x.requires_grad for x in averages)          # or their history grows with every step
+    monkeypatch.setattr(torch, "_foreach_lerp_", average)
+    monkeypatch.setattr(train, "save", lambda path, state, keep: saved.append(copy.deepcopy(state)) or save(path, state))
+    train_here(tmp_path, "--steps=3", "--batch_size=2", "--save_every=1", "--ema=0.75")
+    first, second, third = (state["ema"] for state in saved)
+    for before, after, state in (first, second, saved[1]), (second, third, saved[2]):
+        assert all(torch.allclose(after[name], before[name].lerp(x, 0.25)) for name, x in state["model"].items())
+    loaded = MoDA.from_pretrained(tmp_path / "ckpt.pt").state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in third.items())
+    assert not torch.equal(third["head.weight"], saved[2]["model"]["head.weight"])
+
+
+def test_workers_share_the_data_however_python_starts_processes(tmp_path):
+    usual = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    train_here(tmp_path, "--steps=2", "--batch_size=2", "--workers=1")
+    torch.multiprocessing.set_start_method(usual, force=True)
 
 
 def test_a_checkpoint_is_a_start_for_another_run(tmp_path):
