@@ -219,7 +219,8 @@ def draw(cfg, B, N, generator):
                 drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
 
 def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
-    """L_RF, L_vel, gated L_ALSE: Eq. 6 is their sum. z0 (B, N, 70) normalised; t .. drop_emotion from `draw`."""
+    """L_RF, L_vel, gated L_ALSE: Eq. 6 is their sum. z0 (B, N, 70) normalised; t .. drop_emotion from `draw`;
+    expert(audio, z, mask) -> unit vectors a and m."""
     z0, t_ = z0 * mask[..., None], t[:, None, None]
     z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
     v = model(z_t, t, audio, torch.where(drop_emotion, NO_EMOTION, emotion), identity, prev, drop_audio, mask)
@@ -231,7 +232,7 @@ def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, 
 
 def sync_loss(a, m, mask, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
-    p = (a * m).sum(-1).clamp(1e-4, 1 - 1e-4)
+    p = (a.float() * m).sum(-1).clamp(1e-4, 1 - 1e-4)                      # bfloat16 would round the limit to 1
     return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 class Residual(nn.Conv1d):
@@ -249,14 +250,14 @@ class ALSE(MotionModel):
             Residual(cfg.width, cfg.width, kernel, padding="same") for _ in range(depth)))
         self.audio, self.motion = tower(cfg.audio_layers * cfg.audio_dim), tower(len(LIPS))
 
-    def forward(self, audio, z, mask):
-        """audio (B, N, L, A), normalised motion z (B, N, 70), mask (B, N) -> unit vectors per frame, 2 x (B, N, D)."""
-        a, m = self.audio(self.hear(audio) * mask[..., None]), self.motion(z[..., LIPS] * mask[..., None])
-        return F.normalize(F.relu(a), dim=-1), F.normalize(F.relu(m), dim=-1)      # >= 0: a cosine is a probability
+    def forward(self, audio, motion, mask):
+        """audio (B, N, L, A), motion in LivePortrait units (B, N, 70), mask (B, N) -> unit vectors, 2 x (B, N, D)."""
+        a, m = (x * mask[..., None] for x in (self.hear(audio), self.normalise(motion)[..., LIPS]))
+        return [F.normalize(F.relu(x), dim=-1) for x in (self.audio(a), self.motion(m))]    # cosines of 0..1, chances
 
-    def pretraining_loss(self, audio, z, mask, shift):
+    def pretraining_loss(self, audio, motion, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
-        a, m = self(audio, z, mask)
+        a, m = self(audio, motion, mask)
         apart = [sync_loss(a.roll(*by), m, mask & mask.roll(*by), in_sync=False) for by in ((shift, 1), (1, 0))]
         return (sync_loss(a, m, mask) + sum(apart) / 2).mean()
 

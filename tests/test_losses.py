@@ -1,7 +1,8 @@
 """Equations 4 to 7 mean what they say."""
 import torch
 
-from moda import ALSE, M, Config, draw, losses, sync_loss
+import train
+from moda import ALSE, M, Config, MotionModel, draw, losses, sync_loss
 
 
 class Fixed(torch.nn.Module):
@@ -62,6 +63,24 @@ def test_the_expert_is_gated_clip_by_clip():
     assert torch.allclose(losses(model, **b, expert=expert, tau=tau)[2], each.min() / 3, atol=1e-5)
     b["drop_audio"][each.argmin()] = True
     assert losses(model, **b, expert=expert, tau=tau)[2] == 0
+
+
+def test_the_expert_judges_by_its_own_statistics():
+    """It learned from other data than the model: what reaches it is motion in LivePortrait units."""
+    b, model = batch(), MotionModel(Config())
+    expert = ALSE(Config(width=16, heads=1, audio_layers=1, audio_dim=8))
+    z, plain = b.pop("z0"), expert(b["audio"], b["eps"], b["mask"])[1]
+    model.mean[:], model.std[:], expert.mean[:], expert.std[:] = 1.0, 2.0, -3.0, 5.0
+    assert torch.allclose(expert(b["audio"], expert.denormalise(b["eps"]), b["mask"])[1], plain, atol=1e-3)
+    each = sync_loss(*expert(b["audio"], model.denormalise(z), b["mask"]), b["mask"])
+    gained = train.objective(model, Fixed(b["eps"] - z), expert, 99, motion=model.denormalise(z), **b)
+    assert torch.allclose(gained[2], each.mean(), atol=1e-4)
+
+
+def test_in_bfloat16_no_certainty_costs_infinitely_much():
+    a = torch.nn.functional.normalize(torch.rand(1, 4, 8), dim=-1).bfloat16()
+    for in_sync in True, False:
+        assert sync_loss(a, a, torch.ones(1, 4), in_sync).isfinite().all()
 
 
 def test_the_expert_learns_sync_and_tells_shifts_apart():
