@@ -22,7 +22,7 @@ import json
 import re
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -45,7 +45,10 @@ def ffmpeg(told, error, *args, **pipes):
     """A running ffmpeg; where it fails, the user is told, with the first and last of its complaints."""
     # they go to a file: a full pipe would stop ffmpeg, as a closed one does where the reader leaves early
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        with suppress(BrokenPipeError), Popen([get_ffmpeg_exe(), "-v", "error", *args], stderr=log, **pipes) as child:
+        command = [get_ffmpeg_exe(), "-v", "error", *args]
+        with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as child, ExitStack() as end:
+            # after an error of ours it might wait for input forever; after its own it has something to say
+            end.push(lambda kind, *_: kind not in (None, BrokenPipeError) and child.kill())
             yield child
         log.seek(0)
         lines = [line.split("] ")[-1].strip() for line in log]

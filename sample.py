@@ -38,7 +38,7 @@ The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they
     --stream=False           hear the voice no sooner than it is spoken, and tell how late the film is
     --bf16=False             MoDA and LivePortrait in bfloat16
     --compile=False          both through torch.compile: worth its minutes on a GPU
-    --eval=False
+    --eval=False             on the CPU, in float32
     --bench=False
     --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
     --device=                cuda if there is one
@@ -105,10 +105,10 @@ def talk(flags, model, source, features, made):
         moods, seconds = zip(*pairs(flags, "emotion", LABELS, 2))          # to the nearest frame, without drift
         emotions = list(zip(moods, np.diff(np.round(25 * np.cumsum([0, *seconds[:-1]])), append=np.inf)))
         zs = stream(model, features, source.x_c, model.normalise(neutral, size), emotions, **sampling(flags))
-        motions = (model.denormalise(z.to(portrait), size) for z in zs)
+        motions = (model.denormalise(z.to(portrait)) for z in zs)
     for motion in motions:
         made.extend([motion.cpu()] if flags["save_motion"] else [])
-        motion = neutral.lerp(motion.to(portrait), scale)
+        motion = neutral.lerp(motion.to(portrait) * size, scale)
         motion[:, EXP] += edit
         yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
 
@@ -159,17 +159,16 @@ def main(argv):
     """Make the video that the flags ask for."""
     flags, began = parse_flags(__doc__, argv), time.perf_counter()
     out, voice, saved = Path(flags["output_path"]), flags["audio_path"], Path(flags["save_motion"])
-    if out.name == "-":
-        sys.stdout = sys.stderr                                            # stdout is for the film
-    require(voice or flags["eval"] or flags["bench"], "--audio_path=FILE is missing: which voice?", UsageError)
-    require(not Path(voice).is_fifo(), f"--audio_path={voice}: not a pipe, a file; - is stdin", UsageError)
-    require(bool(flags["weights"]) == bool(flags["image_path"]), "--weights and --image_path go together", UsageError)
-    require((out.name == "-" or out.suffix and out.parent.is_dir() and str(out) != voice) and saved.parent.is_dir(),
-            f"--output_path={out} or --save_motion: no new file in a folder that exists", UsageError)
-    pairs(flags, "emotion", LABELS, 2)
+    sys.stdout = sys.stderr if out.name == "-" else sys.stdout             # stdout is for the film
     if flags["bench"]:
         from tests.bench import bench
         return bench(flags)
+    require(flags["eval"] or voice and not Path(voice).is_fifo() and (voice != "-" or not flags["motion_path"]),
+            f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, not with --motion_path", UsageError)
+    require(bool(flags["weights"]) == bool(flags["image_path"]), "--weights and --image_path go together", UsageError)
+    require((out.name == "-" or out.suffix and out.parent.is_dir() and str(out) != voice) and saved.parent.is_dir(),
+            f"--output_path={out} or --save_motion: no new file in a folder that exists", UsageError)
+    require(pairs(flags, "emotion", LABELS, 2), "--emotion= is empty: none, or another name", UsageError)
     model = MoDA.from_pretrained(flags["ckpt"])
     flags = parse_flags(__doc__, argv, RELEASED if model.cfg.rope_streams == 2 else {})
     if model.std.eq(1).all():
@@ -187,7 +186,7 @@ def film(flags, model, out, began):
     face, source, place = open_face(flags, model.mean.device)
     clock, made, voice = dict.fromkeys(("sound", "motion", "render"), 0.0), [], flags["audio_path"]
     heard, pipe = os.pipe() if voice == "-" else (os.devnull, os.devnull)
-    live, sound = flags["stream"] or voice == "-", audio_blocks(voice)
+    live, sound = not flags["motion_path"] and (flags["stream"] or voice == "-"), audio_blocks(voice)
     sound = microphone(sound, clock, open(pipe, "wb")) if live else sound
     features = timed("sound", hearing(flags["audio_encoder"], model.mean.device)(sound), clock)
     parts = timed("motion", talk(flags, model, source, features, made), clock)
@@ -203,10 +202,10 @@ def film(flags, model, out, began):
           f"{max(0, taken - busy - clock['sound']):.2f} s; first frame after {clock['first render'] - started:.2f} s; "
           f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
 
-def sync_scores(expert, audio, z):
+def sync_scores(expert, audio, motion):
     """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
     C, the confidence, is how far the median lies above it."""
-    a, m = expert(audio, z, torch.ones(z.shape[:2], dtype=torch.bool))
+    a, m = expert(audio, motion, torch.ones(motion.shape[:2], dtype=torch.bool))
     # every offset's stretch of motion (K, 31, D, T - 30) against the middle of the voice
     distance = (m.unfold(1, m.size(1) - 30, 1) - a[:, None, 15:-15].mT).norm(dim=2).mean(-1)
     best = distance.amin(1)
@@ -215,7 +214,7 @@ def sync_scores(expert, audio, z):
 @torch.inference_mode()
 def evaluate(flags, model, talker):
     """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
-    expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).exists() else None
+    expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).is_file() else None
     clips, emotion = torch.utils.data.default_collate(talker.clips), torch.tensor(talker.emotion)
     audio, (prev, truth) = clips["audio"][:, 1:], model.normalise(clips["motion"]).tensor_split([1], 1)
 
@@ -228,7 +227,7 @@ def evaluate(flags, model, talker):
     for name, z in rows.items():
         mood = torch.cdist(model.denormalise(z)[..., still].mean(1), moods).argmin(1)
         table[name] = {"mouth corr": np.mean([np.corrcoef(a[:, MOUTH], b[:, MOUTH])[0, 1] for a, b in zip(z, truth)]),
-                       **(sync_scores(expert, audio, z) if expert else {}),
+                       **(sync_scores(expert, audio, model.denormalise(z)) if expert else {}),
                        "emotion": (mood == emotion).float().mean().item(),
                        "jerk": z.diff(n=3, dim=1).abs().mean().item()}
     table["model"]["pose diversity"] = (rows["model"] - speak(audio, seed=flags["seed"] + 1))[..., ROT].std().item()

@@ -300,7 +300,9 @@ WRONG = {
     "sample --emotion=9": "--emotion=9: known are anger",
     "sample --device=nonsense": "--device=nonsense",
     "sample --device=cuda:99": "--device=cuda:99",
-    "sample --audio_path=": "--audio_path=FILE is missing",
+    "sample --emotion=": "--emotion= is empty",
+    "sample --audio_path=": "--audio_path=: which voice? a file",
+    "sample --audio_path=- --motion_path=m.npy": "not with --motion_path",
     "sample --image_path=me.png": "--weights and --image_path go together",
     "sample --weights=videos": "--weights and --image_path go together",
     "sample --output_path=film": "--output_path=film",
@@ -356,13 +358,23 @@ def test_a_pipe_is_refused_and_not_waited_for(good, monkeypatch, capfd, tmp_path
     monkeypatch.chdir(good)
     os.mkfifo(tmp_path / "voice.wav")
     ended, printed = go("sample", f"--audio_path={tmp_path}/voice.wav", monkeypatch=monkeypatch, capfd=capfd)
-    assert ended == 2 and "voice.wav: not a pipe" in printed.err and printed.err.count("\n") == 1
+    assert ended == 2 and "voice.wav: which voice? a file, no pipe" in printed.err and printed.err.count("\n") == 1
 
 
 def start(folder, script, *flags, stdout=subprocess.DEVNULL, **options):
     """A command in a process group of its own, as a terminal starts it."""
     return subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=folder, process_group=0, text=True,
                             stdout=stdout, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("samples, flags, words", [(0, [], "-: no sound"), (32_000, ["--overlap=500"], "overlap=500")])
+def test_a_mistake_is_told_while_the_microphone_is_still_open(good, tmp_path, samples, flags, words):
+    process = start(good, "sample.py", "--ckpt=ckpt.pt", "--audio_path=-", f"--output_path={tmp_path}/film.mp4", *flags,
+                    stdin=subprocess.PIPE)
+    process.stdin.write("x" * 2 * samples)
+    process.stdin.close() if samples == 0 else process.stdin.flush()
+    lines = told("".join(process.stderr))
+    assert process.wait() == 1 and len(lines) == 1 and words in lines[0] and not list(tmp_path.iterdir()), lines
 
 
 @pytest.mark.parametrize("command, n, words", [

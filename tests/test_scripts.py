@@ -93,10 +93,28 @@ def test_saved_motion_makes_the_same_film_again_and_takes_edits(trained, tmp_pat
     speak(trained, tmp_path, 12_800, "--emotion=sadness")
     film = frames_of(tmp_path / "v.mp4")
     again = lambda *flags: speak(trained, tmp_path, 12_800, f"--motion_path={tmp_path}/m.npy", *flags)
-    again()
-    assert np.array_equal(frames_of(tmp_path / "v.mp4"), film)
+    for flags in [], ["--stream"]:
+        again(*flags)
+        assert np.array_equal(frames_of(tmp_path / "v.mp4"), film)
     again("--edit=smile:1,brow:5")
     assert np.abs(frames_of(tmp_path / "v.mp4") - film).mean((1, 2, 3)).min() > 0.1
+
+
+def test_saved_motion_takes_the_size_of_another_face(trained, tmp_path, monkeypatch):
+    """--absolute: motion saved on one face and replayed on a larger one is what the larger one would have been given."""
+    drawn, source, draw = {}, sample.Sketch.source, sample.Sketch.frames
+
+    def on(size, name, *flags):
+        of_size = lambda face: source(face)._replace(motion=source(face).motion * size)
+        frames = lambda face, who, motion, **options: drawn.update({name: motion}) or draw(face, who, motion)
+        monkeypatch.setattr(sample.Sketch, "source", of_size)
+        monkeypatch.setattr(sample.Sketch, "frames", frames)
+        speak(trained, tmp_path, 12_800, "--absolute", *flags)
+    on(1.5, "large")
+    on(1.0, "small")
+    on(1.5, "replayed", f"--motion_path={tmp_path}/m.npy")
+    assert np.allclose(drawn["replayed"], drawn["large"], atol=1e-4)
+    assert np.allclose(drawn["large"][:, 63], 1.5 * drawn["small"][:, 63], atol=1e-4)
 
 
 def test_a_live_voice_gives_the_motion_and_the_film_of_its_file(trained, tmp_path):
@@ -157,7 +175,7 @@ def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
 @pytest.mark.parametrize("main, argument, message", [
     (train, "--stepz=3", "unknown flag --stepz=3; known: model, preset"),
     (train, "--steps=many", "--steps=many: expected int"),
-    (sample, "--seed=1", "--audio_path=FILE is missing"),
+    (sample, "--seed=1", "--audio_path=: which voice?"),
     (sample, "--emotion=glee", "--emotion=glee: known are anger, contempt"),
     (sample, "--image_path=me.jpg", "--weights and --image_path go together")])
 def test_wrong_flags_are_named_before_any_work(main, argument, message):
