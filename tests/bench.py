@@ -165,6 +165,8 @@ def bench(flags):
           f"{peak(device, torch.float32) / 1e9:.0f} GFLOP/s in float32", flush=True)
     if not knows_bfloat16(device):
         print("this processor has no bfloat16 arithmetic: its rows are left out")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                                      # what is timed waits for this one
     turns = 10 if device.type == "cuda" else 3
     motion = sampling(device, flags["steps"], turns, flags["compile"])
     with tempfile.TemporaryDirectory() as folder:
