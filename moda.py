@@ -253,7 +253,7 @@ class ALSE(MotionModel):
     def forward(self, audio, motion, mask):
         """audio (B, N, L, A), motion in LivePortrait units (B, N, 70), mask (B, N) -> unit vectors, 2 x (B, N, D)."""
         a, m = (x * mask[..., None] for x in (self.hear(audio), self.normalise(motion)[..., LIPS]))
-        return [F.normalize(F.relu(x), dim=-1) for x in (self.audio(a), self.motion(m))]    # cosines of 0..1, chances
+        return [F.normalize(F.relu(x), dim=-1) for x in (self.audio(a), self.motion(m))]    # >= 0: cosines are chances
 
     def pretraining_loss(self, audio, motion, mask, shift):
         """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""

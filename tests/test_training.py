@@ -183,11 +183,11 @@ def test_the_moving_average_follows_the_weights_and_is_what_is_loaded(tmp_path, 
     assert not torch.equal(third["head.weight"], saved[2]["model"]["head.weight"])
 
 
-def test_workers_share_the_data_however_python_starts_processes(tmp_path):
+def test_workers_share_the_data_however_python_starts_processes(tmp_path, request):
     usual = torch.multiprocessing.get_start_method()
+    request.addfinalizer(lambda: torch.multiprocessing.set_start_method(usual, force=True))
     torch.multiprocessing.set_start_method("spawn", force=True)
     train_here(tmp_path, "--steps=2", "--batch_size=2", "--workers=1")
-    torch.multiprocessing.set_start_method(usual, force=True)
 
 
 def test_a_checkpoint_is_a_start_for_another_run(tmp_path):
