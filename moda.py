@@ -1,421 +1,735 @@
 """MoDA motion generator: audio, emotion and identity in, 70 motion numbers per frame out.
 
-Sections and equations refer to arXiv 2507.03256. From top to bottom: settings, rotary positions, the joint attention
-blocks, the network with its three fusion stages, its losses, the lip-sync expert, the sampler, checkpoints.
-Letters: B clips, N frames at 25 fps, S streams of n tokens, D width, H heads, L x A audio layers x channels, M = 70."""
+Sections, equations and figures refer to arXiv 2507.03256. From top to bottom: settings, rotary
+positions, the blocks, the network with its three fusion stages, the losses, the lip-sync expert,
+the sampler, faster sampling, checkpoints.
+Letters: B clips, N frames at 25 fps, n tokens of a stream, D width, H heads of d channels,
+L x A audio layers x channels, M = 70 motion numbers.
+"""
+import copy
+import math
 import os
-from collections import Counter
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-M = 70                                             # motion numbers per frame, in the released order:
-EXP, SCALE, TRANS, ROT = slice(0, 63), slice(63, 64), slice(64, 67), slice(67, 70)
-MOUTH = 58                                         # (19, y): the mouth opening, the widest channel of real speech
+M = 70                           # motion numbers per frame, in the released order:
+EXP = slice(0, 63)               # expression, 21 points x 3
+SCALE = slice(63, 64)
+TRANS = slice(64, 67)            # translation
+ROT = slice(67, 70)              # pitch, yaw, roll in degrees
+MOUTH = 58                       # (19, y): the mouth opening, the widest channel of real speech
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
-EMOTIONS = ["anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "none"]
-NO_EMOTION = 8                                     # the null label that guidance drops to
+EMOTIONS = "anger contempt disgust fear happiness neutral sadness surprise none".split()
+NO_EMOTION = 8                   # the null label of classifier-free guidance
+
 
 @dataclass
 class Config:
-    width: int = 768
-    heads: int = 12
-    n_four: int = 3              # blocks of each fusion stage (Sec. 4.1.2): four-stream,
-    n_two: int = 6               # two-stream,
-    n_one: int = 12              # single-stream
-    fusion: str = "c2f"          # Table 3: c2f, four (w/o C2F: all blocks four-stream), cross (w/ CABA)
-    rope_streams: int = 4        # streams rotated in the four-stream stage: 4 in the paper, 2 in the released model
+    width: int = 768             # of a token
+    heads: int = 12              # of attention
+    n_four: int = 3              # four-stream blocks (Sec. 4.1.2); 21, 0, 0 is Table 3's "w/o C2F"
+    n_two: int = 6               # two-stream blocks
+    n_one: int = 12              # single-stream blocks
+    rope_streams: int = 4        # rotated in the four-stream stage: 4, or 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
-    audio_dim: int = 768
-    emotion_adaln: bool = True   # emotion joins the timestep in AdaLN (Sec. 3.2.1); False: it is only a stream
-    p_drop_audio: float = 0.5    # Sec. 4.1.2: condition dropout, what makes guidance (Eq. 8) possible
-    p_drop_emotion: float = 0.1
+    audio_dim: int = 768         # channels of a layer
+    emotion_adaln: bool = True   # emotion joins time in AdaLN (Sec. 3.2.1); False: only a stream
+    p_drop_audio: float = 0.5    # condition dropout in training (Sec. 4.1.2), for guidance (Eq. 8)
+    p_drop_emotion: float = 0.1  # the same for emotion
 
-PRESETS = {"moda": {}, "toy": dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160)}
 
-# ------------------------------------------------------------------------------------------ positions and attention
-def waves(position, n, theta):
-    """Cosine and sine of position * theta^(-2j / n), (..., n / 2, 2): the turns of RoPE, and the embedding of time."""
-    angle = position[..., None] * torch.exp(-torch.tensor(theta).log() * torch.arange(0, n, 2).to(position.device) / n)
-    return torch.stack([angle.cos(), angle.sin()], -1)
+TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160)
+PRESETS = {"moda": {}, "toy": TOY}
 
-def rotate(x, table):
-    """Turn the channel pairs (2i, 2i + 1) of x (..., n, d) by the first n rows of the table, in float32."""
-    (a, b), (c, s) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table[:x.size(-2)].unbind(-1)
-    return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2).type_as(x)
 
+# ----------------------------------------------------------------------------- positions and times
+def rope_table(n, d, device=None):
+    """Cosine and sine of position * 256^(-2i / d) for RoPE (Sec. 3.2.2): (n, d / 2, 2)."""
+    i = torch.arange(d // 2, device=device)
+    frequencies = torch.exp(-math.log(256) * 2 * i / d)
+    angles = torch.outer(torch.arange(n, device=device), frequencies)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x, rope):
+    """Turn the channel pairs (2i, 2i + 1) of x (B, H, k N, d) by the angles of N positions.
+
+    Aligned RoPE: each of the k modalities in x counts its frames from 0 again."""
+    cos, sin = rope.unbind(-1)                                         # (N, d / 2)
+    x_ = x.float().unflatten(2, (-1, len(rope)))                       # (B, H, k, N, d)
+    even, odd = x_.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = [even * cos - odd * sin, even * sin + odd * cos]
+    return torch.stack(turned, -1).view(x.shape).type_as(x)
+
+
+def timestep_embedding(t, size=256):
+    """Sinusoids of 1000 t, cosines first: t (...) in [0, 1] -> (..., size)."""
+    j = torch.arange(size // 2, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * j / len(j))
+    angles = 1000 * t[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+# ------------------------------------------------------------------------ motion transformer blocks
 def modulate(x, shift, scale):
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return normed * (1 + scale) + shift
 
-def linear(n_in, n_out, aligned=0, gain=1.0):
-    """Linear layer, Xavier-uniform, biases zero except the first `aligned`: those of q and k start at 1.
-    Not in the paper: with a common direction in every q and k, RoPE makes attention begin on the diagonal, each frame
-    listening to its own moment in every stream. Finding that from zero takes longer than a short training has."""
-    layer = nn.Linear(n_in, n_out)
-    nn.init.xavier_uniform_(layer.weight, gain)
-    layer.bias.data.copy_(torch.arange(n_out) < aligned)
-    return layer
 
-def split_heads(qkv, gain, table):
-    """(B, n, 3D) -> q, k, v (B, H, n, d); q and k get their RMSNorm per head, with its gain (2, d), and are rotated."""
-    *qk, v = qkv.unflatten(-1, (3, -1, gain.size(-1))).permute(2, 0, 3, 1, 4)
-    return *(rotate(F.rms_norm(x, g.shape, g, eps=1e-5), table) for x, g in zip(qk, gain)), v
+def attention(q, k, v):
+    """One softmax over all tokens: (B, H, n, d) -> (B, n, D)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-class JointBlock(nn.Module):
-    """Joint attention over S streams (Sec. 3.2.2, Fig. 4): own AdaLN, projections, norms, feed-forward; one softmax."""
-    def __init__(self, cfg, S):
+
+class Heads(nn.Module):
+    """(B, n, 3D) -> q, k, v (B, H, n, d); q and k are normalised and, with a rope, rotated."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.count = cfg.heads
+        self.q_norm = nn.RMSNorm(cfg.width // cfg.heads, eps=1e-5)
+        self.k_norm = nn.RMSNorm(cfg.width // cfg.heads, eps=1e-5)
+
+    def forward(self, qkv, rope):
+        q, k, v = qkv.unflatten(-1, (3, self.count, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
+
+
+class ModalityPath(nn.Module):
+    """What one stream owns in a block (Sec. 3.2.2, Fig. 4): AdaLN, projections, feed-forward."""
+
+    def __init__(self, cfg, rotated=True):
         super().__init__()
         D = cfg.width
-        self.adaln = linear(D, 6 * S * D, gain=0)  # per stream: shift, scale, gate of attention and of feed-forward
-        self.qkv = nn.ModuleList(linear(D, 3 * D, aligned=2 * D) for _ in range(S))
-        self.qk_gain = nn.Parameter(torch.ones(S, 2, D // cfg.heads))
-        self.out = nn.ModuleList(linear(D, D) for _ in range(S))
-        self.mlp = nn.ModuleList(nn.Sequential(linear(D, 4 * D), nn.GELU("tanh"), linear(4 * D, D)) for _ in range(S))
+        self.rotated = rotated
+        self.adaln = nn.Linear(D, 6 * D)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.heads = Heads(cfg)
+        self.proj = nn.Linear(D, D)
+        self.mlp_in = nn.Linear(D, 4 * D)
+        self.mlp_out = nn.Linear(4 * D, D)
 
-    def forward(self, xs, mods, table, heard=None):
-        """Streams xs, (B, n, D) each -> the same; the first has N tokens, and a single token stands for N equal ones.
-        mods (6 S, B, 1, D); table: the first n rows turn a stream of n; heard (B, 1, 1, keys): which keys count."""
-        lengths, mods = [x.size(1) for x in xs], mods.unflatten(0, (len(xs), 6))
-        qkv = [f(modulate(x, mod[0], mod[1])) for f, x, mod in zip(self.qkv, xs, mods)]    # (B, n, 3D) per stream
-        q, k, v = zip(*[split_heads(x, gain, table) for x, gain in zip(qkv, self.qk_gain)])      # (B, H, n, d) each
-        # a key that stands for N is repeated, so that the softmax counts it N times
-        k, v = (torch.cat([x.expand(-1, -1, max(n, lengths[0]), -1) for x, n in zip(kv, lengths)], 2) for kv in (k, v))
-        y = F.scaled_dot_product_attention(torch.cat(q, 2), k, v, heard).transpose(1, 2).flatten(2)
-        xs = [x + mod[2] * f(y) for f, x, y, mod in zip(self.out, xs, y.split(lengths, 1), mods)]
-        return [x + mod[5] * f(modulate(x, mod[3], mod[4])) for f, x, mod in zip(self.mlp, xs, mods)]
+    def modulation(self, c):
+        """c (B, D) -> shift, scale, gate of attention, then of the feed-forward, (B, 1, D) each."""
+        return self.adaln(c)[:, None].chunk(6, -1)
+
+    def before_attention(self, x, modulation, rope):
+        shift, scale = modulation[:2]
+        qkv = self.qkv(modulate(x, shift, scale))
+        return self.heads(qkv, rope if self.rotated else None)
+
+    def after_attention(self, x, y, modulation):
+        gate, mlp_shift, mlp_scale, mlp_gate = modulation[2:]
+        x = x + gate * self.proj(y)
+        h = self.mlp_in(modulate(x, mlp_shift, mlp_scale))
+        return x + mlp_gate * self.mlp_out(F.gelu(h, approximate="tanh"))
+
+
+class JointBlock(nn.Module):
+    """Joint attention over any number of streams, each with its own path (Sec. 3.2.2, Fig. 4)."""
+
+    def __init__(self, cfg, n_paths, n_rotated):
+        super().__init__()
+        self.paths = nn.ModuleList()
+        for s in range(n_paths):
+            self.paths.append(ModalityPath(cfg, rotated=s < n_rotated))
+
+    def forward(self, xs, c, rope):
+        """Streams xs, (B, n, D) each, under the conditioning vector c (B, D) -> the same."""
+        modulations = [path.modulation(c) for path in self.paths]
+        qs, ks, vs = [], [], []
+        for path, x, modulation in zip(self.paths, xs, modulations):
+            q, k, v = path.before_attention(x, modulation, rope)
+            qs.append(q)
+            ks.append(k)
+            vs.append(v)
+        y = attention(torch.cat(qs, 2), torch.cat(ks, 2), torch.cat(vs, 2))
+        ys = y.split([x.size(1) for x in xs], 1)                       # back to their streams
+        out = []
+        for path, x, y, modulation in zip(self.paths, xs, ys, modulations):
+            out.append(path.after_attention(x, y, modulation))
+        return out
+
 
 class SingleBlock(nn.Module):
-    """One stream for all tokens; attention and feed-forward run side by side and share their projections."""
+    """One stream for all tokens; attention and feed-forward run in parallel, sharing layers."""
+
     def __init__(self, cfg):
         super().__init__()
         D = cfg.width
-        self.adaln = linear(D, 3 * D, gain=0)      # shift, scale, gate
-        self.qkv_mlp = linear(D, 7 * D, aligned=2 * D)
-        self.qk_gain = nn.Parameter(torch.ones(2, D // cfg.heads))
-        self.out = linear(5 * D, D)
+        self.adaln = nn.Linear(D, 3 * D)
+        self.qkv_mlp = nn.Linear(D, 7 * D)
+        self.heads = Heads(cfg)
+        self.out = nn.Linear(5 * D, D)
 
-    def forward(self, x, mods, table, heard=None, keep=None):
-        """x (B, n, D) -> (B, keep, D): all tokens are heard, only the first `keep` ask, are fed forward, carried on."""
-        u = modulate(x, mods[0], mods[1])
-        (W, W_mlp), (b, b_mlp) = (p.tensor_split([3 * x.size(-1)]) for p in self.qkv_mlp.parameters())
-        q, k, v = split_heads(F.linear(u, W, b), self.qk_gain, table)
-        y = F.scaled_dot_product_attention(q[:, :, :keep], k, v, heard).transpose(1, 2).flatten(2)
-        h = F.gelu(F.linear(u[:, :keep], W_mlp, b_mlp), approximate="tanh")
-        return x[:, :keep] + mods[2] * self.out(torch.cat([y, h], -1))
+    def forward(self, x, c, rope):
+        """x (B, n, D) -> the same."""
+        D = x.size(-1)
+        shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
+        qkv, h = self.qkv_mlp(modulate(x, shift, scale)).split([3 * D, 4 * D], -1)
+        y = attention(*self.heads(qkv, rope))
+        h = F.gelu(h, approximate="tanh")
+        return x + gate * self.out(torch.cat([y, h], -1))
 
-# ------------------------------------------------------------------------------------------------------ the network
+
+class Head(nn.Module):
+    """From motion tokens to velocities, (B, N, D) -> (B, N, M)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.adaln = nn.Linear(cfg.width, 2 * cfg.width)
+        self.linear = nn.Linear(cfg.width, M)
+
+    def forward(self, x, c):
+        shift, scale = self.adaln(c)[:, None].chunk(2, -1)
+        return self.linear(modulate(x, shift, scale))
+
+
+def init_weights(model):
+    """Xavier-uniform linear layers with zero biases; closed gates; attention on the diagonal."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or name == "head.linear":
+            continue
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        if name.endswith("adaln"):
+            nn.init.zeros_(layer.weight)
+        # Not in the paper: with a common direction in every q and k, RoPE makes attention begin on
+        # the diagonal, each frame attending to its own moment in every stream. To find that from
+        # zero takes longer than a short training has.
+        if name.endswith(("qkv", "qkv_mlp")):
+            nn.init.ones_(layer.bias[:2 * layer.in_features])
+
+
+# ------------------------------------------------------------------------------------- the network
 class MotionModel(nn.Module):
-    """What MoDA and ALSE share: a config, the statistics of the motion they learned from, and how to load them."""
+    """What MoDA and ALSE share: a config, statistics of the motion they learned from, loading."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.mean, self.std = nn.Buffer(torch.zeros(M)), nn.Buffer(torch.ones(M))
+        self.register_buffer("mean", torch.zeros(M))
+        self.register_buffer("std", torch.ones(M))
 
     def size(self, portrait):
-        """How large a face is against the average of the training data: (..., 70) -> factors per channel, (..., 70)."""
-        size = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
-        return F.pad(size[..., [0] * 4], (63, 3), value=1.0)               # only scale and translation grow with it
+        """How large a face is against the training data's: (..., 70) -> factors (..., 70)."""
+        factors = torch.ones_like(portrait)
+        factors[..., 63:67] = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+        return factors                                                 # of scale and translation
 
     def normalise(self, motion, size=1.0):
-        """(..., 70) in LivePortrait units -> the network's; with `size`, as if the face were of average size."""
-        return (motion / size - self.mean) / (self.std + 1e-5)             # some channels never move: std 0
+        """(..., 70) in LivePortrait units -> the network's, of a face of average size."""
+        return (motion / size - self.mean) / (self.std + 1e-5)         # some never move: std 0
 
     def denormalise(self, z, size=1.0):
         return (z * (self.std + 1e-5) + self.mean) * size
 
-    def hear(self, audio):
-        """Audio (B, N, L, A) flat, (B, N, L * A); ValueError if its features are not the kind that the model knows."""
-        known, given = (self.cfg.audio_layers, self.cfg.audio_dim), tuple(audio.shape[2:])
-        require(known == given, f"the model hears {known} features per frame, not {given}: name their audio encoder")
+    def flat_audio(self, audio):
+        """(B, N, L, A) -> (B, N, L * A); ValueError if those are not the model's features."""
+        expected, found = (self.cfg.audio_layers, self.cfg.audio_dim), tuple(audio.shape[2:])
+        if found != expected:
+            raise ValueError(f"the model takes {expected} features per frame, not {found}: "
+                             "name their audio encoder")
         return audio.flatten(2)
 
     @classmethod
     def from_pretrained(cls, path):
-        """Load a checkpoint of ours or the released net-200.pth, ready for inference; ValueError if it does not fit."""
-        state = read_tensors(path)
-        if cls is MoDA and any(key.endswith("motion_embedder.mlp.0.weight") for key in state):
-            return from_released(state, path).eval()
-        with explained(path, f"not a {cls.__name__} that this version knows", "train it anew"):
-            require(state.get("kind") == cls.__name__, f"it holds {state.get('kind', 'nothing')}")
-            return load_strictly(cls(Config(**state["config"])), state.get("ema") or state["model"], path).eval()
+        """Load a checkpoint of ours, or the released net-200.pth, ready for inference.
+
+        ValueError says what does not fit."""
+        state = read_checkpoint(path)
+        try:
+            if cls is MoDA and any("motion_embedder.mlp" in key for key in state):
+                return from_released(state, path).eval()
+            if state.get("kind") != cls.__name__:
+                raise ValueError(f"it holds {state.get('kind', 'nothing')}")
+            model = cls(Config(**state["config"]))
+            load_strictly(model.state_dict(), state.get("ema") or state["model"])
+        except Exception as error:
+            raise ValueError(f"{path}: not a {cls.__name__} that this version knows ({error}); "
+                             "fetch or train it again") from None
+        return model.eval()
+
+
+def embedder(n_in, D):
+    return nn.Sequential(nn.Linear(n_in, D), nn.SiLU(), nn.Linear(D, D))
+
 
 class MoDA(MotionModel):
-    """The motion generation network (Fig. 3): the velocity of noisy motion under audio, emotion, identity and prev."""
+    """The motion generation network (Fig. 3): the velocity of noisy motion under conditions."""
+
+    fast = True        # sampled by the faster network below; False: by forward as it stands here
+    compiled = False   # that faster network through torch.compile
+
     def __init__(self, cfg):
         super().__init__(cfg)
-        D, depth = cfg.width, cfg.n_four + cfg.n_two + cfg.n_one
-        stages = {"c2f": (cfg.n_four, cfg.n_two, cfg.n_one, 0), "four": (depth, 0, 0, 0), "cross": (0, 0, 0, depth)}
-        require(cfg.fusion in stages and cfg.width % (2 * cfg.heads) == 0,
-                f"{cfg}: width should be an even multiple of heads, fusion one of {', '.join(stages)}")
-        four, two, one, cross = stages[cfg.fusion]
-        embedder = lambda n_in: nn.Sequential(linear(n_in, D), nn.SiLU(), linear(D, D))
-        self.motion_in, self.identity_in, self.time_in = embedder(2 * M), embedder(63), embedder(256)
-        self.emotion_in = nn.Embedding(len(EMOTIONS), D)
-        self.audio_in = nn.Sequential(linear(cfg.audio_layers * cfg.audio_dim, D), nn.ReLU(), linear(D, D), nn.ReLU(),
-                                      linear(D, D), nn.RMSNorm(D, eps=1e-6))
-        self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))         # what a dropped voice sounds like
-        self.four = nn.ModuleList(JointBlock(cfg, 4) for _ in range(four))
-        self.two = nn.ModuleList(JointBlock(cfg, 2) for _ in range(two))
-        self.one = nn.ModuleList(SingleBlock(cfg) for _ in range(one))
-        self.cross = nn.ModuleList(block for _ in range(cross) for block in (JointBlock(cfg, 1), SingleBlock(cfg)))
-        self.adaln = linear(D, 2 * D, gain=0)                              # shift and scale of the head
-        self.head = nn.Linear(D, M)
+        D = cfg.width
+        if D % (2 * cfg.heads):
+            raise ValueError(f"width {D} should be an even multiple of heads {cfg.heads}")
+        self.motion_embedder = embedder(2 * M, D)
+        self.audio_embedder = nn.Sequential(
+            nn.Linear(cfg.audio_layers * cfg.audio_dim, D),
+            nn.ReLU(),
+            nn.Linear(D, D),
+            nn.ReLU(),
+            nn.Linear(D, D),
+            nn.RMSNorm(D, eps=1e-6))
+        self.emotion_embedder = nn.Embedding(len(EMOTIONS), D)
+        self.identity_embedder = embedder(63, D)
+        self.time_embedder = embedder(256, D)
+        self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))     # of a dropped condition
+        self.four = nn.ModuleList(JointBlock(cfg, 4, cfg.rope_streams) for _ in range(cfg.n_four))
+        self.two = nn.ModuleList(JointBlock(cfg, 2, 2) for _ in range(cfg.n_two))
+        self.one = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.n_one))
+        self.head = Head(cfg)
+        init_weights(self)
 
-    def forward(self, z, t, audio, emotion, identity, prev, drop_audio=None, mask=None):
-        """Velocity v, estimating eps - z0, of normalised noisy motion.
-        z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity (B, 63); prev (B, 70)
-        the normalised frame before the window; drop_audio (B,) bool; mask (B, N) bool, real frames -> (B, N, 70)."""
-        given = self.conditions(audio, emotion, identity, prev, drop_audio)
-        return self.fuse(z, given, self.modulations(t, emotion), mask)
+    def forward(self, z, t, audio, emotion, identity, prev, drop_audio=None):
+        """Velocity, estimating eps - z0, of normalised noisy motion.
 
-    def conditions(self, audio, emotion, identity, prev, drop_audio=None):
-        """All that no denoising step changes: prev and the embedded conditions, (B, N, .) each, and the RoPE table."""
-        N = audio.size(1)
-        a, null = self.hear(audio), self.null_audio.repeat(self.cfg.audio_layers)          # (B, N, L * A), (L * A)
-        a = self.audio_in(a if drop_audio is None else torch.where(drop_audio[:, None, None], null, a))    # (B, N, D)
-        n = N if self.cfg.rope_streams == 4 else 1     # not rotated (row 0 turns nothing) all N are equal: one will do
-        e, i = (x[:, None].expand(-1, n, -1) for x in (self.emotion_in(emotion), self.identity_in(identity)))
-        table = waves(torch.arange(N, device=audio.device), self.cfg.width // self.cfg.heads, 256)
-        return prev[:, None].expand(-1, N, -1), a, e, i, table.repeat(4, 1, 1)        # every modality counts 0..N-1
-
-    def modulations(self, t, emotion):
-        """Each block's K shifts, scales, gates, in the order in which `fuse` takes them, the head's last.
-        t (..., B), emotion (B,) -> a list of (K, ..., B, 1, D); K is 6 per stream of a joint block, 3, or 2."""
-        wave = waves(1000 * t, 256, 10000).mT.flatten(-2)                  # (..., B, 256), cosines first
-        c = F.silu(self.time_in(wave.to(self.head.weight)) + self.cfg.emotion_adaln * self.emotion_in(emotion))
-        mods = [x.adaln(c) for x in (*self.four, *self.cross, *self.two, *self.one, self)]        # self: the head's
-        return [x.unflatten(-1, (-1, self.cfg.width)).movedim(-2, 0).unsqueeze(-2) for x in mods]
-
-    def fuse(self, z, conditions, mods, mask=None):
-        """The three fusion stages, coarse to fine (Sec. 3.2.3); z (B, N, 70), mask (B, N) -> v (B, N, 70)."""
-        prev, a, e, i, table = conditions
-        N, mods = z.size(1), iter(mods)
-        heard = None if mask is None else mask.repeat(1, 4)[:, None, None]
-        m = self.motion_in(torch.cat([prev, z], -1).to(a))                 # (B, N, 2M) -> (B, N, D), prev first
-        for block in self.four:                                            # stage 1: every modality has its own weights
-            m, a, e, i = block([m, a, e, i], next(mods), table, heard)
-        cond = torch.cat([x.expand(-1, N, -1) for x in (a, e, i)], 1)      # (B, 3N, D) the conditions merge
-        # w/ CABA, else no such blocks: motion hears itself, then the conditions alone, as cross-attention does
-        others = F.pad(z.new_ones(1, 3 * N) if mask is None else mask.repeat(1, 3), (N, 0))[:, None, None] > 0
-        for self_block, cross_block in zip(self.cross[::2], self.cross[1::2]):
-            m, = self_block([m], next(mods), table, heard if mask is None else heard[..., :N])
-            m = cross_block(torch.cat([m, cond], 1), next(mods), table, others, keep=N)
-        for block in self.two:                                             # stage 2: motion and its conditions
-            m, cond = block([m, cond], next(mods), table, heard)
-        x = torch.cat([m, cond], 1)                                        # (B, 4N, D) stage 3: all merge
+        z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity
+        (B, 63); prev (B, 70), the normalised frame before; drop_audio (B,) bool -> (B, N, 70)."""
+        N = z.size(1)
+        prev = prev[:, None].expand(-1, N, -1)
+        m = self.motion_embedder(torch.cat([prev, z], -1))             # one token per frame and
+        a = self.embed_audio(audio, drop_audio)                        # modality (Sec. 3.2.1)
+        e = self.emotion_embedder(emotion)[:, None].expand(-1, N, -1)
+        i = self.identity_embedder(identity)[:, None].expand(-1, N, -1)
+        c = self.conditioning(t, emotion)
+        rope = rope_table(N, self.cfg.width // self.cfg.heads, z.device)
+        for block in self.four:                                        # coarse to fine (3.2.3):
+            m, a, e, i = block([m, a, e, i], c, rope)                  # every modality by itself,
+        cond = torch.cat([a, e, i], 1)                                 # (B, 3N, D)
+        for block in self.two:
+            m, cond = block([m, cond], c, rope)                        # motion and its conditions,
+        x = torch.cat([m, cond], 1)                                    # (B, 4N, D)
         for block in self.one:
-            x = block(x, next(mods), table, heard, keep=N if block is self.one[-1] else None)
-        return self.head(modulate(x[:, :N], *next(mods)))
+            x = block(x, c, rope)                                      # and all as one
+        return self.head(x[:, :N], c)
 
-# -------------------------------------------------------------------------------------------------------- the losses
+    def embed_audio(self, audio, drop_audio=None):
+        """(B, N, L, A) -> (B, N, D); where drop_audio (B,), all is the null vector."""
+        audio = self.flat_audio(audio)
+        if drop_audio is not None:
+            null = self.null_audio.repeat(self.cfg.audio_layers)
+            audio = torch.where(drop_audio[:, None, None], null, audio)
+        return self.audio_embedder(audio)
+
+    def conditioning(self, t, emotion):
+        """What every AdaLN is conditioned on: t (..., B), emotion (B,) -> (..., B, D)."""
+        c = self.time_embedder(timestep_embedding(t).to(self.null_audio.dtype))
+        if self.cfg.emotion_adaln:
+            c = c + self.emotion_embedder(emotion)
+        return F.silu(c)
+
+
+# -------------------------------------------------------------------------------------- the losses
 def draw(cfg, B, N, generator):
-    """The random draws of a training step: times, noise, dropped conditions; on the CPU, for any device."""
-    return dict(t=torch.rand(B, generator=generator), eps=torch.randn(B, N, M, generator=generator),
-                drop_audio=torch.rand(B, generator=generator) < cfg.p_drop_audio,
-                drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
+    """What a training step draws: times, noise, dropped conditions; on the CPU, for any device."""
+    return dict(
+        t=torch.rand(B, generator=generator),
+        eps=torch.randn(B, N, M, generator=generator),
+        drop_audio=torch.rand(B, generator=generator) < cfg.p_drop_audio,
+        drop_emotion=torch.rand(B, generator=generator) < cfg.p_drop_emotion)
 
-def losses(model, z0, audio, emotion, identity, prev, mask, t, eps, drop_audio, drop_emotion, expert=None, tau=0.4):
-    """L_RF, L_vel, gated L_ALSE: Eq. 6 is their sum. z0 (B, N, 70) normalised; t .. drop_emotion from `draw`;
-    expert(audio, z, mask) -> unit vectors a and m."""
-    z0, t_ = z0 * mask[..., None], t[:, None, None]
-    z_t, x = (1 - t_) * z0 + t_ * eps, eps - z0                            # Sec. 3.1
-    v = model(z_t, t, audio, torch.where(drop_emotion, NO_EMOTION, emotion), identity, prev, drop_audio, mask)
-    errors = [(v - x).diff(n=k, dim=1) for k in range(3)]                  # Eq. 4; Eq. 5: from frame to frame, twice
-    real = [mask.unfold(1, k + 1, 1).all(-1) for k in range(3)]            # (B, N - k): all k + 1 frames are real
-    mse = [(e ** 2 * r[..., None]).sum() / (M * r.sum()).clamp(min=1) for e, r in zip(errors, real)]
-    sync = torch.zeros_like(t) if expert is None else sync_loss(*expert(audio, z_t - t_ * v, mask), mask)    # of v's z0
-    return mse[0], mse[1] + mse[2], (sync * (sync < tau) * ~drop_audio).mean()     # Eq. 7, where there is a voice
 
-def sync_loss(a, m, mask, in_sync=True):
-    """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, averaged over each clip's frames -> (B,)."""
-    p = (a.float() * m).sum(-1).clamp(1e-4, 1 - 1e-4)                      # bfloat16 would round the limit to 1
-    return (-(p if in_sync else 1 - p).log() * mask).sum(1) / mask.sum(1).clamp(min=1)
+def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_emotion,
+           expert=None, tau=0.4):
+    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6.
 
-class Residual(nn.Conv1d):
+    z0 (B, N, 70), normalised; t .. drop_emotion from `draw`; expert(audio, z0) -> a, m of ALSE."""
+    emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
+    t_ = t[:, None, None]
+    z_t = (1 - t_) * z0 + t_ * eps                                     # Sec. 3.1: a straight path,
+    x = eps - z0                                                       # and its velocity
+    m = model(z_t, t, audio, emotion, identity, prev, drop_audio)      # v_theta; m in Eq. 5
+    loss_rf = F.mse_loss(m, x)                                         # Eq. 4
+    loss_vel = F.mse_loss(m.diff(dim=1), x.diff(dim=1))                # Eq. 5: x' - m'
+    loss_vel = loss_vel + F.mse_loss(m.diff(2, dim=1), x.diff(2, dim=1))               # x'' - m''
+    if expert is None:
+        return loss_rf, loss_vel, torch.zeros_like(loss_rf)
+    sync = sync_loss(*expert(audio, z_t - t_ * m))                     # of the motion m points to
+    gate = (sync < tau) & ~drop_audio                                  # Eq. 7, if there is a voice
+    return loss_rf, loss_vel, (sync * gate).mean()
+
+
+def sync_loss(a, m, in_sync=True):
+    """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, a mean over frames: (B,)."""
+    p = (a.float() * m).sum(-1).clamp(1e-4, 1 - 1e-4)                  # float: bfloat16 rounds to 1
+    if not in_sync:
+        p = 1 - p
+    return -p.log().mean(1)
+
+
+class ResidualConv(nn.Conv1d):
     """x + convolution over time of GELU(RMSNorm(x)); x (B, N, D)."""
+
     def forward(self, x):
-        return x + super().forward(F.gelu(F.rms_norm(x, x.shape[-1:])).mT).mT
+        h = F.gelu(F.rms_norm(x, x.shape[-1:]))
+        return x + super().forward(h.mT).mT
+
 
 class ALSE(MotionModel):
-    """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do this voice and these lips belong together?
-    The paper's supplement is not public; its text and SyncNet support this reading: an audio and a lip-motion tower, a
-    unit vector per frame each, their cosine trained as the probability of sync, against shifted and foreign pairs."""
-    def __init__(self, cfg, kernel=5, depth=4):
+    """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do voice and lips belong together?
+
+    The paper's supplement is not public; its text and SyncNet support this reading: an audio and a
+    lip-motion tower, a unit vector per frame each, their cosine trained as the probability of sync,
+    against shifted and foreign pairs."""
+
+    def __init__(self, cfg):
         super().__init__(cfg)
-        tower = lambda n_in: nn.Sequential(linear(n_in, cfg.width), *(
-            Residual(cfg.width, cfg.width, kernel, padding="same") for _ in range(depth)))
-        self.audio, self.motion = tower(cfg.audio_layers * cfg.audio_dim), tower(len(LIPS))
+        self.audio = self.tower(cfg.audio_layers * cfg.audio_dim)
+        self.motion = self.tower(len(LIPS))
+        init_weights(self)
 
-    def forward(self, audio, motion, mask):
-        """audio (B, N, L, A), motion in LivePortrait units (B, N, 70), mask (B, N) -> unit vectors, 2 x (B, N, D)."""
-        a, m = (x * mask[..., None] for x in (self.hear(audio), self.normalise(motion)[..., LIPS]))
-        return [F.normalize(F.relu(x), dim=-1) for x in (self.audio(a), self.motion(m))]    # >= 0: cosines are chances
+    def tower(self, n_in, depth=4):
+        D = self.cfg.width
+        layers = [ResidualConv(D, D, kernel_size=5, padding="same") for _ in range(depth)]
+        return nn.Sequential(nn.Linear(n_in, D), *layers)
 
-    def pretraining_loss(self, audio, motion, mask, shift):
-        """In sync as recorded; out of sync with the voice `shift` frames late, or from the next clip."""
-        a, m = self(audio, motion, mask)
-        apart = [sync_loss(a.roll(*by), m, mask & mask.roll(*by), in_sync=False) for by in ((shift, 1), (1, 0))]
-        return (sync_loss(a, m, mask) + sum(apart) / 2).mean()
+    def forward(self, audio, motion):
+        """audio (B, N, L, A), motion (B, N, 70) in LivePortrait units -> unit vectors a and m,
+        (B, N, D) each, without negative numbers, so that a cosine is a probability."""
+        a = self.audio(self.flat_audio(audio))
+        m = self.motion(self.normalise(motion)[..., LIPS])
+        return F.normalize(a.relu(), dim=-1), F.normalize(m.relu(), dim=-1)
 
-# -------------------------------------------------------------------------------------------------------- the sampler
-def guidance_passes(guidance, emotion):
-    """Eq. 8 as a sum of velocities: rows of (weight, audio dropped?, emotion). "audio+emotion" drops both together."""
-    weights = Counter({(False, emotion): sum(guidance.values(), 1.0)})     # equal passes become one
-    for key, scale in guidance.items():
-        require({*key.split("+")} <= {"audio", "emotion"}, f"guidance {key!r}: should be audio, emotion, audio+emotion")
-        weights["audio" in key, NO_EMOTION if "emotion" in key else emotion] -= scale
-    return [(weight, *what) for what, weight in weights.items() if weight]
+    def pretraining_loss(self, audio, motion, shift):
+        """In sync as recorded; out of sync with the voice `shift` frames late, or the next clip's."""
+        a, m = self(audio, motion)
+        late = sync_loss(a.roll(shift, 1), m, in_sync=False)
+        foreign = sync_loss(a.roll(1, 0), m, in_sync=False)
+        return (sync_loss(a, m) + (late + foreign) / 2).mean()
+
+
+# ------------------------------------------------------------------------------------- the sampler
+def dropped_conditions(guidance, emotion, device):
+    """Per pass of Eq. 8, the first of which drops nothing: is audio dropped, and the emotion."""
+    drop_audio, emotions = [False], [emotion]
+    for condition in guidance:
+        drop_audio.append("audio" in condition)
+        emotions.append(NO_EMOTION if "emotion" in condition else emotion)
+    return torch.tensor(drop_audio, device=device), torch.tensor(emotions, device=device)
+
+
+def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
+    """Eq. 8: (1 + sum of lambda_c) v - sum over conditions c of lambda_c v with c dropped.
+
+    guidance {c: lambda_c}, "audio+emotion" for both together; the rest as in MoDA.forward, of one
+    clip, for its passes are the batch -> (N, 70)."""
+    drop_audio, emotions = dropped_conditions(guidance, emotion, z.device)
+    passes = len(emotions)
+    z, audio, identity, prev = [x.to(model.null_audio).expand(passes, *x.shape)
+                                for x in (z, audio, identity, prev)]
+    v = model(z, t.expand(passes), audio, emotions, identity, prev, drop_audio).float()
+    guided = (1 + sum(guidance.values())) * v[0]
+    for scale, v_dropped in zip(guidance.values(), v[1:]):
+        guided = guided - scale * v_dropped
+    return guided
+
 
 def euler(velocity, z, times):
-    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k], and not known at 0."""
-    for k, (t, t_next) in enumerate(zip(times, [*times[1:], 0.0])):
-        z = z - (t - t_next) * velocity(z, k)      # Eq. 2 prints a plus; with v = eps - z0 only minus leads to data
-    return z
+    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]."""
+    ends = [*times[1:], 0.0]
+    for k, t in enumerate(times):
+        z = z - (t - ends[k]) * velocity(z, k)     # Eq. 2 prints a plus; with v = eps - z0 only
+    return z                                       # the minus leads to data
+
+
+def windows(audio, chunk, overlap, first_chunk, emotions):
+    """Cut a voice, as it arrives, into windows: yields (voice, length, stride, emotion).
+
+    voice (n, L, A): its n <= length frames; length: to which silence fills it up; stride: how many
+    no later window touches. emotions: [(label, frames), ...]; a new one begins a new window."""
+    frames = (frame for piece in audio for frame in piece)
+    length, voice, tail = first_chunk or chunk, [], 0
+    for emotion, frames_left in emotions:
+        while frames_left >= 1:
+            voice.extend(islice(frames, length - len(voice)))
+            if len(voice) <= tail:                 # all that is left was in the last window
+                return
+            stride = int(min(length - overlap, frames_left))
+            yield torch.stack(voice), length, stride, emotion
+            voice = voice[stride:]
+            frames_left -= stride
+            length, tail = chunk, overlap
+
 
 @torch.inference_mode()
-def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2}, chunk=100, overlap=16,
-           seed=0, noise=None, smooth=False, first_chunk=0):
-    """Normalised motion for a voice of any length, piece by piece, each as soon as it is final; memory stays constant.
+def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2},
+           chunk=100, overlap=16, seed=0, noise=None, smooth=False, first_chunk=0):
+    """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
+
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
-    identity (63,) canonical keypoints; prev (70,) normalised motion before the first frame, the portrait's own
-    emotion  0..8, or a list of (emotion, frames), one after the other, the last for torch.inf
+    identity (63,) canonical keypoints
+    prev     (70,) normalised motion before the first frame, the portrait's own
+    emotion  0..8, or a list of (emotion, frames), one after the other, the last for math.inf
     steps    number of equal Euler steps, or a list of times from 1 down
-    chunk    frames sampled at once (Sec. 3.2.6), the last filled up with silence; its last `overlap` fade into the next
+    guidance {condition: lambda} of Eq. 8
+    chunk    frames sampled at once, the last filled up with silence
+    overlap  so many of them fade into the next chunk
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
-    smooth   average pose and scale over three frames, in each chunk and once more across chunks, as released
-    first_chunk  frames of the first chunk, for an earlier start; 0: as many as the others"""
-    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else list(steps)
-    device, length = model.mean.device, first_chunk or chunk
-    require(times and 0 <= overlap < length <= chunk,
-            f"steps={steps} should be 1 or more, 0 <= overlap={overlap} < first_chunk={first_chunk} <= chunk={chunk}")
-    frames = (frame for piece in ([audio] if torch.is_tensor(audio) else audio) for frame in piece)
-    voice = list(islice(frames, length))
-    require(voice, "the audio has no frames")
-    noises, generator = iter(() if noise is None else noise), torch.Generator().manual_seed(seed)
-    fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                    # 0, 1 / overlap .. < 1
-    smoothed = smooth_pose if smooth else lambda motion: motion
-    # noise that the next chunk shares; the frame before it, and those it fades into; what no chunk has yielded yet
-    eps = before = tail = rest = torch.empty(0, M)
-    for mood, frames_left in emotion if isinstance(emotion, list) else [(emotion, torch.inf)]:
-        # all passes of a step run as one batch; their modulations are the same in every chunk
-        weight, drop_audio, moods = (torch.tensor(x, device=device) for x in zip(*guidance_passes(guidance, mood)))
-        mods = model.modulations(torch.tensor(times, device=device)[:, None], moods)         # (K, steps, B, 1, D) each
-        batch = lambda x: x.to(model.head.weight).expand(len(weight), *x.shape)    # on its device, in its precision
-        while frames_left >= 1 and len(voice) > len(tail):                 # or the tail holds all that is left
-            window = F.pad(torch.stack(voice), (0, 0, 0, 0, 0, length - len(voice)))
-            eps = torch.cat([eps, torch.randn(length - len(eps), M, generator=generator)])
-            given = model.conditions(batch(window), moods, batch(identity.flatten()), batch(prev.flatten()), drop_audio)
-            v = lambda z, k: torch.tensordot(weight, model.fuse(batch(z), given, [x[:, k] for x in mods]).float(), 1)
-            motion = smoothed(euler(v, next(noises, eps).to(device), times).cpu())             # Eq. 2; v is Eq. 8
-            motion[:len(tail)] = tail.lerp(motion[:len(tail)], fade[:len(tail)])
-            # smoothing looks one frame ahead, into the tail: its fade starts at 0, so that frame is final as well
-            ready = smoothed(torch.cat([before, motion[:len(voice)]]))[len(before):]
-            stride = int(min(length - overlap, frames_left))
-            yield ready[:stride]                                           # what no later chunk will touch
-            prev, before, tail = motion[stride - 1], motion[stride - 1:stride], motion[stride:stride + overlap]
-            eps, voice, rest = eps[stride:], voice[stride:], ready[stride:]
-            length, frames_left = chunk, frames_left - stride
-            voice += islice(frames, length - len(voice))
+    smooth   average the pose over three frames, in each chunk and across chunks, as released
+    first_chunk  frames of the first chunk, for an earlier start; 0: as many as the others
+    Yields (n, 70) as soon as no later sound can change it."""
+    times = check_request(steps, chunk, overlap, first_chunk, guidance).to(model.mean)
+    guidance = {condition: scale for condition, scale in guidance.items() if scale}
+    pieces = [audio] if torch.is_tensor(audio) else audio
+    emotions = emotion if isinstance(emotion, list) else [(emotion, math.inf)]
+    noises = iter([] if noise is None else noise)
+    generator = torch.Generator().manual_seed(seed)
+    fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                # 0, 1 / overlap .. < 1
+    identity, prev = identity.flatten(), prev.flatten()
+    networks = {}                                  # of each emotion
+    eps = torch.empty(0, M)                        # two windows share that of their common frames
+    before = torch.empty(0, M)                     # the frame before a window,
+    tail = torch.empty(0, M)                       # the common frames as the last window has them,
+    rest = torch.empty(0, M)                       # the same, ready but not yet yielded
+
+    for voice, length, stride, label in windows(pieces, chunk, overlap, first_chunk, emotions):
+        if label not in networks:
+            networks[label] = fast_network(model, times, label, guidance) if model.fast else model
+        silence = voice.new_zeros(length - len(voice), *voice.shape[1:])
+        given = torch.cat([voice, silence]), label, identity, prev, guidance
+
+        def velocity(z, k):
+            return guided_velocity(networks[label], z, times[k], *given)
+        fresh = torch.randn(length - len(eps), M, generator=generator)
+        eps = torch.cat([eps, fresh])
+        motion = euler(velocity, next(noises, eps).to(times.device), times).cpu()
+        if smooth:
+            motion = smooth_pose(motion)
+        n = len(tail)
+        motion[:n] = tail.lerp(motion[:n], fade[:n])
+        ready = torch.cat([before, motion[:len(voice)]])
+        if smooth:                                 # one frame ahead, where no fade has begun
+            ready = smooth_pose(ready)
+        ready = ready[len(before):]
+        yield ready[:stride]
+        before = motion[stride - 1:stride]
+        prev = before.flatten()
+        tail = motion[stride:stride + overlap]
+        rest = ready[stride:]
+        eps = eps[stride:]
+    if not networks:
+        raise ValueError("the audio has no frames")
     if len(rest):
         yield rest
 
-def sample(*args, **kwargs):
+
+def generate(*args, **kwargs):
     """`stream`, joined: -> (T, 70)."""
     return torch.cat(list(stream(*args, **kwargs)))
 
+
 def smooth_pose(motion):
-    """Mean of scale, translation, rotation over each frame and its neighbours: (n, 70) -> the same."""
-    pose = F.avg_pool1d(motion[:, 63:].T, 3, stride=1, padding=1, count_include_pad=False).T
-    return torch.cat([motion[:, EXP], pose], 1)
+    """Mean of scale, translation and rotation over each frame and its neighbours, (n, 70)."""
+    expression, pose = motion.split([63, 7], 1)
+    pose = F.avg_pool1d(pose.T, 3, stride=1, padding=1, count_include_pad=False).T
+    return torch.cat([expression, pose], 1)
 
-# ------------------------------------------------------------------------------------------ complaints, checkpoints
-class UsageError(Exception):
-    """A flag that makes no sense."""
 
-def require(fine, told, error=ValueError):
-    """What has to be so, and what the user is told where it is not."""
-    if not fine:
-        raise error(told)
+def check_request(steps, chunk, overlap, first_chunk, guidance):
+    """The times of the steps; ValueError says which argument of `stream` cannot be followed."""
+    times = steps
+    if isinstance(steps, int):
+        times = [1 - k / steps for k in range(steps)]
+    if len(times) == 0:
+        raise ValueError(f"steps={steps} should be 1 or more")
+    if not 0 <= overlap < (first_chunk or chunk) <= chunk:
+        raise ValueError(f"overlap={overlap}, first_chunk={first_chunk}, chunk={chunk}: should be "
+                         "0 <= overlap < first_chunk <= chunk")
+    if not {"audio", "emotion"}.issuperset("+".join(guidance or ["audio"]).split("+")):
+        raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
+    return torch.tensor(times)
 
-@contextmanager
-def explained(what, complaint, advice, error=ValueError):
-    """Whatever goes wrong inside becomes one line about `what`, a file or a flag."""
+
+# --------------------------------------------------------------------------------- faster sampling
+# The same numbers with less work, to which tests/test_sampler.py holds it: AdaLN is computed for
+# all steps at once, N equal tokens as one, and the last block for motion alone.
+
+def fast_network(model, times, emotion, guidance):
+    """A copy of the model that shares its weights, with the parts below in place."""
+    _, emotions = dropped_conditions(guidance, emotion, times.device)
+    c = model.conditioning(times[:, None], emotions)                   # (steps, passes, D)
+    network = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    network.__class__ = FastMoDA
+    network.times = times
+    for module in [*network.modules()]:
+        if hasattr(module, "adaln"):
+            module.adaln = AdaLNTable(module.adaln(c))
+        if isinstance(module, ModalityPath) and not module.rotated:
+            module.__class__ = OneTokenPath
+    for block in network.one[-1:]:
+        block.__class__ = LastBlock
+    if model.compiled:
+        network.compile(mode="reduce-overhead", dynamic=False)
+    return network
+
+
+class FastMoDA(MoDA):
+    """Knows only some times; what its AdaLN is conditioned on is the number of one."""
+
+    def conditioning(self, t, emotion):
+        return (self.times - t[0]).abs().argmin()
+
+
+class AdaLNTable(nn.Module):
+    """The outputs of an AdaLN layer for all steps, (steps, B, .), of which forward(k) is row k."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, k):
+        return self.rows.index_select(0, k[None])[0]   # rows[k] would wait for the device
+
+
+class OneTokenPath(ModalityPath):
+    """The N tokens of a stream that is not rotated are equal: one is computed and stands for N."""
+
+    def before_attention(self, x, modulation, rope):
+        qkv = super().before_attention(x[:, :1], modulation, rope)
+        return [h.expand(-1, -1, x.size(1), -1) for h in qkv]
+
+    def after_attention(self, x, y, modulation):
+        one = super().after_attention(x[:, :1], y[:, :1], modulation)
+        return one.expand_as(x)
+
+
+class LastBlock(SingleBlock):
+    """(B, 4N, D) -> (B, N, D): every token has a key, only motion a query and a feed-forward."""
+
+    def forward(self, x, c, rope):
+        N, D = len(rope), x.size(-1)
+        shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
+        u = modulate(x, shift, scale)
+        weight, mlp_weight = self.qkv_mlp.weight.split([3 * D, 4 * D])
+        bias, mlp_bias = self.qkv_mlp.bias.split([3 * D, 4 * D])
+        q, k, v = self.heads(F.linear(u, weight, bias), rope)
+        y = attention(q[:, :, :N], k, v)
+        h = F.gelu(F.linear(u[:, :N], mlp_weight, mlp_bias), approximate="tanh")
+        return x[:, :N] + gate * self.out(torch.cat([y, h], -1))
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+def save(path, state, keep=None, write=torch.save):
+    """Write a file so that neither crash nor full disk harms the one there, kept as `keep`."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
     try:
-        yield
-    except Exception as reason:
-        raise error(f"{what}: {complaint} ({reason!s:.200}); {advice}") from None
-
-def save(path, state, keep="", write=torch.save):
-    """Write a checkpoint so that a crash or a full disk never harms the one already there, which is kept as `keep`."""
-    with explained(path, "could not be saved", "an earlier one is untouched", OSError):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        write(state, f"{path}.tmp")
-        with open(f"{path}.tmp", "rb+") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(state, part)
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        if keep and os.path.exists(path):
-            os.replace(path, os.path.join(os.path.dirname(path), keep))
-        os.replace(f"{path}.tmp", path)
+        if keep and path.exists():
+            path.replace(path.with_name(keep))
+        part.replace(path)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None
 
-def read_tensors(path, advice="fetch it again, or train it first"):
-    """What torch.save wrote, tensors and plain values only: a file that would run code is refused."""
-    with explained(path, "not a readable checkpoint", advice):             # truncated, foreign, or a pickle with code
+
+def read_checkpoint(path, advice="fetch it again, or train it first"):
+    """What torch.save wrote, tensors and plain values only: a file that runs code is refused."""
+    try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:                     # truncated, foreign, or a pickle with code
+        raise ValueError(f"{path}: not a readable checkpoint ({error!s:.200}); {advice}") from None
 
-def released_parameters(model):
-    """Every tensor of the released file by its name there, as our parameter. There, streams are called xs (motion) and
-    au or au1..3 (audio, emotion, identity); "audio" where a name is long."""
-    places = {"null_audio_feat": model.null_audio, "emo_embedder.embedding_table.weight": model.emotion_in.weight}
-    layers = {"final_layer.adaLN_modulation.1": model.adaln, "final_layer.linear": model.head}
-    layers |= {f"{name}_embedder.mlp": getattr(model, f"{name}_in") for name in ("motion", "identity", "time")}
-    layers |= {f"audio_embedder.{x}": model.audio_in[i] for x, i in dict(proj1=0, proj2=2, proj3=4, norm=5).items()}
-    joint = [(f"blocks4.{i}", block, ["", 1, 2, 3]) for i, block in enumerate(model.four)]
-    joint += [(f"blocks2.{i}", block, ["", ""]) for i, block in enumerate(model.two)]
-    for name, block, numbers in joint:
-        for s, n in enumerate(numbers):
-            short, long = ("au", "audio") if s else ("xs", "xs")
-            layers |= {f"{name}.attn1.qkv_{short}{n}": block.qkv[s], f"{name}.attn1.{short}_proj{n}": block.out[s],
-                       f"{name}.{long}_mlp{n}.fc1": block.mlp[s][0], f"{name}.{long}_mlp{n}.fc2": block.mlp[s][2]}
-            places |= {f"{name}.attn1.{short}_{x}_norm{n}.weight": gain for x, gain in zip("qk", block.qk_gain[s])}
-            places |= {f"{name}.adaLN_modulation_{long}{n}.1.{p}": rows.chunk(len(numbers))[s]     # ours holds all
-                       for p, rows in block.adaln.named_parameters()}
-    for i, block in enumerate(model.one):
-        layers |= {f"blocks.{i}.adaLN_modulation_xs.1": block.adaln, f"blocks.{i}.qkv_xs": block.qkv_mlp,
-                   f"blocks.{i}.linear2": block.out}
-        places |= {f"blocks.{i}.attn1.xs_{x}_norm.weight": gain for x, gain in zip("qk", block.qk_gain)}
-    return places | {f"{name}.{p}": value for name, layer in layers.items() for p, value in layer.named_parameters()}
 
-def from_released(state, path):
-    """The authors' net-200.pth as MoDA; sizes come from the shapes, statistics from their mean.pt (load_statistics)."""
-    unused = [key for key in state if key.endswith(("scheduler.sigmas", "null_motion_feat"))]
-    # the authors' Parameter(...).to("cuda") was no parameter: never saved, and drawn anew by who loads it
-    voiceless = "its own" if "null_audio_feat" in state else "random, from a fixed seed; the authors' was another"
-    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}; null_audio_feat: {voiceless}")
-    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items() if key not in unused}
-    count = lambda blocks: len({key.split(".")[1] for key in state if key.startswith(f"{blocks}.")})
-    size = lambda key: state[key].size(-1) if key in state else 768
-    width, head = size("time_embedder.mlp.2.bias"), size("blocks.0.attn1.xs_q_norm.weight")
-    with torch.device("meta"):
-        model = MoDA(Config(width, width // head, count("blocks4"), count("blocks2"), count("blocks"), rope_streams=2,
-                            audio_dim=size("audio_embedder.proj1.weight") // 12)).to_empty(device="cpu")
-    null_audio = torch.randn(model.null_audio.shape, generator=torch.Generator().manual_seed(42))
-    assumed = {"mean": torch.zeros(M), "std": torch.ones(M), "null_audio_feat": null_audio}
-    return load_strictly(model, assumed | state, path, released_parameters(model) | dict(model.named_buffers()))
+def load_strictly(places, tensors):
+    """Copy tensors into those of the same names; ValueError tells the first that does not fit."""
+    for name in places | tensors:
+        needed, found = ["absent" if x is None else f"of shape {[*x.squeeze().shape]}"
+                         for x in (places.get(name), tensors.get(name))]
+        if needed != found or not tensors[name].isfinite().all():
+            raise ValueError(f"{name} is {found}, should be {needed} and finite")
+        places[name].copy_(tensors[name].view_as(places[name]))
+
 
 def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
-    state = read_tensors(path, "the released one is src/datasets/mean.pt of the authors' repository")
-    load_strictly(model, {x: state[x] for x in ("mean", "std") if x in state}, path, dict(model.named_buffers()))
+    advice = "the released one is src/datasets/mean.pt of the authors' repository"
+    state = read_checkpoint(path, advice)
+    try:
+        load_strictly({"mean": model.mean, "std": model.std}, state)
+    except Exception as error:
+        raise ValueError(f"{path}: no mean and std of motion ({error}); {advice}") from None
 
-def load_strictly(module, tensors, path, places=None):
-    """Copy tensors into the module, or to the places they are named for; ValueError says the first that differs."""
-    places = places or module.state_dict()
-    for name in places | tensors:
-        needed, found = (f"shape {[*x[name].squeeze().shape]}" if name in x else "absent" for x in (places, tensors))
-        fine = needed == found and tensors[name].isfinite().all()
-        require(fine, f"{path}: {name} is {found}, should be {needed} and finite: another model's file?")
-        places[name].data.copy_(tensors[name].view_as(places[name]))
-    return module
+
+# our layers and blocks in net-200.pth, where streams are called xs (motion) and au or audio, with
+# the number of the stream among the four
+RELEASED = dict(row.split() for row in """
+    motion_embedder.0     motion_embedder.mlp.0
+    motion_embedder.2     motion_embedder.mlp.2
+    identity_embedder.0   identity_embedder.mlp.0
+    identity_embedder.2   identity_embedder.mlp.2
+    time_embedder.0       time_embedder.mlp.0
+    time_embedder.2       time_embedder.mlp.2
+    emotion_embedder      emo_embedder.embedding_table
+    audio_embedder.0      audio_embedder.proj1
+    audio_embedder.2      audio_embedder.proj2
+    audio_embedder.4      audio_embedder.proj3
+    audio_embedder.5      audio_embedder.norm
+    head.adaln            final_layer.adaLN_modulation.1
+    head.linear           final_layer.linear
+    four                  blocks4
+    two                   blocks2
+    one                   blocks
+    adaln                 adaLN_modulation_{audio}{n}.1
+    qkv                   attn1.qkv_{au}{n}
+    heads.q_norm          attn1.{au}_q_norm{n}
+    heads.k_norm          attn1.{au}_k_norm{n}
+    proj                  attn1.{au}_proj{n}
+    mlp_in                {audio}_mlp{n}.fc1
+    mlp_out               {audio}_mlp{n}.fc2
+    qkv_mlp               qkv_xs
+    out                   linear2
+    """.strip().splitlines())
+
+
+RELEASED_CONFIG = dict(rope_streams=2)
+
+
+def released_name(name):
+    """The name in net-200.pth of a parameter of ours, such as four.0.paths.1.qkv.weight."""
+    if name == "null_audio":
+        return "null_audio_feat"
+    layer, _, kind = name.rpartition(".")
+    match = re.fullmatch(r"(four|two|one)\.(\d+)\.(?:paths\.(\d)\.)?(.+)", layer)
+    if not match:
+        return f"{RELEASED[layer]}.{kind}"
+    stage, block, stream, part = match.groups(default="0")
+    au, audio = ("xs", "xs") if stream == "0" else ("au", "audio")
+    n = stream if stage == "four" and stream != "0" else ""
+    return f"{RELEASED[stage]}.{block}.{RELEASED[part].format(au=au, audio=audio, n=n)}.{kind}"
+
+
+def from_released(state, path):
+    """The authors' net-200.pth as MoDA; its statistics come from their mean.pt."""
+    unused = {"scheduler.sigmas", "null_motion_feat"} & set(state)
+    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items()
+             if key not in unused}
+    with torch.device("meta"):
+        model = MoDA(Config(**RELEASED_CONFIG))
+    model.to_empty(device="cpu")
+    model.mean.zero_()
+    model.std.fill_(1)
+    if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was none:
+        generator = torch.Generator().manual_seed(42)                  # never saved, drawn on use
+        state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
+        unused.add("a null_audio_feat, which it lacks: drawn")
+    print(f"{path}: the released MoDA; not used: {', '.join(sorted(unused)) or 'nothing'}")
+    places = {released_name(name): value.detach() for name, value in model.named_parameters()}
+    load_strictly(places, state)
+    return model

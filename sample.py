@@ -2,52 +2,21 @@
 
     python sample.py --audio_path=voice.wav --emotion=happiness
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
-    arecord -t raw -f S16_LE -r 16000 -c 1 | python sample.py --stream --audio_path=- --output_path=- | ffplay -
-    python sample.py --eval                              a table of metrics on toy clips the model never saw
-    python sample.py --bench                             how fast this machine is
-The film is as long as the voice: ceil(25 x seconds) frames. Flags and what they are without being given:
+    arecord -t raw -f S16_LE -r 16000 -c 1 | python sample.py --stream --audio_path=- \\
+        --output_path=- | ffplay -
+    python sample.py --eval                      a table of metrics on toy clips the model never saw
 
-    --audio_path=            the voice: any sound, or a video with sound; - is 16 kHz PCM, 16 bits, mono, on stdin
-    --output_path=out.mp4    - is an MPEG transport stream on stdout
-    --image_path=            the portrait, and which square of it: x,y,size; the largest in the centre without
-    --crop=
-    --weights=               folder of LivePortrait's weights; a drawn face without
-    --paste_back=False       put the moving square back into the whole picture
-    --stitch=True            LivePortrait's correction for a seamless square
-    --relative=False         motion relative to the portrait's own pose and expression; so it is by default,
-    --absolute=False         or as the model makes it, which is the default for the released checkpoint
-    --ckpt=out/toy/ckpt.pt   MoDA's weights, ours or the released net-200.pth
-    --stats=mean.pt          the statistics that belong to net-200.pth, which does not hold them
-    --audio_encoder=         file or folder of wav2vec 2.0 or HuBERT, for models that hear it instead of log-mel
-    --emotion=none           anger contempt disgust fear happiness neutral sadness surprise none, or their number; or
-                             some in turn, each its seconds (2) long, the last to the end: neutral:2.5,happiness
-    --edit=                  expression added to the motion: smile:0.5,brow:5; also aaa eee woo frown blink
-    --seed=1                 another seed, another head motion
-    --steps=10               Euler steps
-    --cfg_audio=1.0          guidance (Eq. 8), condition by condition,
-    --cfg_emotion=0.0
-    --cfg_both=0.0           and both dropped together; the released checkpoint's is 0.2, and its cfg_audio 0
-    --chunk=100              frames sampled at once, of which `overlap` fade into the next; 80 for the released one
-    --overlap=16
-    --first_chunk=0          frames of the first chunk, for an earlier start
-    --smooth=False           average the pose over three frames, twice; True for the released one
-    --pose_scale=1.0         exaggerate or calm the head, around the portrait's pose
-    --exp_scale=1.0          the same for the expression
-    --save_motion=           also write the model's motion, (T, 70), as .npy
-    --motion_path=           motion saved like that, in place of the model's
-    --stream=False           hear the voice no sooner than it is spoken, and tell how late the film is
-    --bf16=False             MoDA and LivePortrait in bfloat16
-    --compile=False          both through torch.compile: worth its minutes on a GPU
-    --eval=False             on the CPU, in float32
-    --bench=False
-    --alse=out/alse/ckpt.pt  lip-sync expert, for the Sync columns of --eval
-    --device=                cuda if there is one
+The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom: settings, model,
+face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
+evaluation. Flags:
 """
 import os
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 
@@ -57,75 +26,182 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (CONTROLS, LABELS, LOOKS, RATE, ToyTalker, UsageError, audio_blocks, explained, expression, ffmpeg,
-                  hearing, parse_flags, require, run)
-from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, load_statistics, sample, save, stream
-from renderer import SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image, relative
+from data import (CONTROLS, LABELS, MANNERS, RATE, ToyTalker, UsageError, audio_blocks, expression,
+                  feature_blocks, ffmpeg, find_device, parse_flags, run, write_npy)
+from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, load_statistics, save, stream
+from renderer import (SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image,
+                      relative)
 
-RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, absolute=True)     # what net-200.pth is used with
 
-def open_face(flags, device):
-    """The face to animate, its Source, and a function that puts frames where they belong."""
-    if not flags["weights"]:
+@dataclass
+class Settings:
+    audio_path: str = ""         # sound, or a video's; -: 16 kHz PCM, 16 bits, mono, on stdin
+    output_path: str = "out.mp4"  # a video; -: an MPEG transport stream on stdout
+    image_path: str = ""         # the portrait
+    crop: str = ""               # which square of it: x,y,size; else the largest in the centre
+    weights: str = ""            # folder of LivePortrait's weights; else a drawn face
+    paste_back: bool = False     # put the moving square back into the whole picture
+    stitch: bool = True          # LivePortrait's correction for a seamless square
+    motion: str = ""             # relative to the portrait's own, or absolute, as the model has it
+    ckpt: str = "out/toy/ckpt.pt"  # MoDA's weights, ours or the released net-200.pth
+    stats: str = "mean.pt"       # the statistics that belong to net-200.pth
+    audio_encoder: str = ""      # wav2vec 2.0 or HuBERT, for models trained on it; else log-mel
+    emotion: str = "none"        # a name or number; or in turn, with seconds: neutral:2.5,happiness
+    edit: str = ""               # expression added to the motion: smile:0.5,brow:5
+    seed: int = 1                # another seed, another head motion
+    steps: int = 10              # of Euler
+    cfg_audio: float = 1.0       # guidance by audio (Eq. 8),
+    cfg_emotion: float = 0.0     # by emotion,
+    cfg_both: float = 0.0        # and by both dropped together
+    chunk: int = 100             # frames sampled at once
+    overlap: int = 16            # so many of them fade into the next chunk
+    first_chunk: int = 0         # frames of the first chunk, for an earlier start
+    smooth: bool = False         # average the pose over three frames, twice
+    pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
+    exp_scale: float = 1.0       # the same for the expression
+    save_motion: str = ""        # also write the generated motion, (T, 70), as .npy
+    motion_path: str = ""        # motion saved like that, in place of the model's
+    stream: bool = False         # take a file no sooner than it is spoken, and print the delays
+    bf16: bool = False           # MoDA and LivePortrait in bfloat16
+    compile: bool = False        # both through torch.compile: worth its minutes on a GPU
+    fast: bool = True            # False: MoDA.forward as written, for experiments
+    eval: bool = False           # a table of metrics, on the CPU in float32
+    alse: str = "out/alse/ckpt.pt"  # lip-sync expert, for the Sync columns of --eval
+    device: str = ""             # cuda if there is one
+
+
+# what net-200.pth is used with
+RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, motion="absolute")
+
+
+# --------------------------------------------------------------------------------- model and face
+def open_model(settings, given):
+    """The model of --ckpt; the released one has defaults of its own."""
+    model = MoDA.from_pretrained(settings.ckpt)
+    if model.cfg.rope_streams == 2:
+        for name, value in RELEASED.items():
+            if name not in given:
+                setattr(settings, name, value)
+    if model.std.eq(1).all():
+        load_statistics(model, settings.stats)
+    model.fast, model.compiled = settings.fast, settings.compile
+    return model
+
+
+def open_face(settings, device):
+    """The face to animate, its Source, and what puts its frames where they belong."""
+    if not settings.weights:
         return Sketch(), Sketch().source(), iter
-    image = read_image(flags["image_path"])
-    x, y, size = box = crop_box(image, flags["crop"])
+    image = read_image(settings.image_path)
+    x, y, size = box = crop_box(image, settings.crop)
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
-    face = LivePortrait(flags["weights"], device, torch.bfloat16 if flags["bf16"] else torch.float32)
-    face.render = torch.compile(face.render, dynamic=False) if flags["compile"] else face.render
-    crop.save(f"{flags['output_path']}.crop.png")
-    place = (lambda frames: paste_back(frames, image, box)) if flags["paste_back"] else iter
-    return face, face.source(np.asarray(crop)), place
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    face = LivePortrait(settings.weights, device, dtype)
+    if settings.compile:
+        face.render = torch.compile(face.render, dynamic=False)
+    crop.save(f"{settings.output_path}.crop.png")
+    source = face.source(np.asarray(crop))
+    if not settings.paste_back:
+        return face, source, iter
+    return face, source, partial(paste_back, image=image, box=box)
 
-def sampling(flags):
-    """What the flags say to moda.stream."""
-    guidance = {"audio": flags["cfg_audio"], "emotion": flags["cfg_emotion"], "audio+emotion": flags["cfg_both"]}
-    names = "seed", "steps", "chunk", "overlap", "first_chunk", "smooth"
-    return {name: flags[name] for name in names} | {"guidance": guidance}
 
-def pairs(flags, name, known, default):
-    """A flag such as smile:0.5,brow:5 -> [(what is known as smile, 0.5), ...]; UsageError if a word is not known."""
-    with explained(f"--{name}={flags[name]}", f"known are {', '.join(known)}", "use NAME or NAME:NUMBER", UsageError):
-        words = (part.partition(":") for part in flags[name].split(",") if part)
-        return [(known[word], float(number or default)) for word, _, number in words]
+def sampling(settings):
+    """What the settings say to moda.stream."""
+    guidance = {"audio": settings.cfg_audio, "emotion": settings.cfg_emotion,
+                "audio+emotion": settings.cfg_both}
+    names = "seed steps chunk overlap first_chunk smooth".split()
+    return {name: getattr(settings, name) for name in names} | {"guidance": guidance}
 
-def talk(flags, model, source, features, made):
-    """The motion of a voice, piece by piece (n, 70), in LivePortrait units and for this portrait. To `made` goes what
-    the model says, and --motion_path stands for: the same before it is edited and put on the portrait."""
-    portrait, absolute = source.motion[0].to(model.mean.device), flags["absolute"] and not flags["relative"]
-    # LivePortrait moves a portrait relative to a neutral driver; a generator's is a face at rest in its mean pose
-    at_rest, size = torch.cat([0 * model.mean[EXP], model.mean[63:]]), model.size(portrait) if absolute else 1.0
-    neutral = portrait if absolute else at_rest
-    scale = portrait.new_tensor(63 * [flags["exp_scale"]] + 4 * [1.0] + 3 * [flags["pose_scale"]])
-    edit = portrait.new_tensor(expression(**dict(pairs(flags, "edit", {name: name for name in CONTROLS}, 1))))
-    if flags["motion_path"]:
-        with explained(flags["motion_path"], "no motion could be read", "expected what --save_motion wrote"):
-            motions = [checked(np.load(flags["motion_path"], allow_pickle=False))]
+
+def amounts(flag, text, known, default):
+    """NAME:NUMBER,NAME -> [(NAME, number or default), ...]; UsageError says what is wrong."""
+    pairs = []
+    for word in filter(None, text.split(",")):
+        name, _, number = word.partition(":")
+        try:
+            pairs.append((name, float(number or default)))
+        except ValueError:
+            name = number
+        if name not in known:
+            raise UsageError(f"--{flag}={text}: {name!r}? known are {', '.join(known)}")
+    return pairs
+
+
+def emotions_in_turn(text):
+    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream, without drift."""
+    pairs = amounts("emotion", text, LABELS, 2)
+    if not pairs:
+        raise UsageError("--emotion= is empty: should be none, or another name")
+    names, seconds = zip(*pairs)
+    frames = np.diff(np.round(25 * np.cumsum(seconds)), prepend=0)
+    frames[-1] = np.inf
+    return list(zip([LABELS[name] for name in names], frames))
+
+
+# --------------------------------------------------------------------- sound -> features -> motion
+def read_motion(path):
+    try:
+        return checked(np.load(path, allow_pickle=False))
+    except Exception as error:
+        raise ValueError(f"{path}: no motion could be read ({error}); should be what --save_motion "
+                         "wrote") from None
+
+
+def motion_of(settings, model, source, features, saved):
+    """The voice's motion on this portrait, (n, 70) in LivePortrait units at a time.
+
+    What was generated, or comes from --motion_path in its place, goes to the list `saved`."""
+    portrait = source.motion[0].to(model.mean.device)
+    if settings.motion == "absolute":
+        neutral, size = portrait, model.size(portrait)
+    else:                                          # LivePortrait moves a portrait relative to a
+        neutral, size = model.mean.clone(), 1.0    # neutral driver: a face at rest, in mean pose
+        neutral[EXP] = 0
+    scale = torch.ones_like(portrait)
+    scale[EXP], scale[ROT] = settings.exp_scale, settings.pose_scale
+    edit = expression(**dict(amounts("edit", settings.edit, CONTROLS, 1)))
+    edit = torch.tensor(edit).to(portrait)
+    if settings.motion_path:
+        motions = [read_motion(settings.motion_path)]
     else:
-        moods, seconds = zip(*pairs(flags, "emotion", LABELS, 2))          # to the nearest frame, without drift
-        emotions = list(zip(moods, np.diff(np.round(25 * np.cumsum([0, *seconds[:-1]])), append=np.inf)))
-        zs = stream(model, features, source.x_c, model.normalise(neutral, size), emotions, **sampling(flags))
+        zs = stream(model, features, source.x_c, model.normalise(neutral, size),
+                    emotions_in_turn(settings.emotion), **sampling(settings))
         motions = (model.denormalise(z.to(portrait)) for z in zs)
     for motion in motions:
-        made.extend([motion.cpu()] if flags["save_motion"] else [])
+        if settings.save_motion:
+            saved.append(motion.cpu())
         motion = neutral.lerp(motion.to(portrait) * size, scale)
         motion[:, EXP] += edit
-        yield (motion if absolute else relative(motion, portrait, neutral)).cpu()
+        if settings.motion != "absolute":
+            motion = relative(motion, portrait, neutral)
+        yield motion.cpu()
 
-def write_video(path, frames, audio_path, heard=os.devnull):
-    """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, and H.264 and AAC in an .mp4.
-    `path` appears when it is complete: until then the film lies in a folder beside it that always goes away. "-" is
-    stdout. Sound of the audio_path "-" comes through the pipe `heard`, float32."""
-    coding = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0 -preset veryfast -crf 18 -pix_fmt yuv420p".split()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(heard) as pipe:
-        part, live = Path(folder, path.name), f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
-        voice = live if audio_path == "-" else ["-i", f"file:{audio_path}"]
-        target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split() if path.name == "-" else [f"file:{part}"]
-        with ffmpeg(f"{path}: could not be written", OSError, *voice, *coding, *target,
+
+# ----------------------------------------------------------------------------------------- video
+def write_video(path, frames, audio_path, voice=os.devnull):
+    """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, H.264, AAC.
+
+    `path` appears when it is complete; until then the video lies in a folder beside it that always
+    goes away. "-" is stdout. Sound of the audio_path "-" comes, float32, from the pipe `voice`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(voice) as pipe:
+        part = Path(folder, path.name)
+        sound = ["-i", f"file:{audio_path}"]
+        if audio_path == "-":
+            sound = f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
+        target = [f"file:{part}"]
+        if path.name == "-":
+            target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split()
+        pictures = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0".split()
+        coding = "-preset veryfast -crf 18 -pix_fmt yuv420p".split()
+        with ffmpeg(f"{path}: could not be written", OSError, *sound, *pictures, *coding, *target,
                     stdin=PIPE, pass_fds=[pipe.fileno()]) as encoder:
-            encoder.stdin.writelines(b"P6 %d %d 255\n" % frame.shape[1::-1] + frame.tobytes() for frame in frames)
+            for frame in frames:
+                height, width, _ = frame.shape
+                encoder.stdin.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
         if path.name != "-":
             part.replace(path)
+
 
 def timed(name, items, clock):
     """Pass items on and add the seconds they take to clock[name]."""
@@ -136,9 +212,90 @@ def timed(name, items, clock):
         yield item
         began = time.perf_counter()
 
+
+def rendered(settings, face, source, motion, clock):
+    """Frames of motion that comes piece by piece."""
+    for piece in motion:
+        yield from timed("render", face.frames(source, piece, stitch=settings.stitch), clock)
+
+
+STAGES = "loading", "sound", "motion", "render", "encode"
+
+
+def make_video(settings, model, began):
+    """From the voice to the file: each stage pulls from the one before it."""
+    voice = settings.audio_path
+    face, source, place = open_face(settings, model.mean.device)
+    clock, saved = dict(sound=0.0, motion=0.0, render=0.0), []
+    live = not settings.motion_path and (settings.stream or voice == "-")
+    sound_pipe, copy = os.pipe() if voice == "-" else (os.devnull, os.devnull)
+    sound = audio_blocks(voice)
+    if live:
+        sound = microphone(sound, clock, open(copy, "wb"))
+    features = feature_blocks(settings.audio_encoder, model.mean.device)(sound)
+    features = timed("sound", features, clock)
+    motion = timed("motion", motion_of(settings, model, source, features, saved), clock)
+    if live:
+        motion = ahead(motion, clock)
+    frames = place(rendered(settings, face, source, motion, clock))
+    started = time.perf_counter()
+    bar = tqdm(frames, "frames", unit="")
+    write_video(Path(settings.output_path), bar, voice, sound_pipe)
+    taken = time.perf_counter() - started
+    if settings.save_motion:
+        save(settings.save_motion, torch.cat(saved).numpy(), write=write_npy)
+    clock["motion"] -= clock["sound"]              # which it pulled from
+    busy = clock["motion"] + clock["render"]
+    first = clock.pop("first render") - started
+    clock |= dict(loading=started - began, encode=max(0, taken - busy - clock["sound"]))
+    stages = ", ".join(f"{name} {clock[name]:.2f} s" for name in STAGES)
+    print(f"{settings.output_path}: {bar.n} frames; {stages}; first frame after {first:.2f} s; "
+          f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
+
+
+def check(settings):
+    """UsageError says which settings make no sense."""
+    voice, out = settings.audio_path, Path(settings.output_path)
+    if bool(settings.weights) != bool(settings.image_path):
+        raise UsageError("--weights and --image_path go together")
+    if settings.motion not in ("", "relative", "absolute"):
+        raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
+    emotions_in_turn(settings.emotion)
+    amounts("edit", settings.edit, CONTROLS, 1)
+    if settings.eval:
+        return
+    if not voice or Path(voice).is_fifo() or voice == "-" and settings.motion_path:
+        raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, not "
+                         "with --motion_path")
+    if out.name != "-" and (not out.suffix or not out.parent.is_dir() or str(out) == voice):
+        raise UsageError(f"--output_path={out}: should be a new file in a folder that exists")
+    if not Path(settings.save_motion).parent.is_dir():
+        raise UsageError(f"--save_motion={settings.save_motion}: should be in a folder that exists")
+
+
+def main(argv):
+    began = time.perf_counter()
+    settings = Settings()
+    given = parse_flags(argv, __doc__, settings)
+    if settings.output_path == "-":
+        sys.stdout = sys.stderr                    # stdout is for the video
+    check(settings)
+    device = find_device(settings.device)
+    model = open_model(settings, given)
+    if settings.eval:
+        return evaluate(settings, model, ToyTalker("val", 16))
+    model.to(device)
+    if settings.bf16:
+        for p in model.parameters():               # the statistics stay float32
+            p.data = p.data.bfloat16()
+    make_video(settings, model, began)
+
+
+# ------------------------------------------------------------------------------ the live microphone
 def microphone(pieces, clock, pipe):
-    """Sound no sooner than it is spoken, at clock["spoken"]; a thread puts it into the pipe, which may be full."""
-    writer, clock["spoken"] = ThreadPoolExecutor(1), time.perf_counter()
+    """Sound no sooner than it is spoken, at clock["spoken"]; also written to the pipe of the video."""
+    writer = ThreadPoolExecutor(1)                 # for the pipe may be full
+    clock["spoken"] = time.perf_counter()
     for piece in pieces:
         clock["spoken"] += len(piece) / RATE
         time.sleep(max(0, clock["spoken"] - time.perf_counter()))
@@ -146,112 +303,106 @@ def microphone(pieces, clock, pipe):
         yield piece
     writer.submit(pipe.close)
 
-def ahead(parts, clock):
-    """Pass motion on while a thread makes the next piece; tell how late each is."""
+
+def ahead(motion, clock):
+    """Pass motion on while a thread generates the next piece; print how late each is."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, parts, None)
-        while (part := coming.result()) is not None:
-            tqdm.write(f"{len(part)} frames of motion {time.perf_counter() - clock['spoken']:.2f} s after their sound")
-            coming = thread.submit(next, parts, None)
-            yield part
+        coming = thread.submit(next, motion, None)
+        while (piece := coming.result()) is not None:
+            late = time.perf_counter() - clock["spoken"]
+            tqdm.write(f"{len(piece)} frames of motion {late:.2f} s after their sound")
+            coming = thread.submit(next, motion, None)
+            yield piece
 
-def main(argv):
-    """Make the video that the flags ask for."""
-    flags, began = parse_flags(__doc__, argv), time.perf_counter()
-    out, voice, saved = Path(flags["output_path"]), flags["audio_path"], Path(flags["save_motion"])
-    sys.stdout = sys.stderr if out.name == "-" else sys.stdout             # stdout is for the film
-    if flags["bench"]:
-        from tests.bench import bench
-        return bench(flags)
-    require(flags["eval"] or voice and not Path(voice).is_fifo() and (voice != "-" or not flags["motion_path"]),
-            f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, not with --motion_path", UsageError)
-    require(bool(flags["weights"]) == bool(flags["image_path"]), "--weights and --image_path go together", UsageError)
-    require((out.name == "-" or out.suffix and out.parent.is_dir() and str(out) != voice) and saved.parent.is_dir(),
-            f"--output_path={out} or --save_motion: no new file in a folder that exists", UsageError)
-    require(pairs(flags, "emotion", LABELS, 2), "--emotion= is empty: none, or another name", UsageError)
-    model = MoDA.from_pretrained(flags["ckpt"])
-    flags = parse_flags(__doc__, argv, RELEASED if model.cfg.rope_streams == 2 else {})
-    if model.std.eq(1).all():
-        load_statistics(model, flags["stats"])
-    if flags["eval"]:
-        return evaluate(flags, model, ToyTalker("val", 16))
-    model.to(flags["device"])
-    model.fuse = torch.compile(model.fuse, mode="reduce-overhead", dynamic=False) if flags["compile"] else model.fuse
-    for p in model.parameters() if flags["bf16"] else ():
-        p.data = p.data.bfloat16()                                         # the statistics stay float32
-    film(flags, model, out, began)
 
-def film(flags, model, out, began):
-    """From the voice to the file, where each stage pulls from the one before it; and how long each took."""
-    face, source, place = open_face(flags, model.mean.device)
-    clock, made, voice = dict.fromkeys(("sound", "motion", "render"), 0.0), [], flags["audio_path"]
-    heard, pipe = os.pipe() if voice == "-" else (os.devnull, os.devnull)
-    live, sound = not flags["motion_path"] and (flags["stream"] or voice == "-"), audio_blocks(voice)
-    sound = microphone(sound, clock, open(pipe, "wb")) if live else sound
-    features = timed("sound", hearing(flags["audio_encoder"], model.mean.device)(sound), clock)
-    parts = timed("motion", talk(flags, model, source, features, made), clock)
-    drawn = (face.frames(source, part, stitch=flags["stitch"]) for part in (ahead(parts, clock) if live else parts))
-    frames = place(frame for film in drawn for frame in timed("render", film, clock))
-    started = time.perf_counter()
-    write_video(out, bar := tqdm(frames, "frames", unit=""), voice, heard)
-    taken, busy = time.perf_counter() - started, clock["motion"] - clock["sound"] + clock["render"]
-    if flags["save_motion"]:
-        save(flags["save_motion"], torch.cat(made), write=lambda motion, path: np.save(open(path, "wb"), motion))
-    print(f"{out}: {bar.n} frames; loading {started - began:.2f} s, sound {clock['sound']:.2f} s, motion "
-          f"{clock['motion'] - clock['sound']:.2f} s, render {clock['render']:.2f} s, encode "
-          f"{max(0, taken - busy - clock['sound']):.2f} s; first frame after {clock['first render'] - started:.2f} s; "
-          f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
-
+# --------------------------------------------------------------------------------------- evaluation
 def sync_scores(expert, audio, motion):
-    """SyncNet's protocol on motion, K clips: the mean distance at each of the offsets -15..15, the best of which is D;
-    C, the confidence, is how far the median lies above it."""
-    a, m = expert(audio, motion, torch.ones(motion.shape[:2], dtype=torch.bool))
-    # every offset's stretch of motion (K, 31, D, T - 30) against the middle of the voice
-    distance = (m.unfold(1, m.size(1) - 30, 1) - a[:, None, 15:-15].mT).norm(dim=2).mean(-1)
-    best = distance.amin(1)
-    return {"Sync-C": (distance.median(1).values - best).mean().item(), "Sync-D": best.mean().item()}
+    """SyncNet's protocol on motion, for K clips: the mean distance at each of the offsets -15..15.
+
+    Sync-D is the best of them; Sync-C, the confidence, how far their median lies above it."""
+    a, m = expert(audio, motion)
+    T = m.size(1)
+    a = a[:, 15:T - 15]                            # the middle of the voice, (K, T - 30, D)
+    distances = [(m[:, k:k + T - 30] - a).norm(dim=-1).mean(1) for k in range(31)]
+    distances = torch.stack(distances, 1)
+    best = distances.amin(1)
+    confidence = distances.median(1).values - best
+    return {"Sync-C": confidence.mean().item(), "Sync-D": best.mean().item()}
+
+
+def mouth_correlation(z, truth):
+    """Mean over clips of the correlation of two mouths' openings."""
+    both = np.stack([z[..., MOUTH], truth[..., MOUTH]], 1)             # (K, 2, T)
+    return np.mean([np.corrcoef(pair)[0, 1] for pair in both])
+
+
+def emotion_accuracy(motion, emotion):
+    """How often the face, without its lips, is nearest to the right one of eight."""
+    still = [c for c in range(63) if c not in LIPS]
+    held = {name: MANNERS[name] for name in ("smile", "brow", "frown", "blink")}
+    prototypes = torch.tensor(expression(**held)).to(motion)
+    distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
+    return (distance.argmin(1) == emotion).float().mean().item()
+
 
 @torch.inference_mode()
-def evaluate(flags, model, talker):
-    """Truth, the model, and the model given another clip's voice, as a table -> {row: {metric: value}}."""
-    expert = ALSE.from_pretrained(flags["alse"]) if Path(flags["alse"]).is_file() else None
-    clips, emotion = torch.utils.data.default_collate(talker.clips), torch.tensor(talker.emotion)
-    audio, (prev, truth) = clips["audio"][:, 1:], model.normalise(clips["motion"]).tensor_split([1], 1)
+def evaluate(settings, model, talker):
+    """Truth, the model, and the model given another clip's voice, as a table {row: {metric: x}}."""
+    motion, audio, identity = torch.utils.data.default_collate(talker.clips)
+    emotion, audio = torch.tensor(talker.emotion), audio[:, 1:]
+    prev, truth = model.normalise(motion).tensor_split([1], 1)
 
-    def speak(voices, **other):
-        given = zip(tqdm(voices, "evaluating", leave=False), clips["identity"], prev, emotion)
-        return torch.stack([sample(model, *one, **sampling(flags | other)) for one in given])
+    def speak(audio, **other):
+        options = sampling(settings) | other
+        given = zip(tqdm(audio, "evaluating", leave=False), identity, prev, emotion)
+        return torch.stack([generate(model, *clip, **options) for clip in given])
     rows = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
-    still, table = [c for c in range(63) if c not in LIPS], {}
-    moods = torch.tensor(expression(**dict(zip(("smile", "brow", "frown", "blink"), LOOKS.T))))[:, still].float()
+    expert = None
+    if Path(settings.alse).is_file():
+        expert = ALSE.from_pretrained(settings.alse)
     for name, z in rows.items():
-        mood = torch.cdist(model.denormalise(z)[..., still].mean(1), moods).argmin(1)
-        table[name] = {"mouth corr": np.mean([np.corrcoef(a[:, MOUTH], b[:, MOUTH])[0, 1] for a, b in zip(z, truth)]),
-                       **(sync_scores(expert, audio, model.denormalise(z)) if expert else {}),
-                       "emotion": (mood == emotion).float().mean().item(),
-                       "jerk": z.diff(n=3, dim=1).abs().mean().item()}
-    table["model"]["pose diversity"] = (rows["model"] - speak(audio, seed=flags["seed"] + 1))[..., ROT].std().item()
-    print(" " * 15, *(f"{metric:>14}" for metric in table["model"]))
-    for name, row in table.items():
-        print(f"{name:15}", *(f"{row.get(metric, '-'):>14.3}" for metric in table["model"]))
-    return table
+        motion = model.denormalise(z)
+        rows[name] = row = {"mouth corr": mouth_correlation(z, truth)}
+        if expert:
+            row |= sync_scores(expert, audio, motion)
+        row["emotion"] = emotion_accuracy(motion, emotion)
+        row["jerk"] = z.diff(3, dim=1).abs().mean().item()
+        if name == "model":
+            apart = z - speak(audio, seed=settings.seed + 1)
+            row["pose diversity"] = apart[..., ROT].std().item()
+    columns = list(rows["model"])
+    print(" " * 15, *[f"{column:>14}" for column in columns])
+    for name, row in rows.items():
+        print(f"{name:15}", *[f"{row.get(column, '-'):>14.3}" for column in columns])
+    return rows
 
-def after_training(ckpt, out, clips):
-    """The table, a film of an unseen clip, and its strip: frames, sound, mouth opening generated (red) over true."""
-    flags, model, talker = parse_flags(__doc__, []), MoDA.from_pretrained(ckpt), ToyTalker("val", clips)
-    evaluate(flags, model, talker)
-    motion, audio, identity = talker.clips[0].values()
-    z = sample(model, audio, identity, model.normalise(motion[0]), talker.emotion[0], **sampling(flags))
-    face, source, wav, made = Sketch(), Sketch().source(x_c=identity), talker.wavs[0], model.denormalise(z)
-    soundfile.write(out / "sample.wav", wav, RATE)
-    write_video(out / "sample.mp4", face.frames(source, made), out / "sample.wav")
+
+def after_training(folder, clips):
+    """The table, a video of an unseen clip, and its strip, in the folder of a checkpoint."""
+    settings, talker = Settings(), ToyTalker("val", clips)
+    model = MoDA.from_pretrained(folder / "ckpt.pt")
+    evaluate(settings, model, talker)
+    wav = talker.wavs[0]
+    true, audio, identity = map(torch.tensor, talker.clips[0])
+    prev, emotion = model.normalise(true[0]), talker.emotion[0]
+    z = generate(model, audio, identity, prev, emotion, **sampling(settings))
+    motion = model.denormalise(z)
+    frames = list(Sketch().frames(Sketch().source(x_c=identity), motion))
+    soundfile.write(folder / "sample.wav", wav, RATE)
+    write_video(folder / "sample.mp4", frames, folder / "sample.wav")
+    # a frame a second; the sound; the mouth's opening, generated (red) over true (grey)
     strip = Image.new("RGB", (1280, 440), "white")
-    strip.paste(Image.fromarray(np.hstack(list(face.frames(source, made[::25])))).resize((1280, 160)))
-    for curve, zoom, base, colour in ((wav[::40], 55 / np.abs(wav).max(), 220, "#7896aa"),
-                                      (motion[:, MOUTH], 2000, 390, "#969696"), (made[:, MOUTH], 2000, 390, "#c83c3c")):
-        points = np.c_[np.linspace(0, 1280, len(curve)), base - zoom * curve]
-        ImageDraw.Draw(strip).line(points.ravel().tolist(), colour, 2)
-    strip.save(out / "sample.png")
+    strip.paste(Image.fromarray(np.hstack(frames[::25])).resize((1280, 160)))
+    draw_curve(strip, wav[::40] * 55 / np.abs(wav).max(), 220, "#7896aa")
+    draw_curve(strip, true[:, MOUTH] * 2000, 390, "#969696")
+    draw_curve(strip, motion[:, MOUTH] * 2000, 390, "#c83c3c")
+    strip.save(folder / "sample.png")
+
+
+def draw_curve(image, curve, base, colour):
+    points = np.stack([np.linspace(0, image.width, len(curve)), base - np.asarray(curve)], 1)
+    ImageDraw.Draw(image).line(points.ravel().tolist(), colour, 2)
+
 
 if __name__ == "__main__":
     run(main)

@@ -1,203 +1,382 @@
 """Train MoDA, or its lip-sync expert ALSE, from scratch.
 
-    python train.py                                      the toy talker on a CPU: data, training, a talking video
-    python train.py --model=alse                         the lip-sync expert, for --alse and for sample.py --eval
-    python train.py --alse=out/alse/ckpt.pt              MoDA under the expert's supervision (Eq. 6, 7)
+    python train.py                              the toy talker on a CPU: data, training, a video
+    python train.py --model=alse                 the expert, for --alse and for sample.py --eval
+    python train.py --alse=out/alse/ckpt.pt      MoDA under its supervision (Eq. 6, 7)
     torchrun --standalone --nproc_per_node=8 train.py --preset=moda --data_dir=data/hdtf
 
-Flags and what they are without being given; every field of moda.Config, such as --width=256, is one too:
-
-    --model=moda             moda or alse
-    --preset=toy             toy or moda
-    --data_dir=              a data set prepared by data.py; the toy talker without one
-    --clips=300              how many clips the toy talker makes, 8 s each
-    --out_dir=               checkpoints, log.csv, samples; out/<preset>, or out/alse, without one
-    --init_from=scratch      scratch, resume, or a checkpoint to start from, with its Config; net-200.pth too
-    --stats=                 file with the motion's mean and std, as net-200.pth needs; those of the data without one
-    --alse=                  checkpoint of a lip-sync expert that supervises MoDA
-    --tau=0.4                Eq. 7: its loss counts only below this
-    --steps=1100
-    --batch_size=8           windows per step, over all processes
-    --passes=1               into how many passes each process divides its windows, to save memory
-    --learning_rate=2e-3
-    --warmup=50              steps
-    --cooldown=0.5           last share of the steps, over which the rate falls to zero
-    --grad_clip=1.0          largest norm of the gradients; 0 = any
-    --ema=0.0                decay of a moving average of the weights, which sample.py prefers; 0 = none
-    --bf16=False             bfloat16 where autocast knows it to be safe
-    --compile=False          torch.compile the model
-    --checkpointing=False    recompute activations in the backward pass: slower, but ten times as many windows fit
-    --save_every=250         steps; the last two checkpoints are kept, ckpt.pt and previous.pt
-    --eval_clips=12          unseen toy clips for the table and the film at the end; 0 = neither
-    --seed=1
-    --device=                cuda if there is one
-    --workers=0              processes that read windows
-
-All chance in step k, windows, times, noise and dropped conditions, is drawn for the whole batch from (seed, k): a
-resumed run equals an uninterrupted one, and any number of processes sees the same batch. SIGTERM ends the run with a
-checkpoint.
+All chance in step k, windows, times, noise and dropped conditions, is drawn for the whole batch
+from (seed, k): a resumed run equals an uninterrupted one, and any number of processes sees the same
+batch. SIGTERM ends the run with a checkpoint. Flags, with every field of moda.Config among them:
 """
 import copy
+import math
 import os
 import signal
+import sys
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, explained, parse_flags, require, run
-from moda import ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics, losses, read_tensors, save
+from data import Clips, ToyTalker, UsageError, find_device, parse_flags, run
+from moda import (ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics,
+                  losses, read_checkpoint, save)
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-# what a preset changes; Sec. 4.1.2: Adam, 1e-4, batch 512
-TRAINING = {"toy": {}, "moda": dict(
-    steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0., bf16=True, workers=4, save_every=2500)}
+RANK = int(os.environ.get("RANK", 0))              # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-def settings(argv):
-    """Flags of the run and Config of the network: the preset's, overridden by flags; UsageError if they are wrong."""
-    flags = parse_flags(__doc__, argv, vars(Config()))
-    for name, known in ("preset", PRESETS), ("model", ("moda", "alse")), ("fusion", ("c2f", "four", "cross")):
-        require(flags[name] in known, f"--{name}={flags[name]}: known are {', '.join(known)}", UsageError)
-    flags = parse_flags(__doc__, argv, TRAINING[flags["preset"]] | vars(Config(**PRESETS[flags["preset"]])))
-    for name, x in flags.items():
-        low = int(name in ("steps", "batch_size", "passes", "clips", "save_every", "width", "heads"))
-        require(type(x) not in (int, float) or x >= low, f"--{name}={x}: should be {low} or more", UsageError)
-    parts = WORLD * flags["passes"] * (2 if flags["model"] == "alse" else 1)       # its foreign pairs take two windows
-    require(flags["batch_size"] % parts == 0, f"--batch_size: no multiple of {parts}, processes x --passes", UsageError)
-    flags["out_dir"] = Path(flags["out_dir"] or f"out/{flags['preset' if flags['model'] == 'moda' else 'model']}")
-    return flags, Config(**{name: flags.pop(name) for name in vars(Config())})
 
-def resume(path, parts):
-    """Continue as if never stopped from the last complete checkpoint -> its step."""
-    path = next((p for p in (path, path.with_name("previous.pt")) if p.exists()), path)       # killed while renaming
-    state, model = read_tensors(path, "nothing to resume"), parts["model"]
-    with explained(path, "was trained with other settings", "use another --out_dir"):
-        require((state["kind"], state["config"]) == (type(model).__name__, vars(model.cfg)), state["config"])
+@dataclass
+class Settings:
+    model: str = "moda"          # moda or alse
+    preset: str = "toy"          # toy or moda
+    data_dir: str = ""           # a data set prepared by data.py; else the toy talker
+    clips: int = 300             # how many clips the toy talker makes, 8 s each
+    out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
+    init_from: str = "scratch"   # scratch, resume, or a checkpoint to start from; net-200.pth too
+    stats: str = ""              # file of the motion's mean and std, as net-200.pth needs
+    alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
+    tau: float = 0.4             # Eq. 7: its loss counts only below this
+    steps: int = 1100            # of training
+    batch_size: int = 8          # windows per step, over all processes
+    passes: int = 1              # parts of a process's windows, one after the other, to save memory
+    learning_rate: float = 2e-3  # of Adam
+    warmup: int = 50             # steps
+    cooldown: float = 0.5        # last share of the steps, over which the rate falls to zero
+    grad_clip: float = 1.0       # largest norm of the gradients; 0 = any
+    ema: float = 0.0             # decay of a moving average of the weights, for sampling; 0 = none
+    bf16: bool = False           # bfloat16 where autocast knows it to be safe
+    compile: bool = False        # torch.compile the model
+    checkpointing: bool = False  # recompute activations: slower, but ten times as many windows fit
+    save_every: int = 250        # steps; the last two are kept, ckpt.pt and previous.pt
+    eval_clips: int = 12         # unseen toy clips for the table and the video at the end; 0 = none
+    seed: int = 1                # of the weights and all that is drawn
+    device: str = ""             # cuda if there is one
+    workers: int = 0             # processes that read windows
+
+
+# Sec. 4.1.2: Adam, 1e-4, batch 512
+PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, bf16=True,
+             workers=4, save_every=2500)
+TRAINING = {"toy": {}, "moda": PAPER}
+
+
+def read_settings(argv):
+    """Settings of the run and Config of the network: a preset's, and what the flags say."""
+    preset = "moda" if "--preset=moda" in argv else "toy"
+    settings, cfg = Settings(**TRAINING[preset]), Config(**PRESETS[preset])
+    parse_flags(argv, __doc__, settings, cfg)
+    if settings.preset != preset:
+        raise UsageError(f"--preset={settings.preset}: known are toy, moda")
+    if settings.model not in ("moda", "alse"):
+        raise UsageError(f"--model={settings.model}: known are moda, alse")
+    positive = "steps batch_size passes clips save_every width heads".split()
+    for name, value in (vars(settings) | vars(cfg)).items():
+        lowest = int(name in positive)
+        if isinstance(value, (int, float)) and value < lowest:
+            raise UsageError(f"--{name}={value}: should be {lowest} or more")
+    parts = WORLD * settings.passes
+    if settings.model == "alse":
+        parts = 2 * WORLD                          # foreign pairs take two windows
+        if settings.passes > 1 or settings.ema:
+            raise UsageError("--passes and --ema are for --model=moda")
+    if settings.batch_size % parts:
+        raise UsageError(f"--batch_size={settings.batch_size}: should be a multiple of {parts}, "
+                         "processes x --passes")
+    return settings, cfg
+
+
+def draw_batch(step, data, cfg, settings):
+    """What this process learns from in a step, and lines about windows that cannot be read.
+
+    Windows, times, noise and dropped conditions are drawn for all processes alike."""
+    generator = torch.Generator().manual_seed(settings.seed * 10**9 + step)
+    index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
+    drawn = draw(cfg, settings.batch_size, data.frames, generator)
+    damaged = []
+    windows = [readable(data, row, damaged) for row in index.chunk(WORLD)[RANK].tolist()]
+    if None in windows:
+        return None, damaged
+    batch = torch.utils.data.default_collate(windows)
+    for name, x in drawn.items():
+        batch[name] = x.chunk(WORLD)[RANK]
+    return batch, damaged
+
+
+def readable(data, candidates, damaged):
+    """The first window that can be read; a line about each before it to `damaged`."""
+    for i in candidates:
+        try:
+            return data[i]
+        except ValueError as error:
+            damaged.append(str(error))
+
+
+def resume(out, parts, model):
+    """Load the last complete checkpoint into the parts of a run -> its step."""
+    path = out / "ckpt.pt"
+    if not path.exists() and (out / "previous.pt").exists():           # killed between two renames
+        path = out / "previous.pt"
+    state = read_checkpoint(path, "nothing to resume")
+    try:
+        about = state["kind"], state["config"]
+        if about != (type(model).__name__, asdict(model.cfg)):
+            raise ValueError(about)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["step"]
+    except Exception as error:
+        raise ValueError(f"{path}: was trained with other settings ({error}); use another "
+                         "--out_dir") from None
 
-def own_windows(step, data, cfg, flags):
-    """What this process learns from in a step: windows, and the times, noise and dropped conditions they meet; and how
-    many of the windows were corrupt, so that others stand in for them."""
-    generator = torch.Generator().manual_seed(flags["seed"] * 10**9 + step)
-    index = torch.randint(len(data), (flags["batch_size"],), generator=generator)
-    chance = {name: x.chunk(WORLD)[RANK] for name, x in draw(cfg, len(index), data.frames, generator).items()}
-    windows = [data[i] for i in index.chunk(WORLD)[RANK].tolist()]
-    fine = [w for w in windows if all(w[name].isfinite().all() for name in ("motion", "prev", "audio"))] or windows
-    batch = torch.utils.data.default_collate((fine * len(windows))[:len(windows)])
-    return batch | chance, len(windows) - len(fine)
 
-def objective(model, net, expert, tau, motion, prev, **batch):
-    """L_RF, L_vel, L_ALSE of a batch (3,); for ALSE its own loss and two zeros. net: model or DDP around it."""
-    if isinstance(model, ALSE):
-        late = int(3 + 27 * batch["t"][0])                                 # frames
-        return ALSE.pretraining_loss(net, batch["audio"], motion, batch["mask"], late) * motion.new_tensor([1, 0, 0])
-    sync = expert and (lambda audio, z, mask: expert(audio, model.denormalise(z), mask))     # it has its own statistics
-    return torch.stack(losses(net, model.normalise(motion), prev=model.normalise(prev), **batch, expert=sync, tau=tau))
+def open_log(out, first_step, columns):
+    """log.csv, which keeps the rows of the steps before first_step."""
+    path = out / "log.csv"
+    rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []
+    log = open(path if RANK == 0 else os.devnull, "w")
+    print(columns, *rows, sep="\n", file=log, flush=True)
+    return log
 
-def gradients(flags, model, net, expert, batch):
-    """Accumulate them over the passes and clip them -> the means of L_RF, L_vel, L_ALSE, and their norm (4,)."""
-    device, passes, means = model.mean.device, flags["passes"], 0
-    for k in range(passes):
-        part = {name: x.chunk(passes)[k].to(device, non_blocking=True) for name, x in batch.items()}
-        net.require_backward_grad_sync = k + 1 == passes                   # DDP's no_sync() in a line
-        with torch.autocast(device.type, torch.bfloat16, enabled=flags["bf16"]):
-            loss = objective(model, net, expert, flags["tau"], **part) / passes
-        loss.sum().backward()
-        means += loss.detach()
-    return torch.stack([*means, torch.nn.utils.clip_grad_norm_(model.parameters(), flags["grad_clip"] or torch.inf)])
 
-def ideal_seconds(flags, model, batch):
-    """What a step would take if all of it were as fast as a large matrix product is on this device: MFU's measure."""
-    n, device, windows = 4096 if model.mean.is_cuda else 1024, model.mean.device, len(batch["motion"])
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if flags["bf16"] and model.mean.is_cuda else None)
-    product = Timer("a @ a", globals=dict(a=a), num_threads=torch.get_num_threads()).blocked_autorange().median
+def matmul_speed(device, bf16):
+    """FLOP/s of a large matrix product on this device, which MFU is a share of."""
+    n = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                       # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
+def step_flops(model, batch):
+    """FLOP of a step: the backward pass takes twice the work of the forward pass."""
+    one = {name: x[:1].to(model.mean.device) for name, x in batch.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        objective(model, model, None, 0, **{name: x[:1].to(device) for name, x in batch.items()})
-    # the backward pass takes twice the work of the forward pass
-    return 3 * windows * forward.get_total_flops() * product / (2 * n ** 3)
+        losses(model, **normalised(model, one))
+    return 3 * len(batch["motion"]) * forward.get_total_flops()
 
-def train(flags, data, parts, first_step, log):
-    """The loop over steps."""
-    model, optimizer, signals = parts["model"], parts["optimizer"], []
-    steps, path, device = flags["steps"], flags["out_dir"] / "ckpt.pt", model.mean.device
-    signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
-    expert = ALSE.from_pretrained(flags["alse"]).to(device).requires_grad_(False) if flags["alse"] else None
-    fetch = partial(own_windows, data=data, cfg=model.cfg, flags=flags)
-    ideal, skipped = ideal_seconds(flags, model, fetch(0)[0]), 0
-    for block in model.modules():
-        if flags["checkpointing"] and isinstance(block, (JointBlock, SingleBlock)):
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    model.compile(disable=not flags["compile"])                            # in place: names in checkpoints stay
-    # the last block of an all four-stream network has parts that nobody hears
-    net = DistributedDataParallel(model, find_unused_parameters=model.cfg.fusion == "four") if WORLD > 1 else model
-    # workers share the data, so they are forked; SIGTERM is for this process alone
-    loader = iter(torch.utils.data.DataLoader(range(first_step, steps), None, collate_fn=fetch,
-        num_workers=flags["workers"], multiprocessing_context="fork" if flags["workers"] else None,
-        worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), pin_memory=model.mean.is_cuda))
-    for step in (bar := tqdm(range(first_step, steps), "training", disable=RANK > 0)):
-        began, (batch, corrupt) = time.perf_counter(), next(loader)
-        waiting = time.perf_counter() - began
-        up, down = (step + 1) / max(1, flags["warmup"]), (steps - step) / max(1, flags["cooldown"] * steps)
-        rate = optimizer.param_groups[0]["lr"] = flags["learning_rate"] * min(1, up, down)
-        means = torch.tensor([*gradients(flags, model, net, expert, batch), corrupt, len(signals)], device=device)
-        if WORLD > 1:
-            torch.distributed.all_reduce(means)
-        rf, vel, sync, norm, corrupt, stop = (means / WORLD).tolist()
-        loss, skipped = rf + vel + sync, skipped + corrupt * WORLD
-        require(means.isfinite().all() and skipped <= 0.01 * steps * flags["batch_size"],
-                f"step {step}: loss {loss}, gradients {norm}, {skipped:.0f} corrupt windows; {path}, if there, is good")
-        optimizer.step()
-        optimizer.zero_grad()
-        if flags["ema"]:
-            torch._foreach_lerp_([*parts["ema"].parameters()], [p.data for p in model.parameters()], 1 - flags["ema"])
-        seconds = time.perf_counter() - began
-        print(step, loss, rf, vel, sync, norm, rate, seconds, waiting, sep=",", file=log, flush=True)
-        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, {flags['batch_size'] / seconds:.0f} windows/s, "
-                            f"{waiting / seconds:.0%} waiting, MFU {ideal / seconds:.0%}, {skipped:.0f} corrupt")
-        if RANK == 0 and (stop or (step + 1) % flags["save_every"] == 0 or step + 1 == steps):
-            about = dict(kind=type(model).__name__, config=vars(model.cfg), step=step + 1)
-            save(path, about | {name: part.state_dict() for name, part in parts.items()}, keep="previous.pt")
-        require(not stop, 0, SystemExit)                                   # ends with code 0
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def normalised(model, batch):
+    """A batch of windows as `losses` takes it."""
+    batch = dict(batch)
+    batch["z0"] = model.normalise(batch.pop("motion"))
+    batch["prev"] = model.normalise(batch["prev"])
+    return batch
+
+
+def rate_of(settings, step):
+    """The learning rate rises over the warm-up and falls to zero over the cool-down."""
+    rise = (step + 1) / max(1, settings.warmup)
+    fall = (settings.steps - step) / max(1, settings.cooldown * settings.steps)
+    return settings.learning_rate * min(1, rise, fall)
+
+
+def mean_over_processes(numbers, device):
+    """Numbers -> each one's mean over all processes."""
+    numbers = torch.tensor(numbers, device=device)
+    if WORLD > 1:
+        dist.all_reduce(numbers)
+    return (numbers / WORLD).tolist()
+
+
+def save_run(out, settings, parts, step, stop):
+    """ckpt.pt, if it is due: kind, config, step, and the state of every part of the run."""
+    due = stop or step % settings.save_every == 0 or step == settings.steps
+    if RANK > 0 or not due:
+        return
+    model = parts["model"]
+    state = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step)
+    state |= {name: part.state_dict() for name, part in parts.items()}
+    save(out / "ckpt.pt", state, keep="previous.pt")
+
+
+def read_ahead(data, cfg, settings, first_step):
+    """Batches step by step, read by workers, which share the data by fork.
+
+    ValueError if more than 1 % of a process's windows cannot be read; others stand in for them."""
+    def ignore_sigterm(worker):                    # which is for the process that trains
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    loader = torch.utils.data.DataLoader(
+        range(first_step, settings.steps),
+        batch_size=None,
+        collate_fn=partial(draw_batch, data=data, cfg=cfg, settings=settings),
+        num_workers=settings.workers,
+        multiprocessing_context="fork" if settings.workers else None,
+        worker_init_fn=ignore_sigterm,
+        pin_memory=torch.cuda.is_available())
+    damaged = 0
+    for batch, reports in loader:
+        for line in reports:
+            tqdm.write(f"passed over: {line}", sys.stderr)
+        damaged += len(reports)
+        if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
+            raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
+        yield batch
+
+
+def load_expert(path, model):
+    """ALSE as a judge of normalised motion, if there is a path; it has statistics of its own."""
+    if not path:
+        return None
+    expert = ALSE.from_pretrained(path).to(model.mean.device).requires_grad_(False)
+
+    def judge(audio, z0):
+        return expert(audio, model.denormalise(z0))
+    return judge
+
 
 def main(argv):
-    flags, cfg = settings(argv)
-    flags["out_dir"].mkdir(parents=True, exist_ok=True)
+    settings, cfg = read_settings(argv)
+    device = find_device(settings.device)
+    kind = ALSE if settings.model == "alse" else MoDA
+    default = settings.preset if kind is MoDA else "alse"
+    out = Path(settings.out_dir or f"out/{default}")
+    out.mkdir(parents=True, exist_ok=True)
+
+    # one process, or one of those that torchrun started
     if WORLD > 1:
-        torch.distributed.init_process_group()
-    # of --device=cuda:1 that one; -1 sets none
-    torch.cuda.set_device((flags["device"].index or LOCAL_RANK) if flags["device"].type == "cuda" else -1)
-    torch.manual_seed(flags["seed"])
-    torch.set_flush_denormal(True)                                         # Adam's tiny moments are slow on a CPU
-    data = Clips.open(flags["data_dir"], "train") if flags["data_dir"] else ToyTalker("train", flags["clips"])
+        dist.init_process_group()
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or LOCAL_RANK)
+        torch.cuda.set_device(device)
+    torch.manual_seed(settings.seed)
+    torch.set_flush_denormal(True)                 # Adam's tiny moments are slow on a CPU
+
+    # data
+    if settings.data_dir:
+        data = Clips(settings.data_dir)
+    else:
+        data = ToyTalker("train", settings.clips)
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
-    kind, source = ALSE if flags["model"] == "alse" else MoDA, flags["init_from"]
-    model = (kind(cfg) if source in ("scratch", "resume") else kind.from_pretrained(source)).to(flags["device"]).train()
-    if flags["stats"]:
-        load_statistics(model, flags["stats"])
-    elif model.std.eq(1).all():                                            # it has none yet
-        model.mean[:], model.std[:] = torch.as_tensor(data.moments)
-    # what a checkpoint holds, by name
-    parts = dict(model=model, optimizer=torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True))
-    parts |= {"ema": copy.deepcopy(model).requires_grad_(False)} if flags["ema"] else {}
-    first_step = resume(flags["out_dir"] / "ckpt.pt", parts) if source == "resume" else 0
-    path = flags["out_dir"] / "log.csv"
-    rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []
-    with open(path if RANK == 0 else os.devnull, "w") as log:
-        print("step,loss,rf,vel,sync,grad_norm,learning_rate,seconds,waiting", *rows, sep="\n", file=log, flush=True)
-        train(flags, data, parts, first_step, log)
+
+    # model and optimizer
+    if settings.init_from in ("scratch", "resume"):
+        model = kind(cfg)
+    else:
+        model = kind.from_pretrained(settings.init_from)
+    if settings.stats:
+        load_statistics(model, settings.stats)
+    elif model.std.eq(1).all():                    # it has none yet
+        model.mean[:], model.std[:] = data.moments
+    model.to(device).train()
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+    parts = dict(model=model, optimizer=optimizer)                     # of a checkpoint
+    if settings.ema:
+        parts["ema"] = copy.deepcopy(model).requires_grad_(False)
+    first_step = 0
+    if settings.init_from == "resume":
+        first_step = resume(out, parts, model)
+
+    # compile and wrap
+    for block in model.modules():
+        if settings.checkpointing and isinstance(block, (JointBlock, SingleBlock)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if settings.compile:
+        model.compile()                            # in place: names in checkpoints stay
+    net = model
     if WORLD > 1:
-        torch.distributed.destroy_process_group()
-    if RANK == 0 and flags["eval_clips"] and not flags["data_dir"] and flags["model"] == "moda":
-        sample.after_training(flags["out_dir"] / "ckpt.pt", flags["out_dir"], flags["eval_clips"])
+        net = DistributedDataParallel(model)
+
+    # the loop; SIGTERM ends it after a step
+    stops = []
+    signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
+    batches = read_ahead(data, model.cfg, settings, first_step)
+    bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
+    if kind is ALSE:
+        return train_alse(settings, net, parts, enumerate(bar, first_step), out, stops)
+    expert = load_expert(settings.alse, model)
+    log = open_log(out, first_step, "step,loss,rf,vel,sync,grad_norm,learning_rate,seconds,waiting")
+    ideal, began = None, time.perf_counter()
+    for step, batch in enumerate(bar, first_step):
+        waiting = time.perf_counter() - began
+        ideal = ideal or step_flops(model, batch) / matmul_speed(device, settings.bf16)
+
+        # forward and backward, pass by pass: L_RF, L_vel, L_ALSE, whose sum is Eq. 6
+        means = torch.zeros(3, device=device)
+        for k in range(settings.passes):
+            part = {name: x.chunk(settings.passes)[k].to(device) for name, x in batch.items()}
+            net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                terms = losses(net, **normalised(model, part), expert=expert, tau=settings.tau)
+            loss = torch.stack(terms) / settings.passes
+            loss.sum().backward()
+            means += loss.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
+
+        # step, if all processes find it sound
+        rf, vel, sync, norm, stop = mean_over_processes([*means, norm, len(stops)], device)
+        loss = rf + vel + sync
+        check(step, loss, norm)
+        rate = rate_of(settings, step)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        if settings.ema:
+            for average, p in zip(parts["ema"].parameters(), model.parameters()):
+                average.lerp_(p.detach(), 1 - settings.ema)
+
+        # log and save
+        seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        row = step, loss, rf, vel, sync, norm, rate, seconds, waiting
+        print(*row, sep=",", file=log, flush=True)
+        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, "
+                            f"{settings.batch_size / seconds:.0f} windows/s, "
+                            f"{waiting / seconds:.0%} waiting, MFU {ideal / seconds:.0%}")
+        save_run(out, settings, parts, step + 1, stop)
+        if stop:
+            return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK == 0 and settings.eval_clips and not settings.data_dir:
+        sample.after_training(out, settings.eval_clips)
+
+
+def check(step, loss, norm):
+    """ValueError if training has gone astray; what is saved is older than that."""
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"step {step}: loss {loss}, gradients {norm}; the last checkpoint is good")
+
+
+def train_alse(settings, net, parts, batches, out, stops):
+    """The loop for the lip-sync expert."""
+    model, optimizer = parts["model"], parts["optimizer"]
+    device, log = model.mean.device, None
+    for step, batch in batches:
+        log = log or open_log(out, step, "step,loss,grad_norm,learning_rate")
+        late = int(3 + 27 * batch["t"][0])         # frames
+        audio, motion = batch["audio"].to(device), batch["motion"].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            loss = ALSE.pretraining_loss(net, audio, motion, late)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
+        loss, norm, stop = mean_over_processes([loss.detach(), norm, len(stops)], device)
+        check(step, loss, norm)
+        rate = rate_of(settings, step)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        print(step, loss, norm, rate, sep=",", file=log, flush=True)
+        save_run(out, settings, parts, step + 1, stop)
+        if stop:
+            return
+
 
 if __name__ == "__main__":
     run(main)

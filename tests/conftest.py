@@ -1,4 +1,5 @@
-"""What the tests share: chance, threads, a small network, and one training that runs beside the first of them."""
+"""What the tests share: a fixed seed, one thread, a small network, and one training of the toy,
+which runs beside the first of them."""
 import os
 import subprocess
 import sys
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def same_chance():
+def fixed_seed():
     torch.manual_seed(0)
 
 
@@ -27,32 +28,40 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """A small MoDA whose every weight counts."""
+    import build
+    torch.manual_seed(0)
+    return build.model()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def training(request, tmp_path_factory):
-    """The toy's training for the tests that need its result: on one core, from the first test on -> folder, process."""
+    """A short `python train.py`, begun with the first test, if any asks for `trained`:
+    folder, process."""
     if not any("trained" in item.fixturenames for item in request.session.items):
         yield
         return
     out = tmp_path_factory.mktemp("toy")
     flags = "--clips=48 --batch_size=4 --p_drop_audio=0.1 --steps=180 --eval_clips=4".split()
-    with open(out / "printed", "w") as printed, open(out / "told", "w") as told:
-        run = subprocess.Popen([sys.executable, HERE.parent / "train.py", *flags, f"--out_dir={out}"], stdout=printed,
-                               stderr=told, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    yield out, run
-    run.kill()
-    run.wait()
+    command = [sys.executable, ROOT / "train.py", *flags, f"--out_dir={out}"]
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(out / "stdout", "w") as stdout, open(out / "stderr", "w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=one_core)
+    yield out, process
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """A small MoDA whose every weight does something (fresh ones start with closed gates)."""
-    from moda import Config, MoDA
-    torch.manual_seed(0)
-    model = MoDA(Config(width=32, heads=2, n_four=1, n_two=1, n_one=2, audio_layers=1, audio_dim=160)).eval()
-    for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    return model
+def trained(training):
+    """The same, when it has ended: its folder, with all that it printed in the file `stdout`."""
+    out, process = training
+    assert process.wait(timeout=400) == 0, (out / "stderr").read_text()
+    return out
 
 
 def golden(name):
+    """Numbers of an independent implementation."""
     return np.load(HERE / f"{name}_golden.npz", allow_pickle=False)

@@ -1,8 +1,10 @@
-"""LivePortrait's networks give the reference's numbers; a wrong file, picture, crop or motion gets one clear line.
+"""LivePortrait's networks give the reference's numbers; a wrong file, picture, crop or motion gets
+one clear line.
 
-The weights are stand-ins with the public files' names and shapes (fill.py, seed 1), and liveportrait_golden.npz holds
-what the reference makes of them. Its R_eye and R_lip are not part of the renderer.
-"""
+The weights are stand-ins with the public files' names and shapes (fill.py, seed 1), and
+liveportrait_golden.npz holds what the reference makes of them. Its R_eye and R_lip are not part of
+the renderer."""
+import ctypes
 import os
 from pathlib import Path
 
@@ -15,15 +17,22 @@ from PIL import Image
 import build
 import renderer
 from conftest import golden
-from renderer import LivePortrait, Sketch, Source, crop_box, keypoints, paste_back, read_image, stitching
+from renderer import (AppearanceExtractor, LivePortrait, MotionExtractor, Sketch, Source,
+                      SpadeGenerator, StitchingNetwork, WarpingNetwork, crop_box,
+                      keypoints, load, paste_back, read_image)
 
 G = golden("liveportrait")
 T = {name: torch.from_numpy(G[name]) for name in G if G[name].dtype == np.float32}
 # largest error over the array's std; what rounding is amplified by grows along the networks
 TOLERANCE = dict(gu_img_sub=3e-5, w_mask_sub=1e-3, w_occ=3e-4, w_out_sub=1e-3, g_img_sub=2e-3)
-BASE, MLPS = "base_models/", "retargeting_models/stitching_retargeting_module.pth"
-APPEARANCE = BASE + "appearance_feature_extractor.pth"
-FILES = [APPEARANCE, BASE + "motion_extractor.pth", BASE + "warping_module.pth", BASE + "spade_generator.pth", MLPS]
+APPEARANCE = "base_models/appearance_feature_extractor.pth"
+STITCHING = "retargeting_models/stitching_retargeting_module.pth"
+NETWORKS = {
+    APPEARANCE: AppearanceExtractor,
+    "base_models/motion_extractor.pth": MotionExtractor,
+    "base_models/warping_module.pth": WarpingNetwork,
+    "base_models/spade_generator.pth": SpadeGenerator,
+    STITCHING: StitchingNetwork}
 
 
 def agrees(name, ours):
@@ -32,13 +41,28 @@ def agrees(name, ours):
 
 
 def agrees_in_mean_and_std(name, ours, axes):
-    ours = np.stack([ours.numpy().mean(axes, dtype=float), ours.numpy().std(axes, dtype=float)], -1)
-    assert np.allclose(ours, G[name], rtol=1e-3, atol=1e-4), name
+    mean = ours.numpy().mean(axes, dtype=float)
+    std = ours.numpy().std(axes, dtype=float)
+    assert np.allclose(np.stack([mean, std], -1), G[name], rtol=1e-3, atol=1e-4), name
+
+
+def enlarged(x, *dims):
+    """Every value four times along these dimensions."""
+    for dim in dims:
+        x = x.repeat_interleave(4, dim)
+    return x
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     return build.liveportrait(tmp_path_factory.mktemp("pretrained_weights"))
+
+
+@pytest.fixture(scope="session")
+def plain(weights):
+    """A function: one of the five classes -> the network as it was trained, nothing folded."""
+    paths = {network: weights / "liveportrait" / file for file, network in NETWORKS.items()}
+    return lambda network: load(network, paths[network])
 
 
 @pytest.fixture(scope="session")
@@ -58,259 +82,427 @@ def portrait(source):
 
 
 @pytest.fixture
-def seen(face, monkeypatch):
-    """What the layers of W and S put out, by name."""
-    outputs = {}
+def outputs(face):
+    """What some of the modules put out, by name."""
+    modules = dict(
+        dense_motion=face.W.dense_motion_network,
+        mask=face.W.dense_motion_network.mask,
+        warped=face.W,
+        image=face.G,
+        stitching=face.S.mlp)
+    seen = {}
 
-    def listen(net, method):
-        layer = getattr(net, method)
-
-        def run(x, name, *args, **options):
-            outputs[name] = layer(x, name, *args, **options)
-            return outputs[name]
-        monkeypatch.setattr(net, method, run)
-    listen(face.W, "conv")
-    listen(face.S, "linear")
-    return outputs
-
-
-def spy(monkeypatch, name):
-    """Everything that the renderer's function of this name returns from now on."""
-    results, function = [], getattr(renderer, name)
-
-    def call(*args):
-        results.append(function(*args))
-        return results[-1]
-    monkeypatch.setattr(renderer, name, call)
-    return results
+    def listen(name, module):
+        def hook(module, inputs, output):
+            seen[name] = output
+        return module.register_forward_hook(hook)
+    handles = [listen(name, module) for name, module in modules.items()]
+    yield seen
+    for handle in handles:
+        handle.remove()
 
 
-# ---------------------------------------------------------------------------------------------- the reference's numbers
-
+# -------------------------------------------------------------------------- the reference's numbers
 def test_the_stand_in_weights_are_those_of_the_reference(weights):
     for file, (total, squares) in zip(G["fill_files"], G["fill_check"]):
-        values = torch.load(weights / "liveportrait" / str(file), weights_only=True)
-        tensors = [t for v in values.values() for t in (v.values() if isinstance(v, dict) else [v])]
-        assert np.isclose(sum(t.double().sum().item() for t in tensors), total, rtol=1e-9)
-        assert np.isclose(sum(t.double().square().sum().item() for t in tensors), squares, rtol=1e-9)
+        values = torch.load(weights / "liveportrait" / str(file), weights_only=True).values()
+        tensors = []
+        for value in values:
+            tensors += value.values() if isinstance(value, dict) else [value]
+        sums = [t.double().sum().item() for t in tensors]
+        sums_of_squares = [t.double().square().sum().item() for t in tensors]
+        assert np.isclose(sum(sums), total, rtol=1e-9)
+        assert np.isclose(sum(sums_of_squares), squares, rtol=1e-9)
 
 
 @torch.inference_mode()
 def test_appearance_and_motion_of_a_portrait(face, source):
     agrees("f_sub", source.f_s[:, ::3, ::3, ::5, ::5])
     agrees_in_mean_and_std("f_stats", source.f_s, (1, 2, 3, 4))
-    heads = renderer.motion_heads(face.M, torch.from_numpy(G["img_u8"]).movedim(-1, 1) / 255)
+    heads = face.M(torch.from_numpy(G["img_u8"]).movedim(-1, 1) / 255)
     for head, values in heads.items():
         agrees(f"m_{head}", values)
     for i, angle in enumerate(("pitch", "yaw", "roll")):
         agrees(f"deg_{angle}", source.motion[:, 67 + i, None])
     agrees("x_s", keypoints(source.x_c.view(2, 21, 3), source.motion))
-    assert torch.equal(source.motion[:, :63], heads["exp"]) and torch.equal(source.x_c, heads["kp"])
+    assert torch.equal(source.motion[:, :63], heads["exp"])
+    assert torch.equal(source.x_c, heads["kp"])
 
 
 @torch.inference_mode()
-def test_driving_keypoints_and_stitching(face, seen):
-    motion = torch.cat([T["drv_exp"].flatten(1)] + [T[f"drv_{k}"] for k in ("scale", "t", "pitch", "yaw", "roll")], 1)
-    agrees("x_d_raw", keypoints(T["m_kp"].view(2, 21, 3), motion))
-    agrees("x_d", stitching(face.S, T["x_s"], T["x_d_raw"]))
-    agrees("stitch_raw", seen["mlp.6"])
+def test_driving_keypoints_and_stitching(face, outputs):
+    parts = [T["drv_exp"].flatten(1)]
+    for name in ("scale", "t", "pitch", "yaw", "roll"):
+        parts.append(T[f"drv_{name}"])
+    agrees("x_d_raw", keypoints(T["m_kp"].view(2, 21, 3), torch.cat(parts, 1)))
+    agrees("x_d", face.S(T["x_s"], T["x_d_raw"]))
+    agrees("stitch_raw", outputs["stitching"])
 
 
 @torch.inference_mode()
-def test_warping_alone(face, monkeypatch):
-    grid = spy(monkeypatch, "dense_motion")
-    f = T["wu_f_small"].repeat_interleave(4, 2).repeat_interleave(4, 3).repeat_interleave(4, 4)
-    agrees("wu_out_sub", renderer.warp(face.W, f, T["wu_x_s"], T["wu_x_d"])[:, ::5, ::3, ::3])
-    agrees("wu_def_sub", grid[0][0][:, ::3, ::5, ::5])
-    agrees("wu_occ", grid[0][1])
+def test_warping_alone(face, outputs):
+    f = enlarged(T["wu_f_small"], 2, 3, 4)
+    agrees("wu_out_sub", face.W(f, T["wu_x_s"], T["wu_x_d"])[:, ::5, ::3, ::3])
+    deformation, occlusion = outputs["dense_motion"]
+    agrees("wu_def_sub", deformation[:, ::3, ::5, ::5])
+    agrees("wu_occ", occlusion)
 
 
 @torch.inference_mode()
 def test_generator_alone(face):
-    image = renderer.generate(face.G, T["gu_small"].repeat_interleave(4, 2).repeat_interleave(4, 3))
+    image = face.G(enlarged(T["gu_small"], 2, 3))
     agrees("gu_img_sub", image[:, :, ::7, ::7])
     agrees_in_mean_and_std("gu_stats", image, (2, 3))
 
 
 @torch.inference_mode()
-def test_end_to_end_in_one_batch(face, source, seen, monkeypatch):
-    grid, image = spy(monkeypatch, "dense_motion"), spy(monkeypatch, "generate")
+def test_end_to_end_in_one_batch(face, source, outputs):
     frames = face.render(source.f_s, T["x_s"], T["x_d"], stitch=False)
-    agrees("w_mask_sub", seen["dense_motion_network.mask"].softmax(1)[:, :, ::5, ::9, ::9])
-    agrees("w_def_sub", grid[0][0][:, ::3, ::5, ::5])
-    agrees("w_occ", grid[0][1])
-    warped = seen["fourth"] * grid[0][1]
-    agrees("w_out_sub", warped[:, ::5, ::3, ::3])
-    agrees_in_mean_and_std("w_out_stats", warped, (1, 2, 3))
-    agrees("g_img_sub", image[0][:, :, ::7, ::7])
-    agrees_in_mean_and_std("g_stats", image[0], (2, 3))
+    agrees("w_mask_sub", outputs["mask"].softmax(1)[:, :, ::5, ::9, ::9])
+    deformation, occlusion = outputs["dense_motion"]
+    agrees("w_def_sub", deformation[:, ::3, ::5, ::5])
+    agrees("w_occ", occlusion)
+    agrees("w_out_sub", outputs["warped"][:, ::5, ::3, ::3])
+    agrees_in_mean_and_std("w_out_stats", outputs["warped"], (1, 2, 3))
+    agrees("g_img_sub", outputs["image"][:, :, ::7, ::7])
+    agrees_in_mean_and_std("g_stats", outputs["image"], (2, 3))
     assert frames.shape == (2, 512, 512, 3) and frames.dtype == torch.uint8
     assert np.abs(frames[:, ::7, ::7].numpy().astype(int) - G["g_u8_sub"]).max() <= 1
 
 
-# ------------------------------------------------------------------------------------------- portraits and their frames
+# ---------------------------------------------------------------------------- plain PyTorch modules
+@pytest.mark.parametrize("file", NETWORKS)
+def test_parameters_have_the_names_and_shapes_of_the_public_file(file):
+    keys = build.manifest("liveportrait")["files"][file]
+    keys = keys.get("retarget_shoulder", keys)
+    public = {}
+    for key, about in keys.items():
+        key = key.removeprefix("detector.").removeprefix("module.")
+        public[key] = tuple(about["shape"])
+    with torch.device("meta"):
+        state = NETWORKS[file]().state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == public
 
+
+@pytest.mark.parametrize("file", NETWORKS)
+def test_files_load_without_the_prefixes_and_the_batch_counts_that_some_have(copy, file):
+    def strip(state):
+        for part in [state, *state.values()]:
+            if isinstance(part, dict):
+                for key in [*part]:
+                    value = part.pop(key)
+                    if not key.endswith("num_batches_tracked"):
+                        part[key.removeprefix("detector.").removeprefix("module.")] = value
+    whole = load(NETWORKS[file], copy / file)
+    change(copy / file, strip)
+    stripped = load(NETWORKS[file], copy / file)
+    for ours, theirs in zip(stripped.parameters(), whole.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+@torch.inference_mode()
+def test_folded_networks_equal_the_plain_ones(face, plain):
+    def equal(folded, network, *inputs):
+        ours, trained = folded(*inputs), network(*inputs)
+        assert (ours - trained).abs().max() < 1e-4 * trained.std()
+    equal(face.F, plain(AppearanceExtractor), torch.rand(1, 3, 64, 64))
+    f = enlarged(T["wu_f_small"], 2, 3, 4)
+    equal(face.W, plain(WarpingNetwork), f, T["wu_x_s"], T["wu_x_d"])
+    equal(face.G, plain(SpadeGenerator), T["gu_small"])
+
+
+def test_a_folded_network_holds_convolutions_alone(face):
+    for network in (face.F, face.W, face.G):
+        for name in network.state_dict():
+            assert not name.endswith(("weight_orig", "conv.norm.weight"))
+    names = [type(module).__name__ for module in face.W.modules()]
+    assert names.count("ConvTranspose3d") == 5 and names.count("BatchNorm2d") == 0
+    assert names.count("BatchNorm3d") == 1                     # of `compress`, with four channels
+    assert "Upsample" not in repr(face.G)
+    layer = face.G.up_1.norm_0.mlp_shared[1]
+    assert isinstance(layer, torch.nn.ConvTranspose2d)
+    assert layer.kernel_size == (6, 6) and layer.stride == (4, 4)
+
+
+@pytest.mark.parametrize("network, head", [(MotionExtractor, "fc_exp"), (StitchingNetwork, "mlp")])
+def test_a_plain_network_learns(plain, network, head):
+    net = plain(network)
+    layer = net.get_submodule(head)
+    assert "in_features" in repr(layer) and layer in [*net.modules()]
+    outputs = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    inputs = [torch.rand(1, 3, 64, 64)] if head == "fc_exp" else [T["x_s"], T["x_d"]]
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    for _ in range(2):
+        net(*inputs)
+        loss = outputs[-1].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    handle.remove()
+    before, after = [output.square().mean() for output in outputs]
+    assert after < before
+
+
+def test_gradients_flow_through_a_plain_generator_in_place_or_not(plain):
+    net = plain(SpadeGenerator)
+    h = torch.randn(1, 256, 4, 4, requires_grad=True)
+    net(h).square().mean().backward()
+    assert h.grad.isfinite().all() and h.grad.abs().max() > 0
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_a_face_takes_no_gradients_unless_asked_for(face, source):
+    for network in (face.F, face.M, face.W, face.G, face.S):
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not source.f_s.requires_grad
+    x_d = face.S.requires_grad_(True)(T["x_s"], T["x_d_raw"])
+    face.S.requires_grad_(False)
+    assert x_d.requires_grad
+
+
+def test_kept_memory_is_for_glibc_alone(monkeypatch):
+    def no_library(name):
+        raise TypeError("what Windows says")
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    renderer.keep_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    renderer.keep_memory()
+
+
+# ------------------------------------------------------------------------- portraits, their frames
 def test_a_batch_of_portraits_of_any_size_equals_each_alone(face, source):
     alone = face.source(G["img_u8"][1])
     for ours, batched in zip(alone, source):
         assert torch.allclose(ours, batched[1:], atol=1e-4)
-    large = face.source(G["img_u8"].repeat(2, 1).repeat(2, 2)[0])    # 512 pixels: means of 2 x 2
+    large = face.source(G["img_u8"].repeat(2, 1).repeat(2, 2)[0])      # 512 pixels: means of 2 x 2
     assert torch.allclose(large.f_s, source.f_s[:1], atol=1e-4)
 
 
 def test_frames_do_not_depend_on_the_batch(face, portrait, monkeypatch):
-    monkeypatch.setattr(renderer, "warp", lambda net, f, x_s, x_d: f[:, :3, 0] + 20 * x_d[:, :3, :1, None])    # slow
-    monkeypatch.setattr(renderer, "generate", lambda net, h: F.interpolate(h.sigmoid(), 512))
+    def fast_warp(f, x_s, x_d):
+        return f[:, :3, 0] + 20 * x_d[:, :3, :1, None]
+
+    def fast_generator(h):
+        return F.interpolate(h.sigmoid(), 512)
+    monkeypatch.setattr(face, "W", fast_warp)
+    monkeypatch.setattr(face, "G", fast_generator)
     motion = portrait.motion + 0.05 * torch.randn(3, 70)
     frames = list(face.frames(portrait, motion.numpy(), batch=2))
-    assert len(frames) == 3 and frames[0].shape == (512, 512, 3) and frames[0].dtype == np.uint8
-    last = next(face.frames(portrait, motion[2:].double(), batch=1))
-    assert np.abs(last.astype(int) - frames[2]).max() <= 1 < np.abs(last.astype(int) - frames[0]).max()
+    assert len(frames) == 3
+    assert frames[0].shape == (512, 512, 3) and frames[0].dtype == np.uint8
+    last = next(face.frames(portrait, motion[2:].double(), batch=1)).astype(int)
+    assert np.abs(last - frames[2]).max() <= 1 < np.abs(last - frames[0]).max()
 
 
-def test_frames_are_made_when_asked_for(face, portrait, monkeypatch):
-    made = []
-    monkeypatch.setattr(face, "render", lambda f_s, x_s, x_d, stitch: made.append(len(x_d)) or torch.zeros(len(x_d), 1))
-    clip = face.frames(portrait, torch.zeros(100000, 70), batch=4)
-    next(clip), next(clip)
-    assert made == [4]
+def test_frames_are_rendered_when_asked_for(face, portrait, monkeypatch):
+    rendered = []
+
+    def render(f_s, x_s, x_d, stitch):
+        rendered.append(len(x_d))
+        return torch.zeros(len(x_d), 1)
+    monkeypatch.setattr(face, "render", render)
+    frames = face.frames(portrait, torch.zeros(100000, 70), batch=4)
+    next(frames)
+    next(frames)
+    assert rendered == [4]
 
 
 def test_stitching_can_be_switched_off(face, portrait, monkeypatch):
-    monkeypatch.setattr(renderer, "generate", lambda net, x_d: x_d[:, None].repeat(1, 3, 1, 1) / 8 + 0.5)
-    monkeypatch.setattr(renderer, "warp", lambda net, f_s, x_s, x_d: x_d)
-    plain, stitched = (next(face.frames(portrait, portrait.motion, stitch=stitch)) for stitch in (False, True))
+    monkeypatch.setattr(face, "W", lambda f_s, x_s, x_d: x_d)
+    monkeypatch.setattr(face, "G", lambda x_d: x_d[:, None].repeat(1, 3, 1, 1) / 8 + 0.5)
+    plain = next(face.frames(portrait, portrait.motion, stitch=False))
+    stitched = next(face.frames(portrait, portrait.motion, stitch=True))
     assert not np.array_equal(plain, stitched)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- pictures
+RAMP = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
+GREY = np.repeat(RAMP[..., None].astype(int), 3, 2)
 
-def test_pictures_of_every_kind_come_out_upright_and_in_colour(tmp_path):
-    def read(image, name="picture.png", **options):
-        image.save(tmp_path / name, **options)
-        return np.asarray(read_image(tmp_path / name)).astype(int)
 
-    ramp = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
-    grey = read(Image.fromarray(ramp))
-    assert grey.shape == (20, 30, 3) and (grey == ramp[..., None]).all()
-    assert (read(Image.fromarray(ramp).convert("P")) == grey).all()
-    assert np.abs(read(Image.fromarray(ramp).convert("CMYK"), "a.tif") - grey).max() <= 1
-    clear = np.dstack([ramp] * 3 + [np.where(np.arange(30) < 15, 255, 0) + 0 * ramp]).astype(np.uint8)
-    seen = read(Image.fromarray(clear))
-    assert (seen[:, :15] == grey[:, :15]).all() and (seen[:, 15:] == 255).all()
-    assert (read(Image.new("1", (1, 1)))).shape == (1, 1, 3)
+def saved_and_read(image, path, **options):
+    image.save(path, **options)
+    return np.asarray(read_image(path)).astype(int)
+
+
+@pytest.mark.parametrize("mode, file, most", [
+    ("L", "a.png", 0), ("P", "a.png", 0), ("RGB", "a.png", 0), ("CMYK", "a.tif", 1)])
+def test_pictures_of_every_kind_come_out_in_colour(tmp_path, mode, file, most):
+    image = saved_and_read(Image.fromarray(RAMP).convert(mode), tmp_path / file)
+    assert np.abs(image - GREY).max() <= most
+
+
+def test_the_smallest_picture_is_one(tmp_path):
+    assert saved_and_read(Image.new("1", (1, 1)), tmp_path / "a.png").shape == (1, 1, 3)
+
+
+def test_what_is_transparent_comes_out_white(tmp_path):
+    alpha = np.zeros_like(RAMP)
+    alpha[:, :15] = 255
+    image = Image.fromarray(np.dstack([RAMP, RAMP, RAMP, alpha]))
+    image = saved_and_read(image, tmp_path / "a.png")
+    assert (image[:, :15] == GREY[:, :15]).all()
+    assert (image[:, 15:] == 255).all()
+
+
+def test_a_picture_of_a_turned_camera_comes_out_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                                       # the camera was held upright
-    assert (read(Image.fromarray(ramp), exif=exif) == np.rot90(grey, -1)).all()
+    exif[0x0112] = 6
+    image = saved_and_read(Image.fromarray(RAMP), tmp_path / "a.png", exif=exif)
+    assert (image == np.rot90(GREY, -1)).all()
 
 
-def test_the_crop_is_the_middle_unless_said_and_goes_back_without_an_edge():
+def test_the_crop_is_the_middle_unless_named_and_goes_back_without_an_edge():
     picture = Image.new("RGB", (1601, 1001), (0, 0, 200))
-    assert crop_box(picture) == (300, 0, 1001) and crop_box(picture, "7,9,16") == (7, 9, 16)
+    assert crop_box(picture) == (300, 0, 1001)
+    assert crop_box(picture, "7,9,16") == (7, 9, 16)
     white = np.full((512, 512, 3), 255, np.uint8)
     whole, = paste_back([white], picture, crop_box(picture, "1001,401,600"))
     assert whole.shape == (800, 1280, 3)
-    assert (whole[:, :800] == (0, 0, 200)).all() and (whole[400:700, 900:1200] == 255).all()
-    edge = whole[550, 800:840, 0].astype(int)
-    assert (np.diff(edge) >= 0).all() and np.diff(edge).max() < 40
+    assert (whole[:, :800] == (0, 0, 200)).all()
+    assert (whole[400:700, 900:1200] == 255).all()
+    steps = np.diff(whole[550, 800:840, 0].astype(int))
+    assert (steps >= 0).all() and steps.max() < 40
 
 
-# ----------------------------------------------------------------------------------------------------------- bad inputs
-
+# -------------------------------------------------------------------------------------- bad inputs
 class Code:
     """A pickle that would make a folder."""
+
     def __reduce__(self):
         return os.mkdir, ("run_by_a_pickle",)
 
 
-def change(path, edit):
-    tensors = torch.load(path, weights_only=True)
-    edit(tensors)
-    path.unlink()
-    torch.save(tensors, path)
-
-
 def rewrite(path, data):
+    """Put a file in place of a link, so that the other tests keep theirs."""
     path.unlink()
     path.write_bytes(data)
 
 
-def shorten(path):
+def change(path, edit):
+    state = torch.load(path, weights_only=True)
+    edit(state)
+    path.unlink()
+    torch.save(state, path)
+
+
+def truncated(path):
     rewrite(path, path.read_bytes()[:100000])
+    return "not a readable checkpoint"
 
 
-def smuggle(path):
+def a_web_page(path):
+    rewrite(path, b"<html>please log in</html>")
+    return "not a readable checkpoint"
+
+
+def code(path):
     path.unlink()
     torch.save({"first.conv.weight": Code()}, path)
+    return "not a readable checkpoint"
 
 
-SPOILT = {
-    "truncated": (shorten, "not a readable checkpoint"),
-    "text": (lambda p: rewrite(p, b"<html>please log in</html>"), "not a readable checkpoint"),
-    "code": (smuggle, "not a readable checkpoint"),
-    "wrong shape": (lambda p: change(p, lambda t: t.update({"first.conv.weight": torch.zeros(32, 3, 3, 3)})),
-                    "first.conv.weight is (32, 3, 3, 3), expected (64, 3, 3, 3)"),
-    "tensor missing": (lambda p: change(p, lambda t: t.pop("resblocks_3d.3dr5.norm2.running_var")),
-                       "resblocks_3d.3dr5.norm2.running_var is missing"),
-    "tensor too many": (lambda p: change(p, lambda t: t.update(third=torch.zeros(1))), "third does not belong there"),
-    "another network": (lambda p: rewrite(p, (p.parent.parent / MLPS).read_bytes()), "first.conv.weight is missing"),
-}
+def a_wrong_shape(path):
+    change(path, lambda state: state.update({"first.conv.weight": torch.zeros(32, 3, 3, 3)}))
+    return "first.conv.weight", "[32, 3, 3, 3]", "[64, 3, 3, 3]"
+
+
+def a_number_for_a_tensor(path):
+    change(path, lambda state: state.update({"first.conv.weight": 3.0}))
+    return "first.conv.weight"
+
+
+def a_tensor_missing(path):
+    change(path, lambda state: state.pop("resblocks_3d.3dr5.norm2.running_var"))
+    return "Missing", "resblocks_3d.3dr5.norm2.running_var"
+
+
+def a_tensor_too_many(path):
+    change(path, lambda state: state.update(third=torch.zeros(1)))
+    return "Unexpected", "third"
+
+
+def another_network(path):
+    rewrite(path, (path.parent.parent / STITCHING).read_bytes())
+    return "Missing", "first.conv.weight"
+
+
+SPOIL = [truncated, a_web_page, code, a_wrong_shape, a_number_for_a_tensor, a_tensor_missing,
+         a_tensor_too_many, another_network]
 
 
 @pytest.fixture
 def copy(weights, tmp_path):
     """A folder of links to the weights, of which a test may spoil one."""
-    for file in FILES:
+    for file in NETWORKS:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).symlink_to(weights / "liveportrait" / file)
     return tmp_path
 
 
-def one_line(words, call):
-    with pytest.raises(ValueError) as told:
-        call()
-    assert "\n" not in str(told.value) and all(word in str(told.value) for word in words), str(told.value)
+def refused(words, call, *args):
+    """One line with all of the words."""
+    with pytest.raises(ValueError) as raised:
+        call(*args)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", NETWORKS)
 def test_a_missing_file_is_named(copy, file):
     (copy / file).unlink()
-    one_line([file, "No such file", "hf download"], lambda: LivePortrait(copy))
+    refused([file, "No such file", "hf download"], LivePortrait, copy)
 
 
-@pytest.mark.parametrize("spoil, words", SPOILT.values(), ids=SPOILT)
-def test_a_spoilt_file_is_named_with_its_key(copy, spoil, words):
-    spoil(copy / APPEARANCE)
-    one_line([APPEARANCE, words, "hf download"], lambda: LivePortrait(copy))
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_a_spoilt_file_is_named_with_its_key(copy, spoil):
+    words = spoil(copy / APPEARANCE)
+    words = [words] if isinstance(words, str) else words
+    refused([APPEARANCE, "hf download", *words], LivePortrait, copy)
     assert not Path("run_by_a_pickle").exists()
 
 
-def test_other_weights_are_refused(weights, copy):
-    one_line(["nowhere", "No such file"], lambda: LivePortrait(copy / "nowhere"))
-    (copy / "liveportrait_animals").mkdir()
-    one_line(["liveportrait_animals", "animals"], lambda: LivePortrait(copy / "liveportrait_animals"))
-    (copy / MLPS).unlink()
-    (copy / MLPS).symlink_to(copy / APPEARANCE)
-    one_line([MLPS, "mlp.0.weight is missing"], lambda: LivePortrait(copy))
+def test_other_weights_are_refused(copy):
+    refused(["nowhere", "No such file"], LivePortrait, copy / "nowhere")
+    animals = copy / "liveportrait_animals"
+    animals.mkdir()
+    refused(["liveportrait_animals", "animals only"], LivePortrait, animals)
+    rewrite(copy / STITCHING, (copy / APPEARANCE).read_bytes())
+    refused([STITCHING, "Missing", "mlp.0.weight"], load, StitchingNetwork, copy / STITCHING)
 
 
-def test_files_that_are_no_pictures_are_named(tmp_path):
+@pytest.mark.parametrize("name", ["empty.png", "text.jpg", "cut.png", "cut.jpg", "missing.png",
+                                  "."])
+def test_files_that_are_no_pictures_are_named(tmp_path, name):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("a portrait of my aunt")
-    Image.fromarray(np.random.randint(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
-    for name in ("empty.png", "text.jpg", "cut.png", "missing.png", "."):
-        one_line([str(tmp_path / name), "no picture"], lambda: read_image(tmp_path / name))
+    noise = Image.fromarray(np.random.randint(0, 255, (64, 64, 3), np.uint8))
+    for kind in ("png", "jpg"):
+        noise.save(tmp_path / f"whole.{kind}")
+        whole = (tmp_path / f"whole.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(whole[:3000])
+    refused([str(tmp_path / name), "no picture"], read_image, tmp_path / name)
 
 
-@pytest.mark.parametrize("crop", ["60,0,50", "0,40,50", "-5,0,50", "0,0,15", "0,0", "0,0,50,50", "a,b,c", "0,0,5e1"])
+@pytest.mark.parametrize("crop", ["60,0,50", "0,40,50", "-5,0,50", "0,0,15", "0,0", "0,0,50,50",
+                                  "a,b,c", "0,0,5e1"])
 def test_a_crop_outside_the_picture_is_refused(crop):
-    one_line([f"crop {crop}", "100 x 80"], lambda: crop_box(Image.new("RGB", (100, 80)), crop))
+    refused([f"crop {crop}", "100 x 80"], crop_box, Image.new("RGB", (100, 80)), crop)
 
 
-@pytest.mark.parametrize("shape, value", [((4, 70), np.nan), ((4, 70), np.inf), ((4, 69), 0), ((70,), 0), ((0, 70), 0),
-                                          ((1, 4, 70), 0)])
+def test_a_picture_too_small_to_crop_is_refused():
+    refused(["crop 2,0,15", "20 x 15"], crop_box, Image.new("RGB", (20, 15)))
+
+
+@pytest.mark.parametrize("shape, value", [
+    ((4, 70), np.nan), ((4, 70), np.inf), ((4, 69), 0), ((70,), 0), ((0, 70), 0), ((1, 4, 70), 0)])
 def test_motion_that_is_none_is_refused(face, portrait, shape, value):
     motion = np.full(shape, value, np.float32)
-    one_line(["motion", str(shape), "70"], lambda: next(face.frames(portrait, motion)))
-    one_line(["motion", str(shape), "70"], lambda: next(Sketch().frames(Sketch().source(), motion)))
+    sketch = Sketch()
+    refused(["motion", str(shape), "70"], next, face.frames(portrait, motion))
+    refused(["motion", str(shape), "70"], next, sketch.frames(sketch.source(), motion))

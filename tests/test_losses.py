@@ -1,12 +1,16 @@
 """Equations 4 to 7 mean what they say."""
+from dataclasses import asdict
+
 import torch
+import torch.nn.functional as F
 
 import train
-from moda import ALSE, M, Config, MotionModel, draw, losses, sync_loss
+from moda import ALSE, LIPS, NO_EMOTION, Config, M, MotionModel, draw, losses, save, sync_loss
 
 
 class Fixed(torch.nn.Module):
     """A model that answers a given velocity."""
+
     def __init__(self, v):
         super().__init__()
         self.v = v
@@ -17,28 +21,33 @@ class Fixed(torch.nn.Module):
 
 
 def batch(B=3, N=12):
-    return dict(z0=torch.randn(B, N, M), audio=torch.randn(B, N, 1, 8), emotion=torch.arange(B), identity=torch.randn(B, 63),
-                prev=torch.randn(B, M), mask=torch.ones(B, N, dtype=torch.bool), t=torch.rand(B), eps=torch.randn(B, N, M),
-                drop_audio=torch.zeros(B, dtype=torch.bool), drop_emotion=torch.zeros(B, dtype=torch.bool))
+    return dict(z0=torch.randn(B, N, M),
+                audio=torch.randn(B, N, 1, 8),
+                emotion=torch.arange(B),
+                identity=torch.randn(B, 63),
+                prev=torch.randn(B, M),
+                t=torch.rand(B),
+                eps=torch.randn(B, N, M),
+                drop_audio=torch.zeros(B, dtype=torch.bool),
+                drop_emotion=torch.zeros(B, dtype=torch.bool))
+
+
+def small_expert():
+    return ALSE(Config(width=16, heads=1, audio_layers=1, audio_dim=8))
 
 
 def test_rectified_flow_and_velocity_loss_are_equations_4_and_5():
     b = batch()
     error = torch.randn(3, 12, M)
-    rf, vel, sync = losses(Fixed(b["eps"] - b["z0"] + error), **b)
-    first, second = error[:, 1:] - error[:, :-1], error[:, 2:] - 2 * error[:, 1:-1] + error[:, :-2]
+    model = Fixed(b["eps"] - b["z0"] + error)
+    rf, vel, sync = losses(model, **b)
+    first = error[:, 1:] - error[:, :-1]
+    second = error[:, 2:] - 2 * error[:, 1:-1] + error[:, :-2]
     assert torch.allclose(rf, error.square().mean())
     assert torch.allclose(vel, first.square().mean() + second.square().mean())
     assert sync == 0
-
-
-def test_masked_frames_do_not_enter_the_losses():
-    b = batch()
-    b["mask"][1, 5:] = False
-    v = torch.randn(3, 12, M)
-    before = losses(Fixed(v.clone()), **b)
-    v[1, 5:], b["z0"][1, 5:] = 100.0, -50.0
-    assert torch.equal(torch.stack(before), torch.stack(losses(Fixed(v), **b)))
+    z_t, t = model.args[:2]
+    assert torch.allclose(z_t[1], (1 - t[1]) * b["z0"][1] + t[1] * b["eps"][1])    # Sec. 3.1
 
 
 def test_a_dropped_emotion_is_none_and_dropout_has_the_papers_rates():
@@ -46,7 +55,7 @@ def test_a_dropped_emotion_is_none_and_dropout_has_the_papers_rates():
     b["drop_emotion"][1] = True
     model = Fixed(b["eps"])
     losses(model, **b)
-    assert model.args[3].tolist() == [0, 8, 2]
+    assert model.args[3].tolist() == [0, NO_EMOTION, 2]
     drawn = draw(Config(), 20_000, 1, torch.Generator().manual_seed(0))
     assert abs(drawn["drop_audio"].float().mean() - 0.5) < 0.02
     assert abs(drawn["drop_emotion"].float().mean() - 0.1) < 0.01
@@ -54,44 +63,60 @@ def test_a_dropped_emotion_is_none_and_dropout_has_the_papers_rates():
 
 def test_the_expert_is_gated_clip_by_clip():
     """Eq. 7: only clips whose sync loss is below tau count, and none whose voice was dropped."""
-    b = batch()
-    expert = ALSE(Config(width=16, heads=1, audio_layers=1, audio_dim=8))
-    clean = b["z0"]                                                          # t v is subtracted exactly
-    each = sync_loss(*expert(b["audio"], clean, b["mask"]), b["mask"])
-    tau = each.sort().values[:2].mean().item()                               # between the best and the second clip
-    model = Fixed(b["eps"] - b["z0"])
-    assert torch.allclose(losses(model, **b, expert=expert, tau=tau)[2], each.min() / 3, atol=1e-5)
+    b, expert = batch(), small_expert()
+    each = sync_loss(*expert(b["audio"], b["z0"]))
+    between = each.sort().values[:2].mean().item()             # the best and the second clip
+    model = Fixed(b["eps"] - b["z0"])                          # its z_t - t m is z0 exactly
+    assert torch.allclose(losses(model, **b, expert=expert, tau=between)[2], each.min() / 3)
+    assert torch.allclose(losses(model, **b, expert=expert, tau=99)[2], each.mean())
     b["drop_audio"][each.argmin()] = True
-    assert losses(model, **b, expert=expert, tau=tau)[2] == 0
+    assert losses(model, **b, expert=expert, tau=between)[2] == 0
 
 
-def test_the_expert_judges_by_its_own_statistics():
-    """It learned from other data than the model: what reaches it is motion in LivePortrait units."""
-    b, model = batch(), MotionModel(Config())
-    expert = ALSE(Config(width=16, heads=1, audio_layers=1, audio_dim=8))
-    z, plain = b.pop("z0"), expert(b["audio"], b["eps"], b["mask"])[1]
-    model.mean[:], model.std[:], expert.mean[:], expert.std[:] = 1.0, 2.0, -3.0, 5.0
-    assert torch.allclose(expert(b["audio"], expert.denormalise(b["eps"]), b["mask"])[1], plain, atol=1e-3)
-    each = sync_loss(*expert(b["audio"], model.denormalise(z), b["mask"]), b["mask"])
-    gained = train.objective(model, Fixed(b["eps"] - z), expert, 99, motion=model.denormalise(z), **b)
-    assert torch.allclose(gained[2], each.mean(), atol=1e-4)
+def test_the_expert_judges_motion_in_livePortrait_units_by_its_own_statistics(tmp_path):
+    """It learned from other data than the model."""
+    model, expert = MotionModel(Config()), small_expert()
+    model.mean.fill_(1.0)
+    model.std.fill_(2.0)
+    expert.mean.fill_(-3.0)
+    expert.std.fill_(5.0)
+    z, audio = torch.randn(3, 12, M), torch.randn(3, 12, 1, 8)
+    motion = expert.denormalise(z)
+    seen_by_lips = expert.motion(z[..., LIPS]).relu()
+    assert torch.allclose(expert(audio, motion)[1], F.normalize(seen_by_lips, dim=-1), atol=1e-3)
+
+    state = dict(kind="ALSE", config=asdict(expert.cfg), model=expert.state_dict())
+    save(tmp_path / "alse.pt", state)
+    judge = train.load_expert(tmp_path / "alse.pt", model)
+    b = batch()
+    z0 = b.pop("z0")
+    motion = model.denormalise(z0)
+    windows = dict(b, motion=motion, prev=model.denormalise(b["prev"]))
+    each = sync_loss(*expert(b["audio"], motion))
+    net = Fixed(b["eps"] - z0)
+    loss = losses(net, **train.normalised(model, windows), expert=judge, tau=99)[2]
+    assert torch.allclose(loss, each.mean(), atol=1e-4)
+    assert torch.allclose(net.args[5], b["prev"], atol=1e-5)
 
 
 def test_in_bfloat16_no_certainty_costs_infinitely_much():
-    a = torch.nn.functional.normalize(torch.rand(1, 4, 8), dim=-1).bfloat16()
+    a = F.normalize(torch.rand(1, 4, 8), dim=-1).bfloat16()
     for in_sync in True, False:
-        assert sync_loss(a, a, torch.ones(1, 4), in_sync).isfinite().all()
+        assert sync_loss(a, a, in_sync).isfinite().all()
 
 
 def test_the_expert_learns_sync_and_tells_shifts_apart():
-    expert, rng = ALSE(Config(width=32, heads=1, audio_layers=1, audio_dim=18)), torch.Generator().manual_seed(1)
-    optimizer, mask = torch.optim.Adam(expert.parameters(), 3e-3), torch.ones(8, 40, dtype=torch.bool)
-    from moda import LIPS
+    expert = ALSE(Config(width=32, heads=1, audio_layers=1, audio_dim=len(LIPS)))
+    optimizer = torch.optim.Adam(expert.parameters(), 3e-3)
+
+    def talk():
+        """A voice that says where the lips are."""
+        motion = torch.randn(8, 40, M)
+        return motion[..., None, LIPS], motion
     for step in range(80):
-        z = torch.randn(8, 40, M, generator=rng)
-        loss = expert.pretraining_loss(z[..., None, LIPS], z, mask, shift=5 + step % 10)
-        optimizer.zero_grad()
-        loss.backward()
+        expert.pretraining_loss(*talk(), shift=5 + step % 10).backward()
         optimizer.step()
-    a, m = expert(z[..., None, LIPS], z, mask)
-    assert (a * m).sum(-1).mean() > 0.8 and (a.roll(4, 1) * m).sum(-1).mean() < 0.4
+        optimizer.zero_grad()
+    a, m = expert(*talk())
+    assert (a * m).sum(-1).mean() > 0.8
+    assert (a.roll(4, 1) * m).sum(-1).mean() < 0.4

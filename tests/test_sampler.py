@@ -1,103 +1,179 @@
-"""The sampler solves the flow, guides as Eq. 8 says, and streams what it would have sampled at once."""
+"""The sampler solves the flow, guides as Eq. 8 says, and streams what it would have sampled at
+once; the faster network computes what the plain model computes."""
 import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from moda import M, euler, guidance_passes, sample, stream
-
-
-def test_euler_is_exact_on_a_straight_path():
-    z0, eps = torch.randn(2, 8, M)
-    assert torch.allclose(euler(lambda z, k: eps - z0, eps, [1.0]), z0, atol=1e-5)
-    assert torch.allclose(euler(lambda z, k: eps - z0, eps, [1 - k / 7 for k in range(7)]), z0, atol=1e-5)
-
-
-def test_guidance_is_equation_8():
-    assert guidance_passes({"audio": 0.2, "emotion": 0.5}, 3) == [(1.7, False, 3), (-0.2, True, 3), (-0.5, False, 8)]
-    assert guidance_passes({"audio+emotion": 0.2}, 3) == [(1.2, False, 3), (-0.2, True, 8)]
-    assert guidance_passes({"audio": 0, "emotion": 0.5}, 8) == [(1, False, 8)]         # passes that change nothing
-    with pytest.raises(ValueError, match="identity"):
-        guidance_passes({"identity": 1.0}, 3)
+import build
+import moda
+from moda import NO_EMOTION, M, euler, generate, guided_velocity, stream
 
 
 def voice(T):
     return dict(audio=torch.randn(T, 1, 160), identity=torch.randn(63), prev=torch.randn(M))
 
 
-def test_a_sample_is_the_euler_loop_written_out(tiny):
-    x, z = voice(30), torch.randn(30, M)
-    row = lambda y: y[None]
-    expected = z.clone()[None]
-    for k in range(4):
-        args = torch.tensor([1 - k / 4]), row(x["audio"]), torch.tensor([4]), row(x["identity"]), row(x["prev"])
-        full, deaf = tiny(expected, *args), tiny(expected, *args, drop_audio=torch.tensor([True]))
-        expected = expected - (full + 0.3 * (full - deaf)) / 4
-    made = sample(tiny, **x, emotion=4, steps=4, guidance={"audio": 0.3}, chunk=30, noise=z[None])
-    assert torch.allclose(made, expected[0], atol=1e-5)
-    zero = sample(tiny, **x, steps=4, guidance={"audio": 0.0}, chunk=30, noise=z[None])
-    assert torch.equal(zero, sample(tiny, **x, steps=4, guidance={}, chunk=30, noise=z[None]))
+def velocity(model, z, t, emotion, drop_audio, audio, identity, prev):
+    """One call of the model for one clip."""
+    rows = [x[None] for x in (z, t, audio, torch.tensor(emotion), identity, prev)]
+    return model(*rows, torch.tensor([drop_audio]))[0]
+
+
+def test_euler_is_exact_on_a_straight_path():
+    z0, eps = torch.randn(2, 8, M)
+    for times in [1.0], [1 - k / 7 for k in range(7)]:
+        assert torch.allclose(euler(lambda z, k: eps - z0, eps, times), z0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_guidance_is_equation_8(tiny):
+    x, z, t = voice(30), torch.randn(30, M), torch.tensor(0.7)
+    v = velocity(tiny, z, t, 3, False, **x)
+    without_audio = velocity(tiny, z, t, 3, True, **x)
+    without_emotion = velocity(tiny, z, t, NO_EMOTION, False, **x)
+    without_both = velocity(tiny, z, t, NO_EMOTION, True, **x)
+
+    def guided(**guidance):
+        return guided_velocity(tiny, z, t, x["audio"], 3, x["identity"], x["prev"], guidance)
+    each = (1 + 0.2 + 0.5) * v - 0.2 * without_audio - 0.5 * without_emotion
+    both = (1 + 0.3) * v - 0.3 * without_both
+    assert torch.allclose(guided(audio=0.2, emotion=0.5), each, atol=1e-5)
+    assert torch.allclose(guided(**{"audio+emotion": 0.3}), both, atol=1e-5)
+    assert torch.allclose(guided(), v, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_sample_is_the_euler_loop_written_out(tiny, monkeypatch, fast):
+    monkeypatch.setattr(tiny, "fast", fast)
+    x, noise = voice(30), torch.randn(30, M)
+    z = noise
+    with torch.inference_mode():
+        for k in range(4):
+            t = torch.tensor(1 - k / 4)
+            v = velocity(tiny, z, t, 4, False, **x)
+            without_audio = velocity(tiny, z, t, 4, True, **x)
+            z = z - (1.3 * v - 0.3 * without_audio) / 4
+    options = dict(emotion=4, steps=4, chunk=30, noise=noise[None])
+    assert torch.allclose(generate(tiny, **x, guidance={"audio": 0.3}, **options), z, atol=1e-5)
+
+
+def test_guidance_by_nothing_changes_nothing(tiny):
+    """A factor of zero, and an emotion that is none with or without being dropped."""
+    options = dict(voice(30), emotion=NO_EMOTION, steps=2, chunk=30)
+    unguided = generate(tiny, guidance={}, **options)
+    assert torch.equal(generate(tiny, guidance={"audio": 0.0}, **options), unguided)
+    by_emotion = generate(tiny, guidance={"emotion": 0.5}, **options)
+    assert torch.allclose(by_emotion, unguided, atol=1e-5)
+
+
+NETWORKS = {
+    "2 streams rotated": dict(rope_streams=2),
+    "4 streams rotated": dict(rope_streams=4),
+    "2 rotated, four-stream blocks only": dict(rope_streams=2, n_four=2, n_two=0, n_one=0),
+    "2 rotated, emotion only a stream": dict(rope_streams=2, emotion_adaln=False)}
+GUIDANCE = [{}, {"audio": 0.5}, {"emotion": 2.0}, {"audio": 0.5, "emotion": 2.0},
+            {"audio+emotion": 0.7}, {"audio": 0.5, "emotion": 2.0, "audio+emotion": 0.7}]
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE, ids=str)
+@pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
+def test_the_faster_network_equals_the_plain_model(config, guidance):
+    """With one emotion, and with several in turn, the first of which comes back."""
+    model, x = build.model(**config), voice(30)
+    for emotion in 4, [(5, 12), (2, 10), (5, math.inf)]:
+        options = dict(x, emotion=emotion, guidance=guidance, steps=2, chunk=20, overlap=4)
+        model.fast = True
+        motion = generate(model, **options)
+        model.fast = False
+        plain = generate(model, **options)
+        assert (motion - plain).abs().max() < 1e-5 * plain.std()
+
+
+def test_the_faster_network_works_less_and_least_where_tokens_are_equal():
+    def work(rope_streams, fast):
+        model = build.model(rope_streams=rope_streams)
+        model.fast = fast
+        with FlopCounterMode(display=False) as counter:
+            generate(model, **voice(20), steps=1, chunk=20)
+        return counter.get_total_flops()
+    assert work(2, fast=True) < work(4, fast=True) < work(4, fast=False)
+
+
+def test_sampling_leaves_the_model_as_it_was(tiny):
+    x = voice(20)
+    given = torch.randn(20, M), torch.tensor(0.5), 1, False
+    before = velocity(tiny, *given, **x)
+    generate(tiny, **x, steps=1)
+    assert torch.equal(velocity(tiny, *given, **x), before)
 
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_however_the_audio_is_cut_the_motion_is_the_same(tiny, smooth):
     x = voice(333)
-    options = dict(identity=x["identity"], prev=x["prev"], steps=2, smooth=smooth, seed=3)
-    whole = sample(tiny, x["audio"], **options)
-    for n in (1, 7, 100):
-        assert torch.equal(whole, torch.cat(list(stream(tiny, iter(x["audio"].split(n)), **options))))
-    assert not torch.equal(whole, sample(tiny, x["audio"], **dict(options, seed=4)))
+    audio = x.pop("audio")
+    options = dict(x, steps=2, smooth=smooth, seed=3)
+    whole = generate(tiny, audio, **options)
+    for n in 1, 7, 100:
+        assert torch.equal(whole, torch.cat([*stream(tiny, iter(audio.split(n)), **options)]))
+    assert not torch.equal(whole, generate(tiny, audio, **dict(options, seed=4)))
 
 
 def test_every_length_comes_back_whole(tiny):
-    for T in (1, 2, 15, 16, 17, 83, 84, 85, 99, 100, 101, 116, 117, 184, 185):
-        made = sample(tiny, **voice(T), steps=1)
-        assert made.shape == (T, M) and made.isfinite().all()
+    for T in 1, 2, 15, 16, 17, 83, 84, 85, 99, 100, 101, 116, 117, 184, 185:
+        motion = generate(tiny, **voice(T), steps=1)
+        assert motion.shape == (T, M)
+        assert motion.isfinite().all()
 
 
 def test_a_chunk_leaves_as_soon_as_it_is_final(tiny):
-    """100 frames of voice give the 84 frames that no later voice can change; the rest waits for the cross-fade."""
+    """100 frames of voice give the 84 that no later sound can change; the others have to fade."""
     x, asked = voice(300), []
 
     def microphone():
         for frame in x["audio"].split(1):
-            asked.append(1)
+            asked.append(frame)
             yield frame
-    parts = stream(tiny, microphone(), x["identity"], x["prev"], steps=1)
-    assert len(next(parts)) == 84 and len(asked) == 100
-    assert len(next(parts)) == 84 and len(asked) == 184
+    pieces = stream(tiny, microphone(), x["identity"], x["prev"], steps=1)
+    assert (len(next(pieces)), len(asked)) == (84, 100)
+    assert (len(next(pieces)), len(asked)) == (84, 184)
 
 
-def test_the_next_chunk_sees_the_frame_before_it(tiny):
-    """prev of chunk 2 is frame 83, so a changed prev of chunk 1 is felt in chunk 2 only through it."""
+def test_the_next_chunk_sees_the_frame_before_it(tiny, monkeypatch):
     seen = []
-    conditions = tiny.conditions
-    tiny.conditions = lambda audio, emotion, identity, prev, drop: seen.append(prev[0]) or conditions(
-        audio, emotion, identity, prev, drop)
-    try:
-        x = voice(150)
-        made = sample(tiny, **x, steps=1)
-    finally:
-        del tiny.conditions
-    assert torch.equal(seen[0], x["prev"]) and torch.equal(seen[1], made[83])
+
+    def spy(model, z, t, audio, emotion, identity, prev, guidance):
+        seen.append(prev)
+        return guided_velocity(model, z, t, audio, emotion, identity, prev, guidance)
+    monkeypatch.setattr(moda, "guided_velocity", spy)
+    x = voice(150)
+    motion = generate(tiny, **x, steps=1)
+    first, second = seen
+    assert torch.equal(first, x["prev"])
+    assert torch.equal(second, motion[83])
 
 
 def test_bad_requests_are_refused(tiny):
-    for bad in (dict(overlap=100), dict(chunk=0), dict(steps=0)):
-        with pytest.raises(ValueError):
-            sample(tiny, **voice(20), **bad)
-    with pytest.raises(ValueError, match=r"hears \(1, 160\) .* not \(12, 160\)"):
-        sample(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)))
+    for bad in dict(overlap=100), dict(chunk=0), dict(steps=0), dict(first_chunk=101):
+        with pytest.raises(ValueError, match="should be"):
+            generate(tiny, **voice(20), **bad)
+    with pytest.raises(ValueError, match="identity.*: should be of audio, emotion, audio.emotion"):
+        generate(tiny, **voice(20), guidance={"identity": 1.0})
+    with pytest.raises(ValueError, match=r"takes \(1, 160\) .* not \(12, 160\)"):
+        generate(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)))
     with pytest.raises(ValueError, match="no frames"):
-        sample(tiny, **voice(0))
+        generate(tiny, **voice(0))
 
 
 def test_a_new_emotion_begins_a_chunk_and_a_first_chunk_may_be_short(tiny):
     x = voice(100)
-    options = dict(steps=2, chunk=40, overlap=8)
-    plain = sample(tiny, **x, emotion=5, **options)
-    parts = list(stream(tiny, **x, emotion=[(5, 50), (4, math.inf)], **options))
-    assert [len(part) for part in parts] == [32, 18, 32, 18]
-    changed = torch.cat(parts)
-    assert torch.equal(changed[:50], plain[:50]) and not torch.allclose(changed[58:], plain[58:], atol=1e-2)
-    assert [len(part) for part in stream(tiny, **x, first_chunk=20, **options)] == [12, 32, 32, 24]
+    options = dict(x, steps=2, chunk=40, overlap=8)
+    plain = generate(tiny, emotion=5, **options)
+    pieces = list(stream(tiny, emotion=[(5, 50), (4, math.inf)], **options))
+    assert [len(piece) for piece in pieces] == [32, 18, 32, 18]
+    changed = torch.cat(pieces)
+    assert torch.equal(changed[:50], plain[:50])
+    assert not torch.allclose(changed[58:], plain[58:], atol=1e-2)
+    early = stream(tiny, first_chunk=20, **options)
+    assert [len(piece) for piece in early] == [12, 32, 32, 24]

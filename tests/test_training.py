@@ -1,10 +1,13 @@
-"""Training survives whatever happens to it: a killed run goes on to the bit, any number of processes follows the same
-curve, and what stops it leaves a checkpoint that loads."""
+"""Training survives whatever happens to it: a killed run goes on to the bit, any number of
+processes follow the same curve, damaged clips are passed over, and what ends a run leaves a
+checkpoint."""
 import copy
 import csv
+import functools
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -12,31 +15,40 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import build
 import moda
 import train
-from data import UsageError
-from moda import MoDA, read_tensors
+from data import Clips, ToyTalker, UsageError
+from moda import MoDA, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--width=32", "--heads=1", "--clips=4", "--eval_clips=0", "--device=cpu", "--warmup=5"]
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")          # as in the processes started here: sums have one order
+TINY = "--width=32 --heads=1 --clips=4 --eval_clips=0 --device=cpu --warmup=5".split()
+FLAGS = "--steps=20 --batch_size=4 --save_every=3".split()
+SPLIT = "--passes=2 --workers=1".split()
+toy = functools.cache(ToyTalker)
+KINDS = dict(moda=moda.MoDA, alse=moda.ALSE)
+pytestmark = pytest.mark.usefixtures("one_thread")     # as in the processes: sums have one order
 
 
 def start(out, *flags, ranks=1):
-    """A training in processes of its own, as torchrun starts them; each leads its group of data workers."""
+    """Processes of a training, as torchrun starts them; each leads its group of data workers."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
-                        "OMP_NUM_THREADS": "1"}
+    env = os.environ | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(ranks),
+                            OMP_NUM_THREADS="1")
     command = [sys.executable, "train.py", *TINY, f"--out_dir={out}", *flags]
-    return [subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": str(rank)}, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, process_group=0) for rank in range(ranks)]
+    run = []
+    for rank in range(ranks):
+        process = subprocess.Popen(command, cwd=ROOT, env=env | dict(RANK=str(rank)), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   process_group=0)
+        run.append(process)
+    return run
 
 
 def finish(run):
@@ -55,35 +67,44 @@ def train_here(out, *flags):
     return curve(out)
 
 
-def curve(out):
-    """The loss columns of the log, step by step."""
+def read_log(out):
     with open(out / "log.csv") as file:
-        return [[row[name] for name in ("step", "loss", "rf", "vel", "grad_norm")] for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def curve(out):
+    """The losses in the log, step by step."""
+    names = "step", "loss", "rf", "vel", "grad_norm"
+    return [[row[name] for name in names if name in row] for row in read_log(out)]
 
 
 def wait_for(out, step, run):
     """Until the log shows that `step` is done."""
-    while not (out / "log.csv").exists() or f"\n{step}," not in (out / "log.csv").read_text():
+    log = out / "log.csv"
+    while not log.exists() or f"\n{step}," not in log.read_text():
         assert run[0].poll() is None, run[0].communicate()[0]
         time.sleep(0.01)
 
 
 def assert_same(a, b):
-    """Two files of nested tensors and numbers hold the same bits."""
-    flat_a, flat_b = (torch.utils._pytree.tree_flatten(read_tensors(path)) for path in (a, b))
-    assert flat_a[1] == flat_b[1]
-    for x, y in zip(flat_a[0], flat_b[0]):
+    """Two checkpoints hold the same bits."""
+    leaves_a, leaves_b = [torch.utils._pytree.tree_flatten(read_checkpoint(x)) for x in (a, b)]
+    assert leaves_a[1] == leaves_b[1]
+    for x, y in zip(leaves_a[0], leaves_b[0]):
         assert torch.equal(x, y) if torch.is_tensor(x) else x == y
 
 
-FLAGS = ["--steps=20", "--batch_size=4", "--save_every=3"]
-SPLIT = ["--passes=2", "--workers=1"]
+@pytest.fixture(autouse=True)
+def one_toy(monkeypatch):
+    """All trainings in this process share one toy talker."""
+    monkeypatch.setattr(train, "ToyTalker", toy)
 
 
+# ------------------------------------------------------------------------- killed, stopped, resumed
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    train_here(out, *FLAGS)
+    train.main([*TINY, f"--out_dir={out}", *FLAGS])
     return out
 
 
@@ -93,13 +114,14 @@ def two_started(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     run = start(out, *FLAGS, *SPLIT, ranks=2)
     yield out, run
-    send([process for process in run if process.poll() is None], signal.SIGKILL)       # nobody asked for them
+    send([process for process in run if process.poll() is None], signal.SIGKILL)   # if unused
 
 
 @pytest.fixture(scope="module")
 def two_processes(two_started):
-    finish(two_started[1])
-    return two_started[0]
+    out, run = two_started
+    finish(run)
+    return out
 
 
 def test_a_killed_run_goes_on_to_the_bit(one_process, tmp_path):
@@ -119,101 +141,259 @@ def test_two_killed_processes_go_on_to_the_bit(two_processes, tmp_path):
     assert_same(tmp_path / "ckpt.pt", two_processes / "ckpt.pt")
 
 
-def test_two_processes_and_micro_batches_follow_one_process(one_process, two_processes):
-    one, two = (torch.tensor([[float(x) for x in row[:4]] for row in curve(out)])
-                for out in (one_process, two_processes))
-    assert one.shape == (20, 4) and (one - two).abs().max() < 1e-5
+def test_two_processes_and_passes_follow_one_process(one_process, two_processes):
+    one, two = [np.array(curve(out), float)[:, :4] for out in (one_process, two_processes)]
+    assert one.shape == two.shape == (20, 4)
+    assert np.abs(one - two).max() < 1e-5
     assert one[-1, 1] < one[0, 1] - 0.1
 
 
 def test_sigterm_to_any_process_ends_all_with_a_checkpoint(tmp_path):
-    flags = ["--steps=100000", "--batch_size=2", "--workers=1", "--eval_clips=4"]
-    run = start(tmp_path, *flags, ranks=2)
+    flags = "--batch_size=2 --workers=1 --eval_clips=4".split()
+    run = start(tmp_path, "--steps=100000", *flags, ranks=2)
     wait_for(tmp_path, 2, run)
     run[1].send_signal(signal.SIGTERM)
     finish(run)
-    step = read_tensors(tmp_path / "ckpt.pt")["step"]
-    assert step == len(curve(tmp_path)) > 2 and not (tmp_path / "sample.mp4").exists()
-    assert train_here(tmp_path, f"--steps={step + 1}", "--batch_size=2", "--init_from=resume")[-1][0] == str(step)
+    step = read_checkpoint(tmp_path / "ckpt.pt")["step"]
+    assert step == len(curve(tmp_path)) > 2
+    assert not (tmp_path / "sample.mp4").exists()
+    flags = ["--batch_size=2", "--init_from=resume", f"--steps={step + 1}"]
+    assert train_here(tmp_path, *flags)[-1][0] == str(step)
 
 
-def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
-    def draw(cfg, B, N, generator):
-        drawn = moda.draw(cfg, B, N, generator)
-        return drawn | {"eps": drawn["eps"] * (math.nan if generator.initial_seed() % 10**9 == 5 else 1)}
-    monkeypatch.setattr(train, "draw", draw)
-    with pytest.raises(ValueError, match="step 5: loss nan.*ckpt.pt, if there, is good$"):
-        train_here(tmp_path, "--steps=9", "--batch_size=2", "--save_every=2")
-    assert len(curve(tmp_path)) == 5 and read_tensors(tmp_path / "ckpt.pt")["step"] == 4
-    assert all(p.isfinite().all() for p in MoDA.from_pretrained(tmp_path / "ckpt.pt").parameters())
-
-
-def test_the_last_two_checkpoints_are_kept_and_either_can_be_resumed(tmp_path):
-    flags = ["--steps=6", "--batch_size=2", "--save_every=2"]
+@pytest.mark.parametrize("model", ["moda", "alse"])
+def test_the_last_two_checkpoints_are_kept_and_either_can_be_resumed(tmp_path, model):
+    flags = f"--model={model} --steps=6 --batch_size=2 --save_every=2".split()
     whole = train_here(tmp_path, *flags)
+    assert len(whole) == 6
     last = tmp_path / "last.pt"
-    (tmp_path / "ckpt.pt").rename(last)                                        # as if killed between two renames
-    assert read_tensors(tmp_path / "previous.pt")["step"] == 4
+    (tmp_path / "ckpt.pt").rename(last)                        # as if killed between two renames
+    assert read_checkpoint(tmp_path / "previous.pt")["step"] == 4
     assert train_here(tmp_path, *flags, "--init_from=resume") == whole
     assert_same(tmp_path / "ckpt.pt", last)
 
 
+def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path):
+    resume = "--steps=2 --batch_size=2 --init_from=resume".split()
+    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint .*nothing to resume"):
+        train_here(tmp_path, *resume)
+    train_here(tmp_path, "--steps=1", "--batch_size=2")
+    for other in "--width=64", "--model=alse", "--p_drop_audio=0.1":
+        with pytest.raises(ValueError, match="was trained with other settings") as error:
+            train_here(tmp_path, *resume, other)
+        assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="ckpt.pt"):              # no place for a folder
+        train_here(tmp_path / "ckpt.pt", "--steps=1")
+
+
+# -------------------------------------------------------------------- losses and clips that are bad
+def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
+    def draw(cfg, B, N, generator):
+        drawn = moda.draw(cfg, B, N, generator)
+        if generator.initial_seed() % 10**9 == 5:              # of step 5
+            drawn["eps"] *= math.nan
+        return drawn
+    monkeypatch.setattr(train, "draw", draw)
+    with pytest.raises(ValueError, match="step 5: .* nan; the last checkpoint is good"):
+        train_here(tmp_path, "--steps=9", "--batch_size=2", "--save_every=2")
+    assert len(curve(tmp_path)) == 5
+    assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 4
+    model = MoDA.from_pretrained(tmp_path / "ckpt.pt")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_another_window_stands_in_for_one_of_a_damaged_clip(tmp_path):
+    folder = build.data_set(tmp_path / "set", lengths=(200, 181))
+    (folder / "clips/1/audio.npy").write_bytes(b"")
+    settings, cfg = train.read_settings(["--batch_size=16"])
+    batch, reports = train.draw_batch(0, Clips(folder), cfg, settings)
+    good = torch.from_numpy(np.load(folder / "clips/0/motion.npy"))
+    assert batch["motion"].shape == (16, 80, 70)
+    assert torch.isin(batch["motion"], good).all()
+    assert 0 < len(reports)
+    assert all("clips/1: cannot be used" in report for report in reports)
+
+
+def hits(seed, window, steps, batch_size, n_windows):
+    """How often a training draws a window."""
+    times = 0
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(seed * 10**9 + step)
+        drawn = torch.randint(n_windows, (batch_size, 10), generator=generator)
+        times += (drawn[:, 0] == window).sum().item()
+    return times
+
+
+@pytest.mark.parametrize("model", ["moda", "alse"])
+def test_a_damaged_window_is_reported_once_and_passed_over(tmp_path, capsys, model):
+    folder = build.data_set(tmp_path / "set", lengths=(281, 81))       # 201 windows and one
+    np.save(folder / "clips/1/motion.npy", np.full((81, 70), np.nan, np.float32))
+    once = [seed for seed in range(1, 20) if hits(seed, 201, 25, 4, 202) == 1]
+    rows = train_here(tmp_path / "out", f"--data_dir={folder}", f"--model={model}",
+                      f"--seed={once[0]}", "--steps=25", "--batch_size=4")
+    reports = [line for line in capsys.readouterr().err.splitlines() if "clips/1" in line]
+    assert len(rows) == 25
+    assert len(reports) == 1                                   # 1 % of 100
+    assert reports[0].startswith("passed over: ")
+    assert "frames from 0 cannot be used" in reports[0]
+
+
+def one_damaged(folder):
+    """A data set of two clips, the second of which cannot be read."""
+    build.data_set(folder, lengths=(181, 131))                 # 101 and 51 windows
+    (folder / "clips/1/identity.npy").unlink()
+    return folder
+
+
+def all_damaged(folder):
+    (one_damaged(folder) / "clips/0/motion.npy").write_bytes(b"")
+    return folder
+
+
+DAMAGED = {
+    one_damaged: "over 1 % of the windows cannot be read.*clips/1",
+    all_damaged: "clips/[01]: cannot be used"}
+
+
+@pytest.mark.parametrize("model", ["moda", "alse"])
+@pytest.mark.parametrize("damaged, words", DAMAGED.items(), ids=["one", "all"])
+def test_more_than_1_percent_damaged_windows_end_a_training_in_one_line(
+        tmp_path, damaged, words, model):
+    flags = f"--model={model} --steps=100 --batch_size=2".split()
+    with pytest.raises(ValueError, match=words) as error:
+        train_here(tmp_path / "out", f"--data_dir={damaged(tmp_path / 'set')}", *flags)
+    assert "\n" not in str(error.value)
+    log = tmp_path / "out/log.csv"
+    assert not log.exists() or len(log.read_text().splitlines()) < 20
+
+
+def test_a_worker_that_can_read_no_clip_ends_the_command_in_one_line(tmp_path):
+    data_dir = f"--data_dir={all_damaged(tmp_path / 'set')}"
+    process, = run = start(tmp_path / "out", data_dir, "--model=alse", "--workers=1")
+    try:
+        printed, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:                             # it hangs
+            send(run, signal.SIGKILL)
+    assert process.returncode == 1
+    assert printed.count("error: ") == 1
+    assert re.search(DAMAGED[all_damaged], printed)
+    assert "Traceback" not in printed
+
+
+# ------------------------------------------------------------------------------------------ options
 def test_recomputed_activations_change_no_bit(tmp_path, monkeypatch):
-    flags, blocks, run = ["--steps=3", "--batch_size=2"], [], torch.utils.checkpoint.checkpoint
+    flags, blocks = ["--steps=3", "--batch_size=2"], []
+
+    def checkpoint(*args, **options):
+        blocks.append(1)
+        return torch.utils.checkpoint.checkpoint(*args, **options)
     plain = train_here(tmp_path / "a", *flags)
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **options: blocks.append(1) or run(*args, **options))
-    assert plain == train_here(tmp_path / "b", *flags, "--checkpointing") and len(blocks) == 9      # 3 steps, 3 blocks
+    monkeypatch.setattr(train, "checkpoint", checkpoint)
+    assert train_here(tmp_path / "b", *flags, "--checkpointing") == plain
+    assert len(blocks) >= 3 * 3                                # steps x blocks
     assert_same(tmp_path / "a/ckpt.pt", tmp_path / "b/ckpt.pt")
 
 
 def test_the_moving_average_follows_the_weights_and_is_what_is_loaded(tmp_path, monkeypatch):
-    saved, save, lerp = [], train.save, torch._foreach_lerp_
+    saved = []
 
-    def average(averages, weights, share):
-        lerp(averages, weights, share)
-        assert not any(x.requires_grad for x in averages)          # or their history grows with every step
-    monkeypatch.setattr(torch, "_foreach_lerp_", average)
-    monkeypatch.setattr(train, "save", lambda path, state, keep: saved.append(copy.deepcopy(state)) or save(path, state))
-    train_here(tmp_path, "--steps=3", "--batch_size=2", "--save_every=1", "--ema=0.75")
-    first, second, third = (state["ema"] for state in saved)
-    for before, after, state in (first, second, saved[1]), (second, third, saved[2]):
-        assert all(torch.allclose(after[name], before[name].lerp(x, 0.25)) for name, x in state["model"].items())
+    def save_run(out, settings, parts, step, stop):
+        # or their history would grow with every step
+        assert not any(p.requires_grad for p in parts["ema"].parameters())
+        state = {name: parts[name].state_dict() for name in ("model", "ema")}
+        saved.append(copy.deepcopy(state))
+        usual(out, settings, parts, step, stop)
+    usual = train.save_run
+    monkeypatch.setattr(train, "save_run", save_run)
+    train_here(tmp_path, "--steps=3", "--batch_size=2", "--ema=0.75")
+    for before, after in zip(saved, saved[1:]):
+        for name, weight in after["model"].items():
+            expected = before["ema"][name].lerp(weight, 0.25)
+            assert torch.allclose(after["ema"][name], expected, atol=1e-6)
+    last = saved[-1]
+    assert any(not torch.equal(last["ema"][name], last["model"][name]) for name in last["ema"])
     loaded = MoDA.from_pretrained(tmp_path / "ckpt.pt").state_dict()
-    assert all(torch.equal(loaded[name], x) for name, x in third.items())
-    assert not torch.equal(third["head.weight"], saved[2]["model"]["head.weight"])
+    assert all(torch.equal(loaded[name], x) for name, x in last["ema"].items())
+
+
+def test_passes_divide_the_windows_of_a_step(tmp_path, monkeypatch):
+    sizes, forward = [], MoDA.forward
+
+    def spy(self, x, *args, **options):
+        sizes.append(len(x))
+        return forward(self, x, *args, **options)
+    monkeypatch.setattr(MoDA, "forward", spy)
+    train_here(tmp_path, "--steps=1", "--batch_size=8", "--passes=4")
+    assert sizes[-4:] == [2, 2, 2, 2]
 
 
 def test_workers_share_the_data_however_python_starts_processes(tmp_path, request):
     usual = torch.multiprocessing.get_start_method()
-    request.addfinalizer(lambda: torch.multiprocessing.set_start_method(usual, force=True))
+
+    def put_back():
+        torch.multiprocessing.set_start_method(usual, force=True)
+    request.addfinalizer(put_back)
     torch.multiprocessing.set_start_method("spawn", force=True)
     train_here(tmp_path, "--steps=2", "--batch_size=2", "--workers=1")
 
 
-def test_a_checkpoint_is_a_start_for_another_run(tmp_path):
-    for model in ("moda", "alse"):
-        flags = [f"--model={model}", "--batch_size=2", "--warmup=0", "--bf16", "--cooldown=0"]
-        train_here(tmp_path / "first", *flags, "--steps=2")
-        train_here(tmp_path / "second", *flags, "--steps=1", f"--init_from={tmp_path}/first/ckpt.pt", "--width=64")
-        assert read_tensors(tmp_path / "second/ckpt.pt")["config"]["width"] == 32
+@pytest.mark.parametrize("model", ["moda", "alse"])
+def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model):
+    flags = f"--model={model} --batch_size=2 --warmup=0 --bf16 --cooldown=0".split()
+    train_here(tmp_path / "first", *flags, "--steps=2")
+    source = f"--init_from={tmp_path}/first/ckpt.pt"
+    train_here(tmp_path / "second", *flags, "--steps=1", source, "--width=64")
+    assert read_checkpoint(tmp_path / "second/ckpt.pt")["config"]["width"] == 32
 
 
-@pytest.mark.parametrize("flag", ["--steps=0", "--batch_size=-2", "--save_every=0", "--clips=0", "--warmup=-1",
-                                  "--heads=0", "--passes=3", "--model=gan", "--preset=huge", "--fusion=x"])
+def test_the_rate_rises_stays_and_falls_to_zero():
+    settings = train.Settings(steps=100, warmup=10, cooldown=0.5, learning_rate=1.0)
+    rates = [train.rate_of(settings, step) for step in range(100)]
+    assert rates[0] == 0.1
+    assert rates[9:51] == 42 * [1.0]
+    assert rates[-1] == 0.02
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+# --------------------------------------------------------------- flags, checkpoints of old versions
+@pytest.mark.parametrize("flag", [
+    "--steps=0", "--batch_size=-2", "--save_every=0", "--clips=0", "--warmup=-1", "--heads=0",
+    "--passes=3", "--model=gan", "--preset=huge", "--fusion=four"])
 def test_a_flag_that_makes_no_sense_is_named(tmp_path, flag):
     with pytest.raises(UsageError, match=flag.split("=")[0]):
         train_here(tmp_path, flag)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path):
-    resume = ["--steps=2", "--batch_size=2", "--init_from=resume"]
-    with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint .*nothing to resume"):
-        train_here(tmp_path, *resume)
-    train_here(tmp_path, "--steps=1", "--batch_size=2")
-    for other in ("--width=64", "--model=alse", "--p_drop_audio=0.1"):
-        with pytest.raises(ValueError, match="ckpt.pt: was trained with other settings") as error:
-            train_here(tmp_path, *resume, other)
-        assert "\n" not in str(error.value)
-    with pytest.raises(OSError, match="ckpt.pt"):
-        train_here(tmp_path / "ckpt.pt", "--steps=1")                          # no place for a folder
+@pytest.fixture
+def old_checkpoint(tmp_path):
+    """As an earlier version saved it: with Config.fusion, and other names."""
+    path = tmp_path / "ckpt.pt"
+    config = vars(moda.Config(**build.SMALL)) | dict(fusion="c2f")
+    weights = {"motion_in.0.weight": torch.zeros(32, 140), "mean": torch.zeros(70),
+               "std": torch.ones(70), "four.0.qk_gain": torch.ones(4, 2, 16)}
+    moda.save(path, dict(kind="MoDA", config=config, step=9, model=weights, optimizer={}))
+    return path
+
+
+def test_an_old_checkpoint_is_refused_in_one_line_that_says_to_train_again(old_checkpoint):
+    known = "ckpt.pt: not a MoDA that this version knows .*fusion.*; fetch or train it again"
+    with pytest.raises(ValueError, match=known) as error:
+        MoDA.from_pretrained(old_checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_old_weights_in_new_settings_are_refused_by_name(old_checkpoint):
+    state = read_checkpoint(old_checkpoint)
+    del state["config"]["fusion"]
+    moda.save(old_checkpoint, state)
+    with pytest.raises(ValueError, match="(null_audio is absent|is of shape).*train it again"):
+        MoDA.from_pretrained(old_checkpoint)
+
+
+def test_an_old_run_is_not_resumed(old_checkpoint):
+    flags = "--steps=9 --batch_size=2 --heads=2 --n_one=2 --init_from=resume".split()
+    with pytest.raises(ValueError, match="ckpt.pt: was trained with other settings") as error:
+        train_here(old_checkpoint.parent, *flags)
+    assert "\n" not in str(error.value)

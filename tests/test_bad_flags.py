@@ -1,0 +1,140 @@
+"""A flag that makes no sense is one line and exit code 2; a request that no sampler can answer, and
+a place that cannot be written to, are one line and exit code 1. No file is harmed."""
+from pathlib import Path
+
+import pytest
+
+from bad import folder, good, refused, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("command, words", [
+    ("sample --stepz=3", "unknown flag --stepz=3; known: audio_path, output_path"),
+    ("sample steps=3", "unknown flag steps=3"),
+    ("sample --", "unknown flag --"),
+    ("sample --bench", "unknown flag --bench"),
+    ("sample --relative", "unknown flag --relative"),
+    ("sample --absolute", "unknown flag --absolute"),
+    ("train --fusion=c2f", "unknown flag --fusion=c2f")])
+def test_an_unknown_flag(refused, command, words):
+    refused(command, words, code=2)
+
+
+@pytest.mark.parametrize("command, kind", [
+    ("sample --steps=1.5", "int"),
+    ("sample --steps=", "int"),
+    ("sample --steps=many", "int"),
+    ("sample --seed=1000000000000000000000", "int"),
+    ("sample --cfg_audio=nan", "float"),
+    ("sample --cfg_emotion=much", "float"),
+    ("sample --pose_scale=inf", "float"),
+    ("sample --stitch=maybe", "bool"),
+    ("train --steps=1e3", "int"),
+    ("train --seed=1000000000000000000000", "int"),
+    ("train --learning_rate=nan", "float"),
+    ("train --tau=inf", "float"),
+    ("train --p_drop_audio=nan", "float"),
+    ("train --bf16=yes", "bool")])
+def test_a_value_of_the_wrong_type(refused, command, kind):
+    flag = command.split()[1]
+    name = flag.split("=")[0]
+    refused(command, f"{flag}: expected {kind}, as in {name}=", code=2)
+
+
+@pytest.mark.parametrize("command, words", [
+    ("train --steps=0", "--steps=0: should be 1 or more"),
+    ("train --batch_size=-2", "--batch_size=-2: should be 1 or more"),
+    ("train --width=0", "--width=0: should be 1 or more"),
+    ("train --warmup=-1", "--warmup=-1: should be 0 or more"),
+    ("train --learning_rate=-1", "--learning_rate=-1.0: should be 0 or more"),
+    ("train --workers=-1", "--workers=-1: should be 0 or more"),
+    ("train --passes=3", "--batch_size=2: should be a multiple of 3"),
+    ("train --model=alse --batch_size=3", "--batch_size=3: should be a multiple of 2"),
+    ("train --model=alse --passes=2", "--passes and --ema are for --model=moda")])
+def test_a_number_out_of_range(refused, command, words):
+    refused(command, words, code=2)
+
+
+@pytest.mark.parametrize("command, words", [
+    ("sample --emotion=glee", "--emotion=glee: 'glee'? known are anger"),
+    ("sample --emotion=9", "--emotion=9: '9'? known are anger"),
+    ("sample --emotion=", "--emotion= is empty: should be none"),
+    ("sample --emotion=happiness:long", "--emotion=happiness:long: 'long'? known are anger"),
+    ("sample --edit=grin:1", "--edit=grin:1: 'grin'? known are aaa"),
+    ("sample --edit=smile:much", "--edit=smile:much: 'much'? known are aaa"),
+    ("sample --motion=sideways", "--motion=sideways: should be relative or absolute"),
+    ("train --preset=huge", "--preset=huge: known are toy, moda"),
+    ("train --model=gan", "--model=gan: known are moda, alse"),
+    ("prepare --emotion=happy", "--emotion=happy: should be hsemotion")])
+def test_a_name_that_is_not_known(refused, command, words):
+    refused(command, words, code=2)
+
+
+@pytest.mark.parametrize("command", ["sample", "train", "prepare", "check"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(refused, command, device):
+    words = f"--device={device}: no such device here"
+    refused(f"{command} --device={device}", words, code=2)
+
+
+@pytest.mark.parametrize("command, words", [
+    ("sample --audio_path=", "--audio_path=: which voice? a file"),
+    ("sample --audio_path=- --motion_path=m.npy", "not with --motion_path"),
+    ("sample --image_path=me.png", "--weights and --image_path go together"),
+    ("sample --weights=videos", "--weights and --image_path go together"),
+    ("prepare --check", "needed: --data_dir=FOLDER and either --videos=FOLDER or --check"),
+    ("prepare --videos=", "needed: --data_dir=FOLDER and either --videos=FOLDER or --check"),
+    ("prepare --data_dir=", "needed: --data_dir=FOLDER"),
+    ("prepare --crop=1,2", "--crop=1,2: should be --crop=x,y,size in pixels"),
+    ("prepare --crop=-1,0,32", "--crop=-1,0,32: should be --crop=x,y,size in pixels")])
+def test_flags_that_do_not_go_together(refused, command, words):
+    refused(command, words, code=2)
+
+
+# ------------------------------------------------------------------------------ where to write to
+@pytest.mark.parametrize("flag", [
+    "--output_path=video", "--output_path=", "--output_path=nowhere/video.mp4",
+    "--output_path=/dev/full", "--output_path=voice.wav", "--save_motion=nowhere/m.npy"])
+def test_a_place_that_no_video_can_have(refused, flag):
+    name, place = flag.split("=")
+    refused(f"sample {flag}", f"{name}={place or '.'}: should be", "folder that exists", code=2)
+
+
+def test_a_folder_in_the_place_of_the_video(refused):
+    Path("new.mp4").mkdir()
+    refused("sample --output_path=new.mp4", "new.mp4")
+    assert Path("new.mp4").is_dir()
+
+
+def test_a_video_of_unknown_kind(refused):
+    words = "video.nonsense: could not be written"
+    refused("sample --output_path=video.nonsense", words)
+
+
+@pytest.mark.parametrize("out", ["text.txt", "text.txt/new"])
+def test_a_training_below_a_file(refused, out):
+    refused(f"train --out_dir={out}", out)
+
+
+# ------------------------------------------------------------------------------------ no such work
+@pytest.mark.parametrize("flag, words", [
+    ("--steps=0", "steps=0 should be 1 or more"),
+    ("--steps=-3", "steps=-3 should be 1 or more"),
+    ("--chunk=0", "chunk=0: should be 0 <= overlap < first_chunk <= chunk"),
+    ("--overlap=20", "overlap=20, first_chunk=0, chunk=20: should be 0 <= overlap"),
+    ("--overlap=-1", "overlap=-1, first_chunk=0, chunk=20: should be 0 <= overlap"),
+    ("--first_chunk=30", "first_chunk=30, chunk=20: should be 0 <= overlap"),
+    ("--first_chunk=4", "overlap=4, first_chunk=4, chunk=20: should be 0 <= overlap")])
+def test_a_request_that_no_sampler_can_answer(refused, flag, words):
+    refused(f"sample {flag}", words)
+
+
+def test_motion_that_is_none(refused):
+    words = "text.txt: no motion could be read"
+    refused("sample --motion_path=text.txt", words, "should be what --save_motion wrote")
+
+
+@pytest.mark.parametrize("command", ["train --width=1000000000000", "sample --chunk=1000000000000"])
+def test_more_memory_than_there_is(refused, command):
+    refused(command, "memory")

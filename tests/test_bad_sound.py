@@ -1,0 +1,168 @@
+"""No sound, or a broken one, is one line and harms no file; what is merely odd becomes a video."""
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import soundfile
+
+from bad import cut, folder, good, refused, reported, run, start, write
+from build import ffmpeg
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 3000)
+
+
+def sound(samples, rate=16000, name="voice.wav", **options):
+    soundfile.write(name, samples, rate, **options)
+
+
+def encode(name, n):
+    """The first n bytes of the voice in another format."""
+    ffmpeg("-i", "voice.wav", name)
+    cut(name, n)
+
+
+# -------------------------------------------------------------------------------------- no sound
+@pytest.mark.parametrize("path", [
+    "nowhere.wav", "text.txt", "me.png", "videos", "/dev/null", "two\nlines.wav"])
+def test_what_is_no_sound_is_named(refused, path):
+    name = path.split("\n")[-1]
+    refused(f"sample --audio_path={path}", f"{name}: no sound")
+
+
+def test_an_empty_file(refused):
+    write("voice.wav", "")
+    refused("sample", "voice.wav: no sound")
+
+
+def test_a_sound_of_zero_samples(refused):
+    sound([])
+    refused("sample", "voice.wav: no sound")
+
+
+def test_a_header_without_a_sound(refused):
+    cut("voice.wav", 20)
+    refused("sample", "voice.wav: no sound")
+
+
+def test_a_link_to_itself(refused):
+    Path("x.wav").symlink_to("x.wav")
+    refused("sample --audio_path=x.wav", "x.wav: no sound")
+
+
+def test_a_video_without_sound(refused):
+    ffmpeg("-loop", "1", "-t", "0.1", "-i", "me.png", "mute.mp4")
+    refused("sample --audio_path=mute.mp4", "mute.mp4: no sound")
+
+
+@pytest.mark.parametrize("name, size", [("v.mp3", 150), ("v.m4a", 900), ("v.ogg", 200)])
+def test_a_file_cut_before_its_sound(refused, name, size):
+    encode(name, size)
+    refused(f"sample --audio_path={name}", f"{name}: no sound")
+
+
+def test_one_sample_per_second(refused):
+    sound([0.1, 0, 0.1], rate=1)
+    refused("sample", "voice.wav: no sound")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_sound_of_numbers_that_are_none(refused, number):
+    sound([0, number] * 700, subtype="FLOAT")
+    refused("sample", "voice.wav: the sound holds NaN or infinite samples")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(refused):
+    os.mkfifo("pipe.wav")
+    refused("sample --audio_path=pipe.wav", "pipe.wav: which voice? a file, no pipe", code=2)
+
+
+# -------------------------------------------------------------------------------- the microphone
+@pytest.mark.parametrize("samples, flags, words", [
+    (0, [], "-: no sound"),
+    (32_000, ["--overlap=500"], "overlap=500")])
+def test_a_mistake_is_reported_while_the_microphone_is_open(good, tmp_path, samples, flags, words):
+    usual = ["--ckpt=ckpt.pt", "--audio_path=-", f"--output_path={tmp_path}/video.mp4"]
+    process = start(good, "sample.py", *usual, *flags, stdin=subprocess.PIPE)
+    process.stdin.write("x" * 2 * samples)
+    if samples:
+        process.stdin.flush()
+    else:
+        process.stdin.close()
+    lines = reported("".join(process.stderr))
+    assert process.wait() == 1 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- odd, valid
+def one_sample():
+    sound([0.5])
+
+
+def silence():
+    sound(np.zeros(3000))
+
+
+def a_constant():
+    sound(np.full(3000, 0.9))
+
+
+def clipped():
+    sound(30 * NOISE)
+
+
+def thirty_times_full_scale():
+    sound(30 * NOISE, subtype="FLOAT")
+
+
+def bits_24():
+    sound(NOISE, subtype="PCM_24")
+
+
+def bits_64():
+    sound(NOISE, subtype="DOUBLE")
+
+
+def bits_8_at_8_kHz():
+    sound(NOISE, 8000, subtype="PCM_U8")
+
+
+def at_96_kHz():
+    sound(NOISE, 96000)
+
+
+def forty_samples_in_five_seconds():
+    sound(np.full(40, 0.1), 8)
+
+
+def six_channels():
+    sound(NOISE.reshape(-1, 6))
+
+
+def an_mp3_cut_in_the_middle():
+    encode("v.mp3", 1500)
+    shutil.move("v.mp3", "voice.wav")
+
+
+def a_flac_called_wav():
+    sound(NOISE, name="v.flac")
+    shutil.move("v.flac", "voice.wav")
+
+
+@pytest.mark.parametrize("odd", [
+    one_sample, silence, a_constant, clipped, thirty_times_full_scale, bits_24, bits_64,
+    bits_8_at_8_kHz, at_96_kHz, forty_samples_in_five_seconds, six_channels,
+    an_mp3_cut_in_the_middle, a_flac_called_wav])
+def test_what_is_merely_odd_becomes_a_video(run, odd):
+    odd()
+    code, lines = run("sample --save_motion=m.npy")
+    assert code == 0 and not lines
+    motion = np.load("m.npy", allow_pickle=False)
+    assert motion.shape[1] == 70 and np.isfinite(motion).all()
+    assert imageio.get_reader("video.mp4").count_frames() == len(motion)

@@ -1,0 +1,117 @@
+"""Ctrl-C, a full disk, a locked file and a reader that leaves are one line; no file is lost or half
+written under a final name."""
+import os
+import random
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import data
+from bad import FLAGS, SCRIPTS, contents, folder, good, preparable, reported, run, start
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def silence(seconds):
+    soundfile.write("voice.wav", np.zeros(seconds * 16_000), 16_000)
+
+
+# ------------------------------------------------------------------------------------------ Ctrl-C
+@pytest.fixture
+def ctrl_c():
+    """ctrl_c(seconds): KeyboardInterrupt so long after."""
+    usual = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, usual)
+
+
+@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("command", ["sample", "train --steps=100000 --save_every=100000"])
+def test_ctrl_c_at_any_moment_is_one_line_and_no_file(run, ctrl_c, command, moment):
+    silence(25)
+    before = contents()
+    ctrl_c((moment + random.random()) / 12)
+    assert run(command) == (1, ["error: interrupted"])
+    assert contents() == before
+
+
+def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
+    silence(1000)
+    before = contents()
+    process = start(folder, "sample.py", *FLAGS["sample"].split())
+    seen = ""
+    while not re.search(r"frames: [1-9]", seen):
+        seen += process.stderr.read(1)
+    time.sleep(random.random() / 10)
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate()[1]
+    assert reported(seen + rest) == ["error: interrupted"] and process.returncode == 1
+    assert contents() == before
+
+
+def test_ctrl_c_in_a_second_preparation_leaves_the_data_set(run, preparable, monkeypatch):
+    assert run("prepare") == (0, [])
+    Path("videos/second.mp4").write_text("another video")
+    manifest = Path("new/manifest.json").read_bytes()
+    before = contents()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "extract", interrupted)
+    assert run("prepare") == (1, ["error: interrupted"])
+    assert contents() == before
+    assert Path("new/manifest.json").read_bytes() == manifest
+    assert run("train --data_dir=new") == (0, [])
+
+
+# ---------------------------------------------------------------------- disk, permissions, readers
+@pytest.mark.parametrize("command, size, words", [
+    ("sample", 5000, "video.mp4: could not be written"),
+    ("train", 50_000, "ckpt.pt: could not be saved")])
+def test_a_full_disk_harms_no_file(folder, command, size, words):
+    """Files end after so many bytes, in the command and in its ffmpeg."""
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    before = contents()
+    script = f"{SCRIPTS[command].__name__}.py"
+    process = start(folder, script, *FLAGS[command].split(), preexec_fn=full)
+    lines = reported(process.communicate()[1])
+    assert process.returncode == 1 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and words in lines[0]
+    assert contents() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+@pytest.mark.parametrize("locked, command, words, code", [
+    ("voice.wav", "sample", "voice.wav", 1),
+    ("ckpt.pt", "sample", "ckpt.pt", 1),
+    ("me.png", "portrait", "me.png", 1),
+    ("set/manifest.json", "train", "set/manifest.json", 1),
+    ("set/clips/1/motion.npy", "train", "set/clips/1", 1),
+    ("old", "train", "old", 1),
+    (".", "sample", "Permission denied: './", 1)])
+def test_what_may_not_be_read_or_written_is_named(run, locked, command, words, code):
+    before = contents()
+    Path(locked).chmod(0o500 if Path(locked).is_dir() else 0)
+    ended, lines = run(command)
+    Path(locked).chmod(0o700)
+    errors = [line for line in lines if not line.startswith("passed over: ")]
+    assert ended == code and len(errors) == 1, lines
+    assert errors[0].startswith("error: ") and words in errors[0]
+    assert contents() == before
+
+
+def test_a_reader_that_leaves_is_one_line(good):
+    read, write = os.pipe()
+    os.close(read)
+    process = start(good, "data.py", "--data_dir=set", "--check", stdout=write)
+    os.close(write)
+    lines = reported(process.communicate()[1])
+    assert lines == ["error: [Errno 32] Broken pipe"] and process.returncode == 1

@@ -1,0 +1,91 @@
+"""Windows per second that a prepared data set delivers from the page cache, and memory meanwhile.
+
+    python tests/tools/bench_loader.py --data_dir=bench
+
+Makes data sets with log-mel (1 x 160) and with wav2vec 2.0 (12 x 768) features below data_dir, and
+removes them. Prints the seconds to open each, then windows per second, in this process and with two
+workers. The toy's training takes about 45 windows a second. Flags:
+"""
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+import build
+from data import Clips, parse_flags, run
+
+
+@dataclass
+class Settings:
+    data_dir: str = "bench"      # an empty or new folder
+    clips: int = 24              # of each data set
+    frames: int = 1500           # of each clip, a minute
+    seconds: float = 10.0        # of each measurement
+
+
+def memory(kind):
+    """Megabytes of this process and its children: RssAnon is their own, RssFile the page cache."""
+    own, total = str(os.getpid()), 0
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            status = dict(line.split(":", 1) for line in path.read_text().splitlines())
+        except OSError:                            # it has ended
+            continue
+        family = status["Pid"].strip(), status["PPid"].strip()
+        if own in family and kind in status:
+            total += int(status[kind].split()[0]) / 1024
+    return total
+
+
+def random_batches(n, size=8):
+    """Endless: the numbers of `size` of n windows."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(n, (size,), generator=generator).tolist()
+
+
+def measure(data, workers, seconds):
+    """Print windows and bytes per second, and the memory at five moments."""
+    loader = iter(DataLoader(data, batch_sampler=random_batches(len(data)), num_workers=workers))
+    for _ in range(20):
+        next(loader)
+    began, n, spent, seen = time.perf_counter(), 0, 0.0, []
+    while spent < seconds:
+        next(loader)
+        n += 8
+        spent = time.perf_counter() - began
+        if spent > len(seen) * seconds / 5:
+            seen.append(f"{memory('RssAnon'):.0f}+{memory('RssFile'):.0f}")
+    window = 81 * (70 * 4 + np.prod(data.audio_shape) * 2)             # bytes on disk
+    print(f"{data.audio_shape} workers {workers}: {n / spent:7.0f} windows/s, "
+          f"{n / spent * window / 1e6:6.0f} MB/s read; memory, own+mapped MB: {' '.join(seen)}",
+          flush=True)
+
+
+def main(argv):
+    settings = Settings()
+    parse_flags(argv, __doc__, settings)
+    torch.set_num_threads(1)
+    for audio_shape in (1, 160), (12, 768):
+        folder = Path(settings.data_dir, "x".join(map(str, audio_shape)))
+        shutil.rmtree(folder, ignore_errors=True)
+        build.data_set(folder, [settings.frames] * settings.clips, audio_shape)
+        began = time.perf_counter()
+        data = Clips(folder)
+        seconds = time.perf_counter() - began
+        print(f"{audio_shape}: {settings.clips} clips opened in {seconds:.3f} s")
+        for workers in 0, 2:
+            measure(data, workers, settings.seconds)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    run(main)
