@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from numpy.lib.format import open_memmap
+from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
 from moda import EMOTIONS, MOUTH, NO_EMOTION, M, load_strictly, read_checkpoint, save
@@ -35,6 +36,11 @@ RATE = 16000                     # samples per second
 HOP = 640                        # samples per video frame
 STEP = 160                       # samples per spectrum, 10 ms
 BLOCK = 5                        # frames of sound that are read and analysed at once
+
+
+def table(text):
+    """Columns under their names -> structured array; # begins a comment."""
+    return np.genfromtxt(text.splitlines(), names=True, dtype=None, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------- sound
@@ -54,11 +60,12 @@ def ffmpeg(complaint, error, *args, **pipes):
         log.seek(0)
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        raise error(f"{complaint} ({'; '.join(said[:1] + said[1:][-1:])})")
+        raise error(f"{complaint} ({'; '.join(said[:2])})")
 
 
 def decoded(path, what, options, size):
-    """What ffmpeg makes of a file, in pieces of `size` bytes but the last; ValueError if nothing."""
+    """What ffmpeg makes of a file, in pieces of `size` bytes, the last shorter; ValueError if it
+    makes nothing of it."""
     source = ["-nostdin", "-i", f"file:{path}"]
     if path == "-":
         source = f"-f s16le -ar {RATE} -ac 1 -i -".split()
@@ -100,7 +107,7 @@ def mel_filters():
     """40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)."""
     mel = np.log(700 + np.fft.rfftfreq(512, 1 / RATE))
     place = np.interp(mel, np.log([760, 8300]), [0, 41])
-    return np.clip(1 - np.abs(place[:, None] - np.arange(1, 41)), 0, None)
+    return (1 - np.abs(place[:, None] - np.arange(1, 41))).clip(0)
 
 
 MEL = mel_filters()
@@ -125,8 +132,8 @@ def log_mel_blocks(pieces):
 
 def log_mel(wav, n_frames):
     """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
-    wav = np.pad(wav, (0, max(0, n_frames * HOP - len(wav))))
-    return torch.cat([*log_mel_blocks([wav])])[:n_frames]
+    wav = np.pad(wav, (0, n_frames * HOP))[:n_frames * HOP]            # silence if it is shorter
+    return torch.cat(list(log_mel_blocks([wav])))
 
 
 def feature_blocks(encoder, device):
@@ -185,7 +192,7 @@ class Clips(torch.utils.data.Dataset):
         return opened(self.names[k], "motion", "audio", "identity")
 
     def __len__(self):
-        return int(self.first[-1])
+        return self.first[-1]
 
     def __getitem__(self, i):
         k = np.searchsorted(self.first, i, side="right") - 1
@@ -198,8 +205,12 @@ class Clips(torch.utils.data.Dataset):
         if len(numbers) != self.numbers or not numbers.isfinite().all():
             raise ValueError(f"{self.names[k]}: frames from {start} cannot be used (of another "
                              "size, or not finite); delete it and prepare the data again")
-        return dict(motion=motion[1:], prev=motion[0], audio=audio[1:], identity=identity,
-                    emotion=self.emotion[k])
+        return dict(
+            motion=motion[1:],
+            prev=motion[0],
+            audio=audio[1:],
+            identity=identity,
+            emotion=self.emotion[k])
 
 
 def moments_of(motions):
@@ -209,7 +220,7 @@ def moments_of(motions):
         motion = np.asarray(motion, float)
         sums = sums + np.stack([np.ones_like(motion), motion, motion ** 2]).sum(1)
     mean, square = sums[1:] / sums[0]
-    return np.stack([mean, np.sqrt(np.maximum(square - mean ** 2, 0))])
+    return np.stack([mean, (square - mean ** 2).clip(0) ** 0.5])
 
 
 # ------------------------------------------------------------------------------------- preparation
@@ -218,13 +229,14 @@ VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts".split())
 FOLDERS = {name: k for k, name in enumerate(EMOTIONS)}
 FOLDERS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 LABELS = FOLDERS | {str(k): k for k in range(len(EMOTIONS))}
-# channel, mean and standard deviation, as published with the released model
-PUBLISHED = {
-    "scale": (63, 1.2865, 0.0691),
-    "pitch": (67, -2.3407, 8.8819),
-    "yaw": (68, -0.2464, 23.8553),
-    "roll": (69, -0.3269, 5.6063),
-    "mouth": (MOUTH, -0.0056, 0.0214)}
+# mean and standard deviation of some channels, as published with the released model
+PUBLISHED = table("""
+    name   channel  mean     std
+    scale  63       1.2865   0.0691
+    pitch  67       -2.3407  8.8819
+    yaw    68       -0.2464  23.8553
+    roll   69       -0.3269  5.6063
+    mouth  58       -0.0056  0.0214""")
 
 
 def pictures(path, crop, batch=16):
@@ -232,12 +244,12 @@ def pictures(path, crop, batch=16):
     x, y, size = "(iw-min(iw,ih))/2", "(ih-min(iw,ih))/2", "min(iw,ih)"
     if crop:
         x, y, size = crop.split(",")
-    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"                  # else ffmpeg moves the square
+    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"                  # or ffmpeg would move it
     square = f"crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1"
     filters = f"fps=25:start_time=0,{square},scale=256:256:flags=area"
     options = f"-map 0:V:0 -vf {filters} -pix_fmt rgb24 -f rawvideo -xerror"
     for piece in decoded(path, f"picture with crop {crop}", options, batch * 256 * 256 * 3):
-        pixels = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+        pixels = torch.tensor(np.frombuffer(piece, np.uint8))
         yield pixels.view(-1, 256, 256, 3)
 
 
@@ -248,18 +260,18 @@ def read_labels(path):
             rows = list(csv.DictReader(file))
         return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in rows}
     except Exception as error:
-        raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with names "
-                         f"{' '.join(LABELS)}") from None
+        raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
+                         f"names {' '.join(LABELS)}") from None
 
 
 def hsemotion():
     """The classifier that the paper labels with: uint8 (256, 256, 3) -> emotion 0 to 7."""
     from hsemotion_onnx.facial_emotions import HSEmotionRecognizer     # an optional extra
-    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")                   # emotions in our order
+    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")
 
     def classify(image):
-        name, scores = net.predict_emotions(image, logits=False)
-        return int(np.argmax(scores))
+        name, scores = net.predict_emotions(image)
+        return FOLDERS[name.lower()]
     return classify
 
 
@@ -279,8 +291,12 @@ def extract(path, face, features, crop, classify):
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     # the sound whole, for features depend on where it is cut; the face of all frames, not of a blur
     audio = torch.cat([*features([wav[:T * HOP]])]).half()
-    clip = dict(motion=motion[:T], audio=audio, identity=torch.cat(x_c)[:T].mean(0),
-                loudness=log_mel(wav, T).mean((1, 2)), emotion=torch.tensor(votes).mode().values)
+    clip = dict(
+        motion=motion[:T],
+        audio=audio,
+        identity=torch.cat(x_c)[:T].mean(0),
+        loudness=log_mel(wav, T).mean((1, 2)),
+        emotion=torch.tensor(votes).mode().values)
     for name, array in clip.items():
         if not array.isfinite().all():
             raise ValueError(f"{path}: its {name} holds NaN or infinity")
@@ -300,7 +316,8 @@ def write_manifest(manifest, path):
 def prepare(settings):
     """Talking videos -> a data set. A run that was cut off goes on; bad videos are listed."""
     root, folder = Path(settings.videos), Path(settings.data_dir)
-    videos = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in VIDEOS)
+    videos = sorted(path.relative_to(root) for path in root.rglob("*")
+                    if path.suffix.lower() in VIDEOS)
     if not videos:
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
     labels = FOLDERS | (read_labels(settings.labels) if settings.labels else {})
@@ -308,14 +325,12 @@ def prepare(settings):
     face = LivePortrait(settings.weights, settings.device)
     features = feature_blocks(settings.audio_encoder, settings.device)
     begun = dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
-    for name in ("videos", "weights", "audio_encoder", "crop", "emotion"):
+    for name in "videos weights audio_encoder crop emotion".split():
         begun[name] = getattr(settings, name)
     path = folder / "manifest.json"
-    check_begun(path, begun)
-    if not path.exists():
-        save(path, dict(settings=begun), write=write_manifest)
+    begin(path, begun)
 
-    rows, left_out, motions = [], [], []
+    rows, left_out = [], []
     for name in tqdm(videos, "preparing", unit="video"):
         clip = folder / "clips" / name
         try:
@@ -328,21 +343,30 @@ def prepare(settings):
             continue
         emotion = label_of(name, labels, int(vote))
         split = "val" if len(rows) % 20 == 1 else "train"
-        rows.append(dict(clip=name.as_posix(), frames=len(motion), emotion=emotion, split=split))
-        if split == "train":
-            motions.append(motion)
+        rows.append(dict(
+            clip=name.as_posix(),
+            frames=len(motion),
+            emotion=emotion,
+            split=split))
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
-    moments = moments_of(motions).tolist()
-    manifest = dict(settings=begun, audio_shape=audio.shape[1:], moments=moments, clips=rows)
+    training = [folder / "clips" / row["clip"] for row in rows if row["split"] == "train"]
+    moments = moments_of(opened(clip, "motion")[0] for clip in training).tolist()
+    manifest = dict(
+        settings=begun,
+        audio_shape=audio.shape[1:],
+        moments=moments,
+        clips=rows)
     save(path, manifest, write=write_manifest)
 
 
-def check_begun(path, settings):
-    """ValueError if a preparation was begun there with other settings."""
+def begin(path, settings):
+    """Begin a manifest, or go on with one; ValueError if it was begun with other settings."""
+    if not path.exists():
+        save(path, dict(settings=settings), write=write_manifest)
     try:
-        before = json.loads(path.read_text())["settings"] if path.exists() else settings
+        before = json.loads(path.read_text())["settings"]
     except Exception as error:
         before = error
     if before != settings:
@@ -353,7 +377,7 @@ def write_clip(clip, folder):
     """A folder of .npy files that appears when it is complete."""
     part = folder.with_name(f"{folder.name}.part")
     for name, array in clip.items():
-        save(part / f"{name}.npy", array.numpy(), write=write_npy)
+        save(part / f"{name}.npy", array, write=write_npy)
     part.rename(folder)
 
 
@@ -367,12 +391,11 @@ def label_of(name, labels, vote):
 
 
 def voice_lag(mouth, loud, reach=15):
-    """By how many frames the voice follows the mouth where both agree best, and their correlation."""
+    """By how many frames the voice follows the mouth where both agree best; how well they agree."""
     mouth, loud = np.diff(mouth), np.diff(loud)    # what drifts agrees with anything
-    mouth = mouth / (mouth.std() + 1e-9)
-    loud = loud / (loud.std() + 1e-9)
-    fit = np.correlate(loud, mouth[reach:-reach]) / (len(mouth) - 2 * reach)
-    return int(np.argmax(fit)) - reach, fit.max()
+    middle = mouth[reach:-reach]
+    fit = np.correlate(loud, middle) / (len(middle) * mouth.std() * loud.std() + 1e-9)
+    return fit.argmax() - reach, fit.max()
 
 
 def check(folder):
@@ -382,13 +405,13 @@ def check(folder):
     print(f"{folder}: {len(data.lengths)} clips, {hours:.2f} h, {len(data)} windows")
     counts = [f"{name} {data.emotion.count(k)}" for k, name in enumerate(EMOTIONS)]
     print("emotions:", ", ".join(counts))
-    for name, (channel, mean, std) in PUBLISHED.items():
+    for name, channel, mean, std in PUBLISHED:
         ours = data.moments[:, channel]
         print(f"{name:6}{ours[0]:9.4f} +- {ours[1]:7.4f}, published{mean:9.4f} +- {std:7.4f}")
     for path in data.names:
         motion, loudness, *_ = opened(path, "motion", "loudness", "audio", "identity")
         lag, fit = voice_lag(motion[:, MOUTH], loudness)
-        odd = [name for name, (channel, mean, std) in PUBLISHED.items()
+        odd = [name for name, channel, mean, std in PUBLISHED
                if abs(motion[:, channel].mean() - mean) > 4 * std]
         if fit > 0.3 and abs(lag) > 3:
             odd.append("voice")
@@ -397,44 +420,26 @@ def check(folder):
 
 
 # ------------------------------------------------------------------------------- the audio encoder
-ENCODERS = "get facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base"
-DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
-
-
-def read_safetensors(path):
-    """Tensors of a .safetensors file: 8 bytes of length, a JSON header, plain numbers."""
-    data = np.memmap(path, mode="c")
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start].tobytes())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, about in header.items():
-        begin, end = about["data_offsets"]
-        flat = torch.frombuffer(data[start + begin:start + end], dtype=DTYPES[about["dtype"]])
-        tensors[name] = flat.view(about["shape"])
-    return tensors
-
-
 class AudioEncoder(nn.Module):
-    """A public base-size wav2vec 2.0 or HuBERT, at 25 frames per second as the released MoDA has it.
+    """A public base-size wav2vec 2.0 or HuBERT, at 25 frames per second as in the released MoDA.
 
     GroupNorm and attention see the whole sound: features depend on where it is cut, so encode
     first, cut then."""
 
     def __init__(self, channels=512, width=768, hidden=3072, depth=12, groups=16, heads=12):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv1d(1, channels, 10, stride=5, bias=False)])
+        first = nn.Conv1d(1, channels, 10, stride=5, bias=False)
+        group_norm = nn.GroupNorm(channels, channels)
+        self.convs = nn.ModuleList([nn.Sequential(first, group_norm)])
         for kernel in (3, 3, 3, 3, 2, 2):
             self.convs.append(nn.Conv1d(channels, channels, kernel, stride=2, bias=False))
-        self.group_norm = nn.GroupNorm(channels, channels)
         self.projection = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
-        self.position = nn.Conv1d(width, width, 128, padding=64, groups=groups)
+        position = nn.Conv1d(width, width, 128, padding=64, groups=groups)
+        self.position = weight_norm(position, dim=2)
         self.norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList()
-        for _ in range(depth):
-            post_norm = nn.TransformerEncoderLayer(
-                width, heads, hidden, dropout=0, activation="gelu", batch_first=True)
-            self.layers.append(post_norm)
+        post_norm = nn.TransformerEncoderLayer(
+            width, heads, hidden, dropout=0, activation="gelu", batch_first=True)
+        self.layers = nn.TransformerEncoder(post_norm, depth).layers
         self.eval()
 
     def encode(self, wav):
@@ -443,10 +448,7 @@ class AudioEncoder(nn.Module):
         for _ in range(2):                         # as released, which is other than 40 at once
             x = F.pad(x, (20, 20), mode="reflect")
         for conv in self.convs:
-            x = conv(x)
-            if conv is self.convs[0]:
-                x = self.group_norm(x)
-            x = F.gelu(x)                                              # (1, channels, 2 T) at last
+            x = F.gelu(conv(x))                                        # (1, channels, 2 T) at last
         x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True)       # to 25 Hz
         x = self.projection(x.mT)                                      # (1, T, A)
         near = F.gelu(self.position(x.mT)[..., :-1])
@@ -459,13 +461,15 @@ class AudioEncoder(nn.Module):
 
     @torch.inference_mode()
     def blocks(self, pieces):
-        """Sound in pieces of any length -> features (n, L, A) of started frames, minute by minute."""
+        """Sound in pieces of any length -> features (n, L, A) of every frame that began, minute by
+        minute."""
         for wav in regroup(pieces, 60 * RATE):
-            x = torch.from_numpy(np.pad(wav, (0, max(0, HOP - len(wav)))))
+            x = torch.tensor(wav)
+            x = F.pad(x, (0, max(0, HOP - len(x))))
             if self.normalise:
                 x = F.layer_norm(x, x.shape, eps=1e-7)
             whole = len(x) // HOP
-            features = self.encode(x[:whole * HOP].to(self.norm.weight.device)).cpu()
+            features = self.encode(x[:whole * HOP].to(self.norm.weight)).cpu()
             frames = torch.arange(math.ceil(len(wav) / HOP))
             yield features[frames.clamp(max=whole - 1)]                # the last may stand for two
 
@@ -480,35 +484,43 @@ class AudioEncoder(nn.Module):
         """A public base-size file or its folder; ValueError if it is another network or broken."""
         path = Path(path)
         if path.is_dir():
-            safe = path / "model.safetensors"
-            path = safe if safe.exists() else path / "pytorch_model.bin"
-        about = dict(num_attention_heads=12, do_normalize=True)        # unless the files beside it
-        for name in ("config.json", "preprocessor_config.json"):       # say otherwise
-            file = path.with_name(name)
-            try:
-                about |= json.loads(file.read_text()) if file.exists() else {}
-            except Exception as error:
-                raise ValueError(f"{file}: not readable as JSON ({error})") from None
+            safetensors = path / "model.safetensors"
+            path = path / "pytorch_model.bin"
+            if safetensors.exists() and not path.exists():
+                path = safetensors
+        beside = path.with_name("preprocessor_config.json")
         try:
-            read = read_safetensors if path.suffix == ".safetensors" else read_checkpoint
+            about = dict(json.loads(beside.read_text())) if beside.exists() else {}
+        except Exception as error:
+            raise ValueError(f"{beside}: not readable as JSON ({error})") from None
+        try:
+            read = read_checkpoint
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file as read        # an optional extra
             with torch.device("meta"):
-                model = cls(heads=about["num_attention_heads"], **sizes)
+                model = cls(**sizes)
             model.to_empty(device="cpu")
             load_strictly(model.state_dict(), encoder_tensors(read(path)))
         except Exception as error:
             raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
-                             f"({error!s:.200}); {ENCODERS}") from None
-        model.normalise = about["do_normalize"]
+                             f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
+                             "TencentGameMate/chinese-hubert-base; for .safetensors: "
+                             "pip install safetensors") from None
+        model.normalise = about.get("do_normalize", True)
         return model.to(device)
 
 
-# parts of public names and ours, which are those of nn.TransformerEncoderLayer
-RENAMED = [row.split() for row in """
-    feature_extractor.conv_layers.0.layer_norm  group_norm
+# parts of public names; ours are those of nn.TransformerEncoderLayer and of weight_norm
+RENAMED = table("""
+    public                                      ours
+    feature_extractor.conv_layers.0.conv        convs.0.0
+    feature_extractor.conv_layers.0.layer_norm  convs.0.1
     feature_extractor.conv_layers               convs
     feature_projection.layer_norm               projection.0
     feature_projection.projection               projection.1
     encoder.pos_conv_embed.conv                 position
+    weight_g                                    parametrizations.weight.original0
+    weight_v                                    parametrizations.weight.original1
     encoder.layers                              layers
     encoder.layer_norm                          norm
     attention.out_proj                          self_attn.out_proj
@@ -516,8 +528,7 @@ RENAMED = [row.split() for row in """
     feed_forward.output_dense                   linear2
     final_layer_norm                            norm2
     .layer_norm                                 .norm1
-    .conv.                                      .
-    """.strip().splitlines()]
+    .conv.                                      .""")
 
 
 def encoder_tensors(file):
@@ -530,9 +541,6 @@ def encoder_tensors(file):
             for theirs, ours in RENAMED:
                 key = key.replace(theirs, ours)
             tensors[key] = value.float()
-    # weight norm: weight_g and weight_v, or original0 and original1 since torch 2.1
-    g, v = [tensors.pop(key) for key in sorted(tensors) if re.match("position.*weight", key)]
-    tensors["position.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
     for key in [key for key in tensors if "q_proj" in key]:
         qkv = [tensors.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         tensors[key.replace("attention.q_proj.", "self_attn.in_proj_")] = torch.cat(qkv)
@@ -540,97 +548,101 @@ def encoder_tensors(file):
 
 
 # ---------------------------------------------------------------------------------- the toy talker
-# A made-up talker in LivePortrait's own 70 numbers: formant-synthesised syllables, and the motion of
-# mouth, head, brows and lids that belongs to them. Emotion and identity act on voice and face.
+# A made-up talker in LivePortrait's own 70 numbers: syllables of a formant synthesiser, and the
+# motion of mouth, head, brows and lids that belongs to them. Emotion and identity act on both.
 
-def table(text):
-    """Columns of numbers under their names -> structured array."""
-    return np.genfromtxt(text.splitlines(), names=True, dtype=None, encoding="utf-8")
-
-
-# by how many thousandths a point moves along an axis per unit of a control, as LivePortrait has it
+# By how many thousandths a channel, 3 point + axis, moves per unit of a control: LivePortrait's own
+# numbers. Point and axis stand behind them.
 MOVES = table("""
-    place  aaa  eee  woo  brow  smile  frown  blink
-    19y    1    0    0    0     0      0      0
-    19z    .1   0    0    0     0      0      0
-    20y    0    -1   0    0     -10    0      0
-    20z    0    -1   0    0     0      0      0
-    14y    0    -1   1    0     -20    0      0
-    17y    -.1  0    0    0     6.5    0      0
-    17z    0    0    -.5  0     3      0      0
-    3y     0    0    -.5  0     -3.5   0      0
-    7y     0    0    -.5  0     -3.5   0      0
-    1x     0    0    0    0     0      -1     0
-    2x     0    0    0    0     0      1      0
-    1y     0    0    0    1     0      .3     0
-    2y     0    0    0    -1    0      -.3    0
-    11y    0    0    0    0     0      0      -1
-    15y    0    0    0    0     0      0      -1
-    13y    0    0    0    0     -2.75  0      .3
-    16y    0    0    0    0     -2.75  0      .3""")
-CONTROLS = {name: np.zeros((21, 3)) for name in MOVES.dtype.names[1:]}
-for move in MOVES:
-    point, axis = int(move["place"][:-1]), "xyz".index(move["place"][-1])
-    for name, delta in CONTROLS.items():
-        delta[point, axis] = move[name] / 1000
+    channel  aaa  eee  woo  brow  smile  frown  blink
+    58       1    0    0    0     0      0      0        # 19 y
+    59       .1   0    0    0     0      0      0        # 19 z
+    61       0    -1   0    0     -10    0      0        # 20 y
+    62       0    -1   0    0     0      0      0        # 20 z
+    43       0    -1   1    0     -20    0      0        # 14 y
+    52       -.1  0    0    0     6.5    0      0        # 17 y
+    53       0    0    -.5  0     3      0      0        # 17 z
+    10       0    0    -.5  0     -3.5   0      0        # 3 y
+    22       0    0    -.5  0     -3.5   0      0        # 7 y
+    3        0    0    0    0     0      -1     0        # 1 x
+    6        0    0    0    0     0      1      0        # 2 x
+    4        0    0    0    1     0      .3     0        # 1 y
+    7        0    0    0    -1    0      -.3    0        # 2 y
+    34       0    0    0    0     0      0      -1       # 11 y
+    46       0    0    0    0     0      0      -1       # 15 y
+    40       0    0    0    0     -2.75  0      .3       # 13 y
+    49       0    0    0    0     -2.75  0      .3       # 16 y""")
+CONTROLS = {}
+for name in MOVES.dtype.names[1:]:
+    CONTROLS[name] = np.zeros(63)
+    CONTROLS[name][MOVES["channel"]] = MOVES[name] / 1000
 
 
 def expression(**controls):
     """Sum of the controls; each a number or (T,) -> (63,) or (T, 63)."""
-    return sum(np.multiply.outer(x, CONTROLS[name].ravel()) for name, x in controls.items())
+    return sum(np.multiply.outer(x, CONTROLS[name]) for name, x in controls.items())
 
 
-# two formants in kHz; how much voice and hiss; the hiss's centre in kHz; jaw, spread, round (-1..1)
+# three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls
 PHONES = table("""
-    phone  f1    f2    voice  hiss  centre  seconds  jaw   spread  round
-    a      .75   1.25  1      0     3       .17      1     .1      0
-    e      .52   1.85  1      0     3       .15      .5    .6      0
-    i      .3    2.25  .9     0     3       .14      .2    1       0
-    o      .48   .9    1      0     3       .16      .55   0       .8
-    u      .32   .8    .9     0     3       .15      .15   0       1
-    @      .52   1.45  .8     0     3       .1       .4    .1      .1
-    m      .26   1     .3     0     3       .09      -.3   0       .1
-    b      .22   .9    .06    .01   2       .08      -.35  0       0
-    n      .28   1.6   .3     0     3       .07      .1    .2      0
-    t      .3    1.8   0      .15   5       .07      .1    .2      0
-    s      .3    1.7   0      .35   6       .1       .02   .5      0
-    S      .3    1.8   0      .35   3       .1       .05   0       .6
-    f      .3    1.2   0      .12   7       .09      -.15  .1      0
-    l      .38   1.3   .5     0     3       .07      .25   .1      0
-    w      .3    .65   .5     0     3       .08      .05   0       1
-    pause  .48   1.45  0      0     3       .5       0     0       0""")
-VOWELS, CONSONANTS, PAUSE = PHONES[:6], PHONES[6:15], PHONES[15:]
-# group, how often a syllable has it, and factors on its length
-SYLLABLE = [
-    (CONSONANTS, 0.9, 0.8, 1.25),
-    (VOWELS, 1.0, 0.8, 1.25),
-    (CONSONANTS, 0.25, 0.8, 1.25),
-    (PAUSE, 0.17, 0.3, 1.8)]
-# of each emotion: controls that it holds, jaw only while speaking; and factors on the voice
+    phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
+    a      vowel      .75  1.25  2.55  1      .05   3       .17      55   1    0
+    e      vowel      .52  1.85  2.55  1      .05   3       .15      28   6    0
+    i      vowel      .3   2.25  2.9   .9     .05   3       .14      11   10   0
+    o      vowel      .48  .9    2.45  1      .05   3       .16      30   0    10
+    u      vowel      .32  .8    2.3   .9     .05   3       .15      8    0    12
+    @      vowel      .52  1.45  2.55  .8     .05   3       .1       22   1    1
+    m      consonant  .26  1     2.55  .3     0     3       .09      -16  0    1
+    b      consonant  .22  .9    2.55  .06    .01   2       .08      -19  0    0
+    n      consonant  .28  1.6   2.55  .3     0     3       .07      5    2    0
+    t      consonant  .3   1.8   2.55  0      .15   5       .07      5    2    0
+    s      consonant  .3   1.7   2.55  0      .35   6       .1       1    5    0
+    S      consonant  .3   1.8   2.55  0      .35   3       .1       3    0    7
+    f      consonant  .3   1.2   2.55  0      .12   7       .09      -8   1    0
+    l      consonant  .38  1.3   2.7   .5     .03   3       .07      14   1    0
+    w      consonant  .3   .65   2.4   .5     .03   3       .08      3    0    12
+    pause  pause      .48  1.45  2.55  0      0     3       .5       0    0    0""")
+# what a syllable is made of: how often it has it, and factors on its length
+SYLLABLE = table("""
+    kind       chance  shortest  longest
+    consonant  .9      .8        1.25
+    vowel      1       .8        1.25
+    consonant  .25     .8        1.25
+    pause      .17     .3        1.8""")
+# of each emotion: controls that it holds, and factors on the voice
 MANNERS = table("""
-    emotion    smile  brow  frown  blink  jaw  pitch  range  loudness  rate
-    anger      -.2    0     -9     -6     4    1.15   1.3    1.6       1.15
-    contempt   .25    2     0      -10    -4   .9     .7     .8        .9
-    disgust    -.3    0     -5     -12    -2   .85    .9     .9        .85
-    fear       -.25   10    -4     4      2    1.3    1      .8        1.2
-    happiness  1      4     0      -2     3    1.2    1.5    1.2       1.1
-    neutral    0      0     0      0      0    1      1      1         1
-    sadness    -.3    5     -2     -9     -3   .9     .6     .6        .8
-    surprise   .1     14    0      5      10   1.3    1.6    1.1       1""")
+    emotion    aaa  smile  brow  frown  blink  pitch  range  loudness  rate
+    anger      4    -.2    0     -9     -6     1.15   1.3    1.6       1.15
+    contempt   -4   .25    2     0      -10    .9     .7     .8        .9
+    disgust    -2   -.3    0     -5     -12    .85    .9     .9        .85
+    fear       2    -.25   10    -4     4      1.3    1      .8        1.2
+    happiness  3    1      4     0      -2     1.2    1.5    1.2       1.1
+    neutral    0    0      0     0      0      1      1      1         1
+    sadness    -3   -.3    5     -2     -9     .9     .6     .6        .8
+    surprise   10   .1     14    0      5      1.3    1.6    1.1       1""")
+HELD = MANNERS.dtype.names[1:6]
+# a head's rest, mean and standard deviation over clips; how far it drifts, and nods with the voice
+HEAD = table("""
+    channel  mean  spread  drift  nod
+    scale    1.3   .05     .006   0
+    t_x      0     .02     .012   0
+    t_y      .1    .02     .006   0
+    t_z      0     0       0      0
+    pitch    -1    2       2.5    3
+    yaw      0     4       5      0
+    roll     0     1.5     2      0""")
 
 
 def smooth(track, width):
-    """Gaussian average along the first axis; width (standard deviation) in samples."""
-    offsets = np.arange(-3 * width, 3 * width + 1)
-    kernel = np.exp(-0.5 * (offsets / width) ** 2)
-    mirrored = track[np.pad(np.arange(len(track)), 3 * width, mode="reflect")]
-    spans = np.lib.stride_tricks.sliding_window_view(mirrored, len(kernel), 0)
-    return spans @ (kernel / kernel.sum())
+    """Gaussian average of (n,), mirrored at its ends; width (standard deviation) in samples."""
+    kernel = torch.signal.windows.gaussian(6 * width + 1, std=width).numpy()
+    mirrored = np.pad(track, 3 * width, mode="reflect")
+    return np.convolve(mirrored, kernel / kernel.sum(), "valid")
 
 
-def wander(rng, width, *shape):
-    """Smooth noise of unit variance; width in samples."""
-    return smooth(rng.standard_normal(shape), width) * (4 * np.pi * width ** 2) ** 0.25
+def wander(rng, width, n):
+    """Smooth noise of unit variance, (n,); width in samples."""
+    return smooth(rng.standard_normal(n), width) * (4 * np.pi * width ** 2) ** 0.25
 
 
 def toy_clip(seed, T):
@@ -638,127 +650,116 @@ def toy_clip(seed, T):
     rng = np.random.default_rng(seed)
     emotion = int(rng.integers(8))
     manner = MANNERS[emotion]
-    phones, stress = articulation(rng, 4 * T, manner["rate"])          # at 100 Hz
-    build = rng.uniform(-1, 1, 3)                                      # this face's proportions
-    identity = toy_identity(build)
-    delta = toy_expression(rng, manner, phones, 1 + 0.35 * build[2])   # wide mouths move further
-    motion = np.hstack([delta, toy_head(rng, stress)])
+    phones = articulation(rng, 4 * T + 1, manner["rate"])              # at 100 Hz, ends included
+    mouth = rng.uniform(0.8, 1.2)                                      # how wide this one is
+    face = FACE * rng.uniform(0.9, 1.1, 3)
+    face[[14, 20], 0] *= mouth
+    delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide mouths move further
+    motion = np.hstack([delta, toy_head(rng, phones)])
     wav = toy_voice(rng, manner, phones)
-    return wav, motion[2::4].astype(np.float32), emotion, identity
+    return wav, np.float32(motion[2::4]), emotion, np.float32(face.ravel())
 
 
 def articulation(rng, n, rate):
-    """Random syllables and pauses: phones (n,) and stress (n,), every 10 ms."""
-    phones, stress, ends = [], [], []
+    """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
+    phones, ends = [], []
     end = rng.uniform(-1, 0)                       # speech has begun before
     while end < n / 100:
-        strength = rng.uniform(0.75, 1.25)
-        for group, chance, shortest, longest in SYLLABLE:
+        stress = rng.uniform(0.75, 1.25)
+        for kind, chance, shortest, longest in SYLLABLE:
             if rng.random() > chance:
                 continue
-            phone = rng.choice(group)
+            phone = rng.choice(PHONES[PHONES["kind"] == kind])
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
-            stressed = group is VOWELS             # then it is louder and wider
-            if stressed:
-                phone["voice"] *= strength
-                phone["jaw"] *= strength
+            if kind == "vowel":
+                phone["voice"] *= stress
+                phone["aaa"] *= stress
             phones.append(phone)
-            stress.append(stressed * max(0, strength - 1))
             ends.append(end)
     now = np.searchsorted(ends, np.arange(n) / 100)
-    return np.array(phones)[now], np.array(stress)[now]
-
-
-def toy_identity(build):
-    """A face of its own height, width and mouth width: (63,)."""
-    points = FACE * (1 + 0.12 * build[0], 1 + 0.08 * build[1], 1)
-    points[[14, 20], 0] *= 1 + 0.2 * build[2]
-    return points.ravel().astype(np.float32)
+    return np.array(phones)[now]
 
 
 def toy_expression(rng, manner, phones, reach):
     """Lips follow the voice, the emotion holds the rest: (n, 63)."""
     n = len(phones)
-    jaw, spread, rounding = [reach * smooth(phones[x], 4) for x in ("jaw", "spread", "round")]
-    speaking = smooth(phones["jaw"] != 0, 10)
-    blinks = 10 * smooth(rng.random(n) < 0.003, 4)
-    held = {}
-    for name in ("smile", "brow", "frown", "blink"):                   # strong or weak, never still
-        held[name] = manner[name] * rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
-    held["blink"] = np.clip(held["blink"] - 22 * blinks, -20, 5)
-    open_jaw = 55 * jaw + manner["jaw"] * rng.uniform(0.8, 1.2) * speaking
-    return expression(aaa=open_jaw, eee=10 * spread, woo=12 * rounding, **held)
+    lips, held = {}, {}
+    for name in ("aaa", "eee", "woo"):
+        lips[name] = reach * smooth(phones[name], 4)
+    for name in HELD:                                                  # strong or weak, never still
+        strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
+        held[name] = manner[name] * strength
+    blinks = 220 * smooth(rng.random(n) < 0.003, 4)
+    held["blink"] = (held["blink"] - blinks).clip(-20)
+    return expression(**lips) + expression(**held)
 
 
-def toy_head(rng, stress):
-    """Scale, translation, rotation (n, 7): a head at rest that drifts, and nods with the stress."""
-    # scale, t_x, t_y, pitch, yaw, roll
-    rest = rng.normal((1.3, 0, 0.1, 0, 0, 0), (0.05, 0.02, 0.02, 2, 4, 1.5))
-    drift = wander(rng, 60, len(stress), 6) * (0.006, 0.012, 0.006, 2.5, 5, 2)
-    head = rest + drift
-    head[:, 3] += 12 * smooth(stress, 12)
-    return np.insert(head, 3, 0, 1)                # t_z = 0
+def toy_head(rng, phones):
+    """Scale, translation, rotation, (n, 7)."""
+    head = []
+    for _, mean, spread, drift, nod in HEAD:
+        rest = rng.normal(mean, spread)
+        drifting = drift * wander(rng, 60, len(phones))
+        nodding = nod * smooth(phones["voice"], 12)
+        head.append(rest + drifting + nodding)
+    return np.stack(head, 1)
 
 
 def toy_voice(rng, manner, phones):
-    """Source and filter, in a room: (n * 160,)."""
-    voiced, hiss = toy_sources(rng, manner, phones)
-    tract, hiss_filter = toy_filters(rng, phones)
+    """Source and filter, in a room: (160 (n - 1),)."""
+    source = torch.tensor(toy_source(rng, manner, phones))
+    response = torch.tensor(toy_filter(rng, phones))
     stft = dict(n_fft=HOP, hop_length=STEP, window=torch.hann_window(HOP).double())
-    spectrum = 0
-    for source, response in ((voiced, tract), (hiss, hiss_filter)):
-        frames = torch.stft(torch.tensor(source), **stft, return_complex=True)
-        spectrum = spectrum + frames[:, :-1] * torch.tensor(response.T)
-    wav = toy_room(rng, torch.istft(F.pad(spectrum, (0, 1)), **stft).numpy())
+    spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
+    wav = torch.istft(spectrum * response.T, **stft).numpy()
     loudness = manner["loudness"] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
-    return np.clip(loudness * wav, -1, 1).astype(np.float32)
+    return np.float32(np.clip(loudness * toy_room(rng, wav), -1, 1))
 
 
 def upsample(x):
-    """From 100 Hz to the sound's rate."""
-    clock = np.arange(len(x) * STEP)
-    return np.interp(clock, clock[STEP // 2::STEP], x)
+    """From 100 Hz to the sound's rate: (n,) -> (160 (n - 1),)."""
+    clock = np.arange(STEP * (len(x) - 1)) / STEP
+    return np.interp(clock, np.arange(len(x)), x)
 
 
-def toy_sources(rng, manner, phones):
-    """Glottal pulses with some breath, and hiss, where phones have them: (n * 160,) each."""
+def toy_source(rng, manner, phones):
+    """Glottal pulses where phones are voiced, noise where they hiss: (160 (n - 1),)."""
     melody = 0.5 * wander(rng, 12, len(phones)) + smooth(phones["voice"], 15)
-    pitch = rng.uniform(90, 230) * manner["pitch"] * 2 ** (0.25 * manner["range"] * melody)
+    register = rng.uniform(90, 230) * manner["pitch"]
+    pitch = register * 2 ** (0.25 * manner["range"] * melody)
     phase = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
-    effort = np.clip(0.86 + 0.04 * manner["loudness"] + rng.normal(0, 0.02), 0.8, 0.94)
+    effort = rng.uniform(0.84, 0.88) + 0.04 * manner["loudness"]
     z = effort * np.exp(1j * phase)
     pulses = (z / (1 - z)).real                    # z + z^2 + z^3 + ..: harmonics that fall off
-    breath, hiss = rng.standard_normal((2, len(z)))
-    voiced = pulses + rng.uniform(0.02, 0.1) * breath
-    return [upsample(smooth(phones[name], 2)) * sound
-            for name, sound in (("voice", voiced), ("hiss", hiss))]
+    voice, hiss = [upsample(smooth(phones[name], 2)) for name in ("voice", "hiss")]
+    return voice * pulses + hiss * rng.standard_normal(len(z))
 
 
-def toy_filters(rng, phones):
-    """Frequency responses (n, 321): of the moving vocal tract, and of the hiss."""
+def toy_filter(rng, phones):
+    """Frequency response of the vocal tract, or where there is no voice, of the hiss: (n, 321)."""
     khz = np.fft.rfftfreq(HOP, 1000 / RATE)
     tract = (0.02 + khz) ** rng.uniform(0.2, 1.0)  # lips radiate what is high
     shorter = rng.uniform(0.85, 1.2)               # and short tracts have higher formants
-    formants = smooth(phones["f1"], 3), smooth(phones["f2"], 3), np.array([2.55]), np.array([3.6])
-    for f, width in zip(formants, (0.08, 0.1, 0.14, 0.25)):
-        f = shorter * f[:, None]
-        tract = tract * f ** 2 / np.hypot(f ** 2 - khz ** 2, width * khz + 1e-6)
+    for name in ("f1", "f2", "f3"):
+        f = shorter * smooth(phones[name], 3)[:, None]
+        tract = tract * f ** 2 / np.hypot(f ** 2 - khz ** 2, 0.1 * khz)
     hiss = 6 * np.exp(-0.35 * (khz - phones["centre"][:, None]) ** 2)
-    return tract, hiss
+    return np.where(phones["voice"][:, None] > 0, tract, hiss)
 
 
 def toy_room(rng, wav):
     """A voice of unit variance with echo, sometimes music, and noise."""
-    seconds = np.arange(RATE // 4) / RATE
-    echo = np.exp(-seconds / rng.uniform(0.02, 0.08)) * rng.standard_normal(len(seconds))
-    n = 2 * len(wav)
-    room = np.fft.irfft(np.fft.rfft(wav, n) * np.fft.rfft(echo, n))[:len(wav)]
+    n = len(wav)
+    decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
+    echo = decay * rng.standard_normal(n)
+    room = np.fft.irfft(np.fft.rfft(wav) * np.fft.rfft(echo))          # its end echoes at the start
     room *= rng.uniform(0, 0.7) / room.std()
     music = rng.choice([0, 0, 0.25]) * rng.random()
     for _ in range(3):
-        tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(len(wav)))
-        room += music * upsample(wander(rng, 10, len(wav) // STEP).clip(0)) * tone
-    noise = 10 ** rng.uniform(-3, -1) * rng.standard_normal(len(wav))
+        tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
+        swell = upsample(wander(rng, 10, n // STEP + 1).clip(0))
+        room += music * swell * tone
+    noise = 10 ** rng.uniform(-3, -1) * rng.standard_normal(n)
     return wav / wav.std() + room + noise
 
 
@@ -766,11 +767,11 @@ class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=300, T=200):
-        self.wavs, self.clips, self.names, rows = [], [], [], []
-        for k in tqdm(range(clips), f"toy talker, {split}", leave=False):
+        self.wavs, self.clips, rows = [], [], []
+        self.names = range(clips)
+        for k in tqdm(self.names, f"toy talker, {split}", leave=False):
             wav, motion, emotion, identity = toy_clip((split != "train", k), T)
             self.wavs.append(wav)
-            self.names.append(f"toy clip {k}")
             self.clips.append((motion, log_mel(wav, T).numpy(), identity))
             rows.append(dict(frames=T, emotion=emotion))
         self.index(rows, (1, 160), moments_of(motion for motion, *_ in self.clips))
@@ -780,12 +781,12 @@ class ToyTalker(Clips):
 
 
 # ------------------------------------------------------------------------------- the command lines
-class UsageError(Exception):
+class UsageError(ValueError):
     """A flag that makes no sense."""
 
 
 def parse_flags(argv, doc, *settings):
-    """Set the fields of dataclasses from flags --name=value; returns the names that were given.
+    """Set the fields of dataclasses from flags --name=value; returns what was given, {name: value}.
 
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is
     wrong; --help prints `doc` and every field with the comment in its class."""
@@ -793,7 +794,7 @@ def parse_flags(argv, doc, *settings):
         print(doc, *map(describe, settings), sep="\n")
         sys.exit()
     owners = {name: owner for owner in settings for name in vars(owner)}
-    given = set()
+    given = {}
     for arg in argv:
         name, _, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or name not in owners:
@@ -808,7 +809,7 @@ def parse_flags(argv, doc, *settings):
             line = f"{arg}: expected {kind.__name__}, as in --{name}={default}"
             raise UsageError(line) from None
         setattr(owners[name], name, value)
-        given.add(name)
+        given[name] = value
     return given
 
 
@@ -838,7 +839,7 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()
         return
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError, UsageError,
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError,
             KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise                                  # a mistake of ours

@@ -11,7 +11,8 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ SCALE = slice(63, 64)
 TRANS = slice(64, 67)            # translation
 ROT = slice(67, 70)              # pitch, yaw, roll in degrees
 MOUTH = 58                       # (19, y): the mouth opening, the widest channel of real speech
-LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
+LIP_POINTS = 6, 12, 14, 17, 19, 20
+LIPS = [3 * point + axis for point in LIP_POINTS for axis in range(3)]
 EMOTIONS = "anger contempt disgust fear happiness neutral sadness surprise none".split()
 NO_EMOTION = 8                   # the null label of classifier-free guidance
 
@@ -44,17 +46,29 @@ class Config:
     p_drop_emotion: float = 0.1  # the same for emotion
 
 
-TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1, audio_layers=1, audio_dim=160)
+TOY = dict(
+    width=128,
+    heads=2,
+    n_four=1,
+    n_two=1,
+    n_one=1,
+    audio_layers=1,
+    audio_dim=160)
 PRESETS = {"moda": {}, "toy": TOY}
 
 
 # ----------------------------------------------------------------------------- positions and times
-def rope_table(n, d, device=None):
-    """Cosine and sine of position * 256^(-2i / d) for RoPE (Sec. 3.2.2): (n, d / 2, 2)."""
-    i = torch.arange(d // 2, device=device)
-    frequencies = torch.exp(-math.log(256) * 2 * i / d)
-    angles = torch.outer(torch.arange(n, device=device), frequencies)
+def waves(position, n, theta):
+    """Cosine and sine of position (...) * theta^(-2i / n) for i < n / 2: (..., n / 2, 2)."""
+    i = torch.arange(n // 2, device=position.device)
+    frequency = torch.exp(-math.log(theta) * 2 * i / n)
+    angles = position[..., None] * frequency
     return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rope_table(n, d, device=None):
+    """RoPE's (Sec. 3.2.2) waves for n positions and d channels: (n, d / 2, 2)."""
+    return waves(torch.arange(n, device=device), d, 256)
 
 
 def rotate(x, rope):
@@ -63,17 +77,14 @@ def rotate(x, rope):
     Aligned RoPE: each of the k modalities in x counts its frames from 0 again."""
     cos, sin = rope.unbind(-1)                                         # (N, d / 2)
     x_ = x.float().unflatten(2, (-1, len(rope)))                       # (B, H, k, N, d)
-    even, odd = x_.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_[..., 0::2], x_[..., 1::2]
     turned = [even * cos - odd * sin, even * sin + odd * cos]
     return torch.stack(turned, -1).view(x.shape).type_as(x)
 
 
-def timestep_embedding(t, size=256):
-    """Sinusoids of 1000 t, cosines first: t (...) in [0, 1] -> (..., size)."""
-    j = torch.arange(size // 2, device=t.device)
-    frequencies = torch.exp(-math.log(10000) * j / len(j))
-    angles = 1000 * t[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
+def timestep_embedding(t):
+    """t (...) in [0, 1] -> (..., 256), cosines first."""
+    return waves(1000 * t, 256, 10000).mT.flatten(-2)
 
 
 # ------------------------------------------------------------------------ motion transformer blocks
@@ -88,18 +99,19 @@ def attention(q, k, v):
 
 
 class Heads(nn.Module):
-    """(B, n, 3D) -> q, k, v (B, H, n, d); q and k are normalised and, with a rope, rotated."""
+    """(B, n, 3D) -> q, k, v (B, H, n, d); q and k are normalised and, most often, rotated."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, rotated=True):
         super().__init__()
         self.count = cfg.heads
+        self.rotated = rotated
         self.q_norm = nn.RMSNorm(cfg.width // cfg.heads, eps=1e-5)
         self.k_norm = nn.RMSNorm(cfg.width // cfg.heads, eps=1e-5)
 
     def forward(self, qkv, rope):
         q, k, v = qkv.unflatten(-1, (3, self.count, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
+        if self.rotated:
             q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v
 
@@ -107,13 +119,12 @@ class Heads(nn.Module):
 class ModalityPath(nn.Module):
     """What one stream owns in a block (Sec. 3.2.2, Fig. 4): AdaLN, projections, feed-forward."""
 
-    def __init__(self, cfg, rotated=True):
+    def __init__(self, cfg, rotated):
         super().__init__()
         D = cfg.width
-        self.rotated = rotated
         self.adaln = nn.Linear(D, 6 * D)
         self.qkv = nn.Linear(D, 3 * D)
-        self.heads = Heads(cfg)
+        self.heads = Heads(cfg, rotated)
         self.proj = nn.Linear(D, D)
         self.mlp_in = nn.Linear(D, 4 * D)
         self.mlp_out = nn.Linear(4 * D, D)
@@ -125,7 +136,7 @@ class ModalityPath(nn.Module):
     def before_attention(self, x, modulation, rope):
         shift, scale = modulation[:2]
         qkv = self.qkv(modulate(x, shift, scale))
-        return self.heads(qkv, rope if self.rotated else None)
+        return self.heads(qkv, rope)
 
     def after_attention(self, x, y, modulation):
         gate, mlp_shift, mlp_scale, mlp_gate = modulation[2:]
@@ -141,7 +152,7 @@ class JointBlock(nn.Module):
         super().__init__()
         self.paths = nn.ModuleList()
         for s in range(n_paths):
-            self.paths.append(ModalityPath(cfg, rotated=s < n_rotated))
+            self.paths.append(ModalityPath(cfg, s < n_rotated))
 
     def forward(self, xs, c, rope):
         """Streams xs, (B, n, D) each, under the conditioning vector c (B, D) -> the same."""
@@ -175,7 +186,8 @@ class SingleBlock(nn.Module):
         """x (B, n, D) -> the same."""
         D = x.size(-1)
         shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
-        qkv, h = self.qkv_mlp(modulate(x, shift, scale)).split([3 * D, 4 * D], -1)
+        x_ = modulate(x, shift, scale)
+        qkv, h = self.qkv_mlp(x_).split([3 * D, 4 * D], -1)
         y = attention(*self.heads(qkv, rope))
         h = F.gelu(h, approximate="tanh")
         return x + gate * self.out(torch.cat([y, h], -1))
@@ -197,10 +209,9 @@ class Head(nn.Module):
 def init_weights(model):
     """Xavier-uniform linear layers with zero biases; closed gates; attention on the diagonal."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or name == "head.linear":
-            continue
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        if isinstance(layer, nn.Linear) and name != "head.linear":
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
         # Not in the paper: with a common direction in every q and k, RoPE makes attention begin on
@@ -230,12 +241,13 @@ class MotionModel(nn.Module):
         """(..., 70) in LivePortrait units -> the network's, of a face of average size."""
         return (motion / size - self.mean) / (self.std + 1e-5)         # some never move: std 0
 
-    def denormalise(self, z, size=1.0):
-        return (z * (self.std + 1e-5) + self.mean) * size
+    def denormalise(self, z):
+        return z * (self.std + 1e-5) + self.mean
 
     def flat_audio(self, audio):
         """(B, N, L, A) -> (B, N, L * A); ValueError if those are not the model's features."""
-        expected, found = (self.cfg.audio_layers, self.cfg.audio_dim), tuple(audio.shape[2:])
+        expected = self.cfg.audio_layers, self.cfg.audio_dim
+        found = tuple(audio.shape[2:])
         if found != expected:
             raise ValueError(f"the model takes {expected} features per frame, not {found}: "
                              "name their audio encoder")
@@ -316,8 +328,8 @@ class MoDA(MotionModel):
             x = block(x, c, rope)                                      # and all as one
         return self.head(x[:, :N], c)
 
-    def embed_audio(self, audio, drop_audio=None):
-        """(B, N, L, A) -> (B, N, D); where drop_audio (B,), all is the null vector."""
+    def embed_audio(self, audio, drop_audio):
+        """(B, N, L, A) -> (B, N, D); where drop_audio (B,), if any, all is the null vector."""
         audio = self.flat_audio(audio)
         if drop_audio is not None:
             null = self.null_audio.repeat(self.cfg.audio_layers)
@@ -325,7 +337,7 @@ class MoDA(MotionModel):
         return self.audio_embedder(audio)
 
     def conditioning(self, t, emotion):
-        """What every AdaLN is conditioned on: t (..., B), emotion (B,) -> (..., B, D)."""
+        """What every AdaLN is conditioned on: t (B,), emotion (B,) -> (B, D)."""
         c = self.time_embedder(timestep_embedding(t).to(self.null_audio.dtype))
         if self.cfg.emotion_adaln:
             c = c + self.emotion_embedder(emotion)
@@ -353,8 +365,9 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     x = eps - z0                                                       # and its velocity
     m = model(z_t, t, audio, emotion, identity, prev, drop_audio)      # v_theta; m in Eq. 5
     loss_rf = F.mse_loss(m, x)                                         # Eq. 4
-    loss_vel = F.mse_loss(m.diff(dim=1), x.diff(dim=1))                # Eq. 5: x' - m'
-    loss_vel = loss_vel + F.mse_loss(m.diff(2, dim=1), x.diff(2, dim=1))               # x'' - m''
+    loss_vel = F.mse_loss(m.diff(dim=1), x.diff(dim=1))                # Eq. 5: x' - m',
+    loss_acc = F.mse_loss(m.diff(2, dim=1), x.diff(2, dim=1))          # and x'' - m''
+    loss_vel = loss_vel + loss_acc
     if expert is None:
         return loss_rf, loss_vel, torch.zeros_like(loss_rf)
     sync = sync_loss(*expert(audio, z_t - t_ * m))                     # of the motion m points to
@@ -391,20 +404,20 @@ class ALSE(MotionModel):
         self.motion = self.tower(len(LIPS))
         init_weights(self)
 
-    def tower(self, n_in, depth=4):
+    def tower(self, n_in):
         D = self.cfg.width
-        layers = [ResidualConv(D, D, kernel_size=5, padding="same") for _ in range(depth)]
-        return nn.Sequential(nn.Linear(n_in, D), *layers)
+        layers = [ResidualConv(D, D, kernel_size=5, padding="same") for _ in range(4)]
+        return nn.Sequential(nn.Linear(n_in, D), *layers, nn.ReLU())
 
     def forward(self, audio, motion):
         """audio (B, N, L, A), motion (B, N, 70) in LivePortrait units -> unit vectors a and m,
         (B, N, D) each, without negative numbers, so that a cosine is a probability."""
         a = self.audio(self.flat_audio(audio))
         m = self.motion(self.normalise(motion)[..., LIPS])
-        return F.normalize(a.relu(), dim=-1), F.normalize(m.relu(), dim=-1)
+        return F.normalize(a, dim=-1), F.normalize(m, dim=-1)
 
     def pretraining_loss(self, audio, motion, shift):
-        """In sync as recorded; out of sync with the voice `shift` frames late, or the next clip's."""
+        """In sync as recorded; not with the voice `shift` frames late, nor with the next clip's."""
         a, m = self(audio, motion)
         late = sync_loss(a.roll(shift, 1), m, in_sync=False)
         foreign = sync_loss(a.roll(1, 0), m, in_sync=False)
@@ -412,25 +425,19 @@ class ALSE(MotionModel):
 
 
 # ------------------------------------------------------------------------------------- the sampler
-def dropped_conditions(guidance, emotion, device):
-    """Per pass of Eq. 8, the first of which drops nothing: is audio dropped, and the emotion."""
-    drop_audio, emotions = [False], [emotion]
-    for condition in guidance:
-        drop_audio.append("audio" in condition)
-        emotions.append(NO_EMOTION if "emotion" in condition else emotion)
-    return torch.tensor(drop_audio, device=device), torch.tensor(emotions, device=device)
-
-
 def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
     """Eq. 8: (1 + sum of lambda_c) v - sum over conditions c of lambda_c v with c dropped.
 
     guidance {c: lambda_c}, "audio+emotion" for both together; the rest as in MoDA.forward, of one
     clip, for its passes are the batch -> (N, 70)."""
-    drop_audio, emotions = dropped_conditions(guidance, emotion, z.device)
-    passes = len(emotions)
-    z, audio, identity, prev = [x.to(model.null_audio).expand(passes, *x.shape)
+    passes = ["", *guidance]                       # and what each of them drops
+    drop_audio = torch.tensor(["audio" in dropped for dropped in passes], device=z.device)
+    drop_emotion = torch.tensor(["emotion" in dropped for dropped in passes], device=z.device)
+    emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
+    t = t.expand(len(passes))
+    z, audio, identity, prev = [x.to(model.null_audio).expand(len(passes), *x.shape)
                                 for x in (z, audio, identity, prev)]
-    v = model(z, t.expand(passes), audio, emotions, identity, prev, drop_audio).float()
+    v = model(z, t, audio, emotion, identity, prev, drop_audio).float()
     guided = (1 + sum(guidance.values())) * v[0]
     for scale, v_dropped in zip(guidance.values(), v[1:]):
         guided = guided - scale * v_dropped
@@ -438,10 +445,9 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler(velocity, z, times):
-    """Follow the flow from noise at times[0] to motion at 0; velocity(z, k) is v at times[k]."""
-    ends = [*times[1:], 0.0]
-    for k, t in enumerate(times):
-        z = z - (t - ends[k]) * velocity(z, k)     # Eq. 2 prints a plus; with v = eps - z0 only
+    """Follow the flow from noise at times[0] to motion at 0, in a step per time; velocity(z, t)."""
+    for t, end in pairwise([*times, 0.0]):
+        z = z - (t - end) * velocity(z, t)         # Eq. 2 prints a plus; with v = eps - z0 only
     return z                                       # the minus leads to data
 
 
@@ -450,23 +456,26 @@ def windows(audio, chunk, overlap, first_chunk, emotions):
 
     voice (n, L, A): its n <= length frames; length: to which silence fills it up; stride: how many
     no later window touches. emotions: [(label, frames), ...]; a new one begins a new window."""
-    frames = (frame for piece in audio for frame in piece)
-    length, voice, tail = first_chunk or chunk, [], 0
+    length, voice, seen = first_chunk or chunk, [], 0
+    if not 0 <= overlap < length <= chunk:
+        raise ValueError(f"overlap={overlap}, first_chunk={first_chunk}, chunk={chunk}: should be "
+                         "0 <= overlap < first_chunk <= chunk")
+    frames = chain.from_iterable(audio)
     for emotion, frames_left in emotions:
         while frames_left >= 1:
             voice.extend(islice(frames, length - len(voice)))
-            if len(voice) <= tail:                 # all that is left was in the last window
+            if len(voice) <= seen:                 # all that is left was in the last window
                 return
             stride = int(min(length - overlap, frames_left))
             yield torch.stack(voice), length, stride, emotion
             voice = voice[stride:]
             frames_left -= stride
-            length, tail = chunk, overlap
+            length, seen = chunk, overlap
 
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2},
-           chunk=100, overlap=16, seed=0, noise=None, smooth=False, first_chunk=0):
+           chunk=100, overlap=16, seed=0, noise=(), smooth=False, first_chunk=0):
     """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
 
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
@@ -480,50 +489,50 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks, as released
     first_chunk  frames of the first chunk, for an earlier start; 0: as many as the others
-    Yields (n, 70) as soon as no later sound can change it."""
-    times = check_request(steps, chunk, overlap, first_chunk, guidance).to(model.mean)
+    Yields (n, 70) as soon as no later sound can change it. ValueError: what cannot be followed."""
+    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else steps
+    if not times:
+        raise ValueError(f"steps={steps} should be 1 or more")
+    for condition in guidance:
+        if not {"audio", "emotion"}.issuperset(condition.split("+")):
+            raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
+    times = torch.tensor(times).to(model.mean)
     guidance = {condition: scale for condition, scale in guidance.items() if scale}
     pieces = [audio] if torch.is_tensor(audio) else audio
     emotions = emotion if isinstance(emotion, list) else [(emotion, math.inf)]
-    noises = iter([] if noise is None else noise)
+    network = model
+    if model.fast:
+        network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
+    noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.linspace(0, 1, overlap + 1)[:-1, None]                # 0, 1 / overlap .. < 1
+    fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
     identity, prev = identity.flatten(), prev.flatten()
-    networks = {}                                  # of each emotion
-    eps = torch.empty(0, M)                        # two windows share that of their common frames
-    before = torch.empty(0, M)                     # the frame before a window,
-    tail = torch.empty(0, M)                       # the common frames as the last window has them,
-    rest = torch.empty(0, M)                       # the same, ready but not yet yielded
+    eps = before = tail = torch.empty(0, M)        # there is no window before the first
 
     for voice, length, stride, label in windows(pieces, chunk, overlap, first_chunk, emotions):
-        if label not in networks:
-            networks[label] = fast_network(model, times, label, guidance) if model.fast else model
-        silence = voice.new_zeros(length - len(voice), *voice.shape[1:])
-        given = torch.cat([voice, silence]), label, identity, prev, guidance
-
-        def velocity(z, k):
-            return guided_velocity(networks[label], z, times[k], *given)
+        padded = F.pad(voice, (0, 0, 0, 0, 0, length - len(voice)))    # with silence
+        velocity = partial(guided_velocity, network, audio=padded, emotion=label,
+                           identity=identity, prev=prev, guidance=guidance)
         fresh = torch.randn(length - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
         motion = euler(velocity, next(noises, eps).to(times.device), times).cpu()
         if smooth:
-            motion = smooth_pose(motion)
+            smooth_pose(motion)
         n = len(tail)
-        motion[:n] = tail.lerp(motion[:n], fade[:n])
+        motion[:n].lerp_(tail, fade[:n])
         ready = torch.cat([before, motion[:len(voice)]])
         if smooth:                                 # one frame ahead, where no fade has begun
-            ready = smooth_pose(ready)
+            smooth_pose(ready)
         ready = ready[len(before):]
         yield ready[:stride]
-        before = motion[stride - 1:stride]
+        before = motion[stride - 1:stride]         # the frame before the next window,
         prev = before.flatten()
-        tail = motion[stride:stride + overlap]
-        rest = ready[stride:]
-        eps = eps[stride:]
-    if not networks:
+        tail = motion[stride:stride + overlap]     # the frames that both have, as this one has them
+        eps = eps[stride:]                         # and their noise
+    if not len(before):
         raise ValueError("the audio has no frames")
-    if len(rest):
-        yield rest
+    if len(ready) > stride:
+        yield ready[stride:]
 
 
 def generate(*args, **kwargs):
@@ -532,42 +541,27 @@ def generate(*args, **kwargs):
 
 
 def smooth_pose(motion):
-    """Mean of scale, translation and rotation over each frame and its neighbours, (n, 70)."""
-    expression, pose = motion.split([63, 7], 1)
-    pose = F.avg_pool1d(pose.T, 3, stride=1, padding=1, count_include_pad=False).T
-    return torch.cat([expression, pose], 1)
-
-
-def check_request(steps, chunk, overlap, first_chunk, guidance):
-    """The times of the steps; ValueError says which argument of `stream` cannot be followed."""
-    times = steps
-    if isinstance(steps, int):
-        times = [1 - k / steps for k in range(steps)]
-    if len(times) == 0:
-        raise ValueError(f"steps={steps} should be 1 or more")
-    if not 0 <= overlap < (first_chunk or chunk) <= chunk:
-        raise ValueError(f"overlap={overlap}, first_chunk={first_chunk}, chunk={chunk}: should be "
-                         "0 <= overlap < first_chunk <= chunk")
-    if not {"audio", "emotion"}.issuperset("+".join(guidance or ["audio"]).split("+")):
-        raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
-    return torch.tensor(times)
+    """Average scale, translation and rotation over each frame and its neighbours; (n, 70)."""
+    pose = motion[:, SCALE.start:]
+    pose[:] = F.avg_pool1d(pose.T, 3, stride=1, padding=1, count_include_pad=False).T
 
 
 # --------------------------------------------------------------------------------- faster sampling
 # The same numbers with less work, to which tests/test_sampler.py holds it: AdaLN is computed for
 # all steps at once, N equal tokens as one, and the last block for motion alone.
 
-def fast_network(model, times, emotion, guidance):
+def fast_network(model, times, emotions):
     """A copy of the model that shares its weights, with the parts below in place."""
-    _, emotions = dropped_conditions(guidance, emotion, times.device)
-    c = model.conditioning(times[:, None], emotions)                   # (steps, passes, D)
+    conditions = torch.cartesian_prod(times, times.new_tensor(emotions))
+    t, emotion = conditions.T
+    c = model.conditioning(t, emotion.long())
     network = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     network.__class__ = FastMoDA
-    network.times = times
+    network.conditions = conditions
     for module in [*network.modules()]:
         if hasattr(module, "adaln"):
-            module.adaln = AdaLNTable(module.adaln(c))
-        if isinstance(module, ModalityPath) and not module.rotated:
+            module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
+        if isinstance(module, ModalityPath) and not module.heads.rotated:
             module.__class__ = OneTokenPath
     for block in network.one[-1:]:
         block.__class__ = LastBlock
@@ -577,21 +571,12 @@ def fast_network(model, times, emotion, guidance):
 
 
 class FastMoDA(MoDA):
-    """Knows only some times; what its AdaLN is conditioned on is the number of one."""
+    """Knows some (t, emotion) alone, its `conditions`: each is a row of AdaLN's tables."""
 
     def conditioning(self, t, emotion):
-        return (self.times - t[0]).abs().argmin()
-
-
-class AdaLNTable(nn.Module):
-    """The outputs of an AdaLN layer for all steps, (steps, B, .), of which forward(k) is row k."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, k):
-        return self.rows.index_select(0, k[None])[0]   # rows[k] would wait for the device
+        """t (B,), emotion (B,) -> (B,) numbers of rows."""
+        given = torch.stack([t, emotion], 1)
+        return torch.cdist(given, self.conditions, p=1).argmin(1)
 
 
 class OneTokenPath(ModalityPath):
@@ -617,7 +602,8 @@ class LastBlock(SingleBlock):
         bias, mlp_bias = self.qkv_mlp.bias.split([3 * D, 4 * D])
         q, k, v = self.heads(F.linear(u, weight, bias), rope)
         y = attention(q[:, :, :N], k, v)
-        h = F.gelu(F.linear(u[:, :N], mlp_weight, mlp_bias), approximate="tanh")
+        h = F.linear(u[:, :N], mlp_weight, mlp_bias)
+        h = F.gelu(h, approximate="tanh")
         return x[:, :N] + gate * self.out(torch.cat([y, h], -1))
 
 
@@ -636,7 +622,7 @@ def save(path, state, keep=None, write=torch.save):
         part.replace(path)
     except Exception as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be saved ({error}); an earlier one is untouched") from None
+        raise OSError(f"{path}: could not be saved ({error}); an earlier one stays") from None
 
 
 def read_checkpoint(path, advice="fetch it again, or train it first"):
@@ -725,8 +711,8 @@ def from_released(state, path):
     model.to_empty(device="cpu")
     model.mean.zero_()
     model.std.fill_(1)
-    if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was none:
-        generator = torch.Generator().manual_seed(42)                  # never saved, drawn on use
+    if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was no
+        generator = torch.Generator().manual_seed(42)                  # parameter: drawn, not saved
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
         unused.add("a null_audio_feat, which it lacks: drawn")
     print(f"{path}: the released MoDA; not used: {', '.join(sorted(unused)) or 'nothing'}")

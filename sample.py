@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import (CONTROLS, LABELS, MANNERS, RATE, ToyTalker, UsageError, audio_blocks, expression,
-                  feature_blocks, ffmpeg, find_device, parse_flags, run, write_npy)
+from data import (CONTROLS, HELD, LABELS, MANNERS, RATE, ToyTalker, UsageError, audio_blocks,
+                  expression, feature_blocks, ffmpeg, find_device, parse_flags, run, write_npy)
 from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, load_statistics, save, stream
 from renderer import (SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image,
                       relative)
@@ -79,9 +80,7 @@ def open_model(settings, given):
     """The model of --ckpt; the released one has defaults of its own."""
     model = MoDA.from_pretrained(settings.ckpt)
     if model.cfg.rope_streams == 2:
-        for name, value in RELEASED.items():
-            if name not in given:
-                setattr(settings, name, value)
+        vars(settings).update(RELEASED | given)
     if model.std.eq(1).all():
         load_statistics(model, settings.stats)
     model.fast, model.compiled = settings.fast, settings.compile
@@ -95,7 +94,7 @@ def open_face(settings, device):
     image = read_image(settings.image_path)
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    dtype = torch.bfloat16 if settings.bf16 else None
     face = LivePortrait(settings.weights, device, dtype)
     if settings.compile:
         face.render = torch.compile(face.render, dynamic=False)
@@ -160,8 +159,8 @@ def motion_of(settings, model, source, features, saved):
         neutral[EXP] = 0
     scale = torch.ones_like(portrait)
     scale[EXP], scale[ROT] = settings.exp_scale, settings.pose_scale
-    edit = expression(**dict(amounts("edit", settings.edit, CONTROLS, 1)))
-    edit = torch.tensor(edit).to(portrait)
+    controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
+    edit = portrait.new_tensor(expression(**controls))
     if settings.motion_path:
         motions = [read_motion(settings.motion_path)]
     else:
@@ -226,7 +225,7 @@ def make_video(settings, model, began):
     """From the voice to the file: each stage pulls from the one before it."""
     voice = settings.audio_path
     face, source, place = open_face(settings, model.mean.device)
-    clock, saved = dict(sound=0.0, motion=0.0, render=0.0), []
+    clock, saved = Counter(), []
     live = not settings.motion_path and (settings.stream or voice == "-")
     sound_pipe, copy = os.pipe() if voice == "-" else (os.devnull, os.devnull)
     sound = audio_blocks(voice)
@@ -243,10 +242,10 @@ def make_video(settings, model, began):
     write_video(Path(settings.output_path), bar, voice, sound_pipe)
     taken = time.perf_counter() - started
     if settings.save_motion:
-        save(settings.save_motion, torch.cat(saved).numpy(), write=write_npy)
+        save(settings.save_motion, torch.cat(saved), write=write_npy)
     clock["motion"] -= clock["sound"]              # which it pulled from
     busy = clock["motion"] + clock["render"]
-    first = clock.pop("first render") - started
+    first = clock["first render"] - started
     clock |= dict(loading=started - began, encode=max(0, taken - busy - clock["sound"]))
     stages = ", ".join(f"{name} {clock[name]:.2f} s" for name in STAGES)
     print(f"{settings.output_path}: {bar.n} frames; {stages}; first frame after {first:.2f} s; "
@@ -293,7 +292,7 @@ def main(argv):
 
 # ------------------------------------------------------------------------------ the live microphone
 def microphone(pieces, clock, pipe):
-    """Sound no sooner than it is spoken, at clock["spoken"]; also written to the pipe of the video."""
+    """Sound no sooner than it is spoken, at clock["spoken"]; a copy goes to the video's pipe."""
     writer = ThreadPoolExecutor(1)                 # for the pipe may be full
     clock["spoken"] = time.perf_counter()
     for piece in pieces:
@@ -321,10 +320,9 @@ def sync_scores(expert, audio, motion):
 
     Sync-D is the best of them; Sync-C, the confidence, how far their median lies above it."""
     a, m = expert(audio, motion)
-    T = m.size(1)
-    a = a[:, 15:T - 15]                            # the middle of the voice, (K, T - 30, D)
-    distances = [(m[:, k:k + T - 30] - a).norm(dim=-1).mean(1) for k in range(31)]
-    distances = torch.stack(distances, 1)
+    middle = a[:, 15:-15]                          # of the voice, (K, n, D)
+    shifted = m.unfold(1, middle.size(1), 1)       # (K, 31, D, n)
+    distances = (shifted - middle.mT[:, None]).norm(dim=2).mean(-1)
     best = distances.amin(1)
     confidence = distances.median(1).values - best
     return {"Sync-C": confidence.mean().item(), "Sync-D": best.mean().item()}
@@ -332,14 +330,14 @@ def sync_scores(expert, audio, motion):
 
 def mouth_correlation(z, truth):
     """Mean over clips of the correlation of two mouths' openings."""
-    both = np.stack([z[..., MOUTH], truth[..., MOUTH]], 1)             # (K, 2, T)
+    both = torch.stack([z, truth], 1)[..., MOUTH]                      # (K, 2, T)
     return np.mean([np.corrcoef(pair)[0, 1] for pair in both])
 
 
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
-    still = [c for c in range(63) if c not in LIPS]
-    held = {name: MANNERS[name] for name in ("smile", "brow", "frown", "blink")}
+    still = np.setdiff1d(range(63), LIPS)
+    held = {name: MANNERS[name] for name in HELD}
     prototypes = torch.tensor(expression(**held)).to(motion)
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean().item()
@@ -356,11 +354,12 @@ def evaluate(settings, model, talker):
         options = sampling(settings) | other
         given = zip(tqdm(audio, "evaluating", leave=False), identity, prev, emotion)
         return torch.stack([generate(model, *clip, **options) for clip in given])
-    rows = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
+    motions = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
     expert = None
     if Path(settings.alse).is_file():
         expert = ALSE.from_pretrained(settings.alse)
-    for name, z in rows.items():
+    rows = {}
+    for name, z in motions.items():
         motion = model.denormalise(z)
         rows[name] = row = {"mouth corr": mouth_correlation(z, truth)}
         if expert:
@@ -392,7 +391,8 @@ def after_training(folder, clips):
     write_video(folder / "sample.mp4", frames, folder / "sample.wav")
     # a frame a second; the sound; the mouth's opening, generated (red) over true (grey)
     strip = Image.new("RGB", (1280, 440), "white")
-    strip.paste(Image.fromarray(np.hstack(frames[::25])).resize((1280, 160)))
+    pictures = Image.fromarray(np.hstack(frames[::25]))
+    strip.paste(pictures.resize((1280, 160)))
     draw_curve(strip, wav[::40] * 55 / np.abs(wav).max(), 220, "#7896aa")
     draw_curve(strip, true[:, MOUTH] * 2000, 390, "#969696")
     draw_curve(strip, motion[:, MOUTH] * 2000, 390, "#c83c3c")
@@ -400,8 +400,8 @@ def after_training(folder, clips):
 
 
 def draw_curve(image, curve, base, colour):
-    points = np.stack([np.linspace(0, image.width, len(curve)), base - np.asarray(curve)], 1)
-    ImageDraw.Draw(image).line(points.ravel().tolist(), colour, 2)
+    x = np.linspace(0, image.width, len(curve))
+    ImageDraw.Draw(image).line(list(zip(x, base - curve)), colour, 2)
 
 
 if __name__ == "__main__":

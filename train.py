@@ -15,13 +15,13 @@ import os
 import signal
 import sys
 import time
+import timeit
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,12 +88,10 @@ def read_settings(argv):
             raise UsageError(f"--{name}={value}: should be {lowest} or more")
     parts = WORLD * settings.passes
     if settings.model == "alse":
-        parts = 2 * WORLD                          # foreign pairs take two windows
-        if settings.passes > 1 or settings.ema:
-            raise UsageError("--passes and --ema are for --model=moda")
+        parts *= 2                                 # foreign pairs take two windows
     if settings.batch_size % parts:
-        raise UsageError(f"--batch_size={settings.batch_size}: should be a multiple of {parts}, "
-                         "processes x --passes")
+        raise UsageError(f"--batch_size={settings.batch_size}: should be a multiple of {parts}: "
+                         "processes x --passes, x 2 for the expert")
     return settings, cfg
 
 
@@ -105,7 +103,8 @@ def draw_batch(step, data, cfg, settings):
     index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
     drawn = draw(cfg, settings.batch_size, data.frames, generator)
     damaged = []
-    windows = [readable(data, row, damaged) for row in index.chunk(WORLD)[RANK].tolist()]
+    mine = index.chunk(WORLD)[RANK]
+    windows = [readable(data, row, damaged) for row in mine.tolist()]
     if None in windows:
         return None, damaged
     batch = torch.utils.data.default_collate(windows)
@@ -144,7 +143,8 @@ def resume(out, parts, model):
 def open_log(out, first_step, columns):
     """log.csv, which keeps the rows of the steps before first_step."""
     path = out / "log.csv"
-    rows = path.read_text().splitlines()[1:first_step + 1] if path.exists() else []
+    path.touch()
+    rows = path.read_text().splitlines()[1:first_step + 1]
     log = open(path if RANK == 0 else os.devnull, "w")
     print(columns, *rows, sep="\n", file=log, flush=True)
     return log
@@ -155,11 +155,10 @@ def matmul_speed(device, bf16):
     n = 4096 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        began = time.perf_counter()
+
+    def product():
         (a @ a)[0, 0].item()                       # waits for the device
-        seconds.append(time.perf_counter() - began)
+    seconds = timeit.repeat(product, number=1, repeat=10)
     return 2 * n ** 3 / min(seconds)
 
 
@@ -167,16 +166,22 @@ def step_flops(model, batch):
     """FLOP of a step: the backward pass takes twice the work of the forward pass."""
     one = {name: x[:1].to(model.mean.device) for name, x in batch.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        losses(model, **normalised(model, one))
+        loss_terms(model, model, one)
     return 3 * len(batch["motion"]) * forward.get_total_flops()
 
 
-def normalised(model, batch):
-    """A batch of windows as `losses` takes it."""
+def loss_terms(net, model, batch, expert=None, tau=0.4):
+    """What the loss is the sum of: L_RF, L_vel and L_ALSE of a MoDA (Eq. 6); of an ALSE its own.
+
+    net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
+    them; expert: from load_expert."""
+    if isinstance(model, ALSE):
+        late = int(3 + 27 * batch["t"][0])         # frames
+        return [ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)]
     batch = dict(batch)
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
-    return batch
+    return losses(net, **batch, expert=expert, tau=tau)
 
 
 def rate_of(settings, step):
@@ -297,31 +302,32 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
     batches = read_ahead(data, model.cfg, settings, first_step)
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
-    if kind is ALSE:
-        return train_alse(settings, net, parts, enumerate(bar, first_step), out, stops)
     expert = load_expert(settings.alse, model)
-    log = open_log(out, first_step, "step,loss,rf,vel,sync,grad_norm,learning_rate,seconds,waiting")
+    names = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss's terms
+    log = open_log(out, first_step, f"step,loss,{names},grad_norm,learning_rate,seconds,waiting")
     ideal, began = None, time.perf_counter()
     for step, batch in enumerate(bar, first_step):
         waiting = time.perf_counter() - began
         ideal = ideal or step_flops(model, batch) / matmul_speed(device, settings.bf16)
 
-        # forward and backward, pass by pass: L_RF, L_vel, L_ALSE, whose sum is Eq. 6
-        means = torch.zeros(3, device=device)
+        # forward and backward, pass by pass
+        means = 0
         for k in range(settings.passes):
             part = {name: x.chunk(settings.passes)[k].to(device) for name, x in batch.items()}
             net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                terms = losses(net, **normalised(model, part), expert=expert, tau=settings.tau)
-            loss = torch.stack(terms) / settings.passes
-            loss.sum().backward()
-            means += loss.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
+                terms = loss_terms(net, model, part, expert, settings.tau)
+            terms = torch.stack(terms) / settings.passes
+            terms.sum().backward()
+            means = means + terms.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
 
         # step, if all processes find it sound
-        rf, vel, sync, norm, stop = mean_over_processes([*means, norm, len(stops)], device)
-        loss = rf + vel + sync
-        check(step, loss, norm)
+        *terms, norm, stop = mean_over_processes([*means, norm, len(stops)], device)
+        loss = sum(terms)
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"step {step}: loss {loss}, gradients {norm}; "
+                             "the last checkpoint is good")
         rate = rate_of(settings, step)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
@@ -333,7 +339,7 @@ def main(argv):
         # log and save
         seconds = time.perf_counter() - began
         began = time.perf_counter()
-        row = step, loss, rf, vel, sync, norm, rate, seconds, waiting
+        row = step, loss, *terms, norm, rate, seconds, waiting
         print(*row, sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, "
                             f"{settings.batch_size / seconds:.0f} windows/s, "
@@ -344,38 +350,8 @@ def main(argv):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0 and settings.eval_clips and not settings.data_dir:
+    if RANK == 0 and kind is MoDA and settings.eval_clips and not settings.data_dir:
         sample.after_training(out, settings.eval_clips)
-
-
-def check(step, loss, norm):
-    """ValueError if training has gone astray; what is saved is older than that."""
-    if not math.isfinite(loss + norm):
-        raise ValueError(f"step {step}: loss {loss}, gradients {norm}; the last checkpoint is good")
-
-
-def train_alse(settings, net, parts, batches, out, stops):
-    """The loop for the lip-sync expert."""
-    model, optimizer = parts["model"], parts["optimizer"]
-    device, log = model.mean.device, None
-    for step, batch in batches:
-        log = log or open_log(out, step, "step,loss,grad_norm,learning_rate")
-        late = int(3 + 27 * batch["t"][0])         # frames
-        audio, motion = batch["audio"].to(device), batch["motion"].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            loss = ALSE.pretraining_loss(net, audio, motion, late)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
-        loss, norm, stop = mean_over_processes([loss.detach(), norm, len(stops)], device)
-        check(step, loss, norm)
-        rate = rate_of(settings, step)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        print(step, loss, norm, rate, sep=",", file=log, flush=True)
-        save_run(out, settings, parts, step + 1, stop)
-        if stop:
-            return
 
 
 if __name__ == "__main__":

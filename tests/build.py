@@ -17,7 +17,7 @@ from stand_in import brightness
 
 HERE = Path(__file__).parent
 SMALL = dict(width=32, heads=2, n_four=1, n_two=1, n_one=2, audio_layers=1, audio_dim=160)
-SMALL_ENCODER = dict(channels=32, width=48, hidden=96, depth=3, groups=4)
+SMALL_ENCODER = dict(channels=32, width=48, hidden=96, depth=3, groups=4, heads=4)
 
 
 # ------------------------------------------------------------------------------- networks, weights
@@ -63,12 +63,10 @@ def liveportrait(folder, seed=1):
 
 
 def encoder(folder, size="base", seed=1):
-    """The folder of a wav2vec 2.0 of the base size, or of a small one with four heads."""
+    """The folder of a wav2vec 2.0 of the base size, or of a small one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(tensors(manifest("wav2vec2")[size], seed), folder / "pytorch_model.bin")
-    heads = 12 if size == "base" else 4
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
     return folder
 
 

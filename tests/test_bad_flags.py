@@ -51,7 +51,7 @@ def test_a_value_of_the_wrong_type(refused, command, kind):
     ("train --workers=-1", "--workers=-1: should be 0 or more"),
     ("train --passes=3", "--batch_size=2: should be a multiple of 3"),
     ("train --model=alse --batch_size=3", "--batch_size=3: should be a multiple of 2"),
-    ("train --model=alse --passes=2", "--passes and --ema are for --model=moda")])
+    ("train --model=alse --passes=2", "--batch_size=2: should be a multiple of 4")])
 def test_a_number_out_of_range(refused, command, words):
     refused(command, words, code=2)
 

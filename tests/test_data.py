@@ -10,7 +10,7 @@ import torch
 
 import build
 import data
-from data import (MANNERS, RATE, Clips, ToyTalker, expression, load_audio, log_mel, log_mel_blocks,
+from data import (HELD, MANNERS, RATE, Clips, ToyTalker, expression, load_audio, log_mel, log_mel_blocks,
                   toy_clip)
 from moda import EMOTIONS, MOUTH, M
 
@@ -84,7 +84,7 @@ def test_toy_motion_is_as_large_as_published_motion():
 
 
 def test_every_emotion_has_its_own_face():
-    held = {name: MANNERS[name] for name in ("smile", "brow", "frown", "blink")}
+    held = {name: MANNERS[name] for name in HELD}
     faces = expression(**held)
     apart = np.linalg.norm(faces[:, None] - faces, axis=-1) + np.eye(8)
     assert len(faces) == len(EMOTIONS) - 1                     # all but none

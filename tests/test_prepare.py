@@ -207,6 +207,25 @@ def test_features_of_an_encoder_are_those_of_the_whole_clip(
         prepare(tmp_path / "v", tmp_path / "large", "--audio_encoder=hubert")
 
 
+def test_any_number_of_videos_can_be_prepared(stand_in, tmp_path, monkeypatch):
+    """Clips are looked at one after the other: a process may open a thousand files or so."""
+    def extract(*args):
+        return dict(motion=torch.zeros(T, 70), audio=torch.zeros(T, 1, 160),
+                    identity=torch.zeros(63), loudness=torch.zeros(T), emotion=torch.tensor(8))
+    monkeypatch.setattr(data, "extract", extract)
+    (tmp_path / "v").mkdir()
+    for k in range(60):
+        (tmp_path / f"v/{k}.mp4").touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 20, hard))
+    try:
+        prepare(tmp_path / "v", tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(Clips(tmp_path / "set", "").lengths) == 60
+
+
 # -------------------------------------------------------------------------------- runs that are cut
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(videos, prepared, tmp_path):
     rng, folder = random.Random(7), tmp_path / "set"
@@ -340,7 +359,6 @@ def test_the_classifier_labels_what_nothing_else_does(emotions, monkeypatch):
         def predict_emotions(self, image, logits=True):
             assert image.shape == (256, 256, 3)
             assert image.dtype == np.uint8
-            assert not logits
             return "Sadness", np.eye(8)[6]
     module = types.SimpleNamespace(HSEmotionRecognizer=HSEmotionRecognizer)
     package = types.SimpleNamespace(facial_emotions=module)

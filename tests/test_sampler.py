@@ -24,7 +24,7 @@ def velocity(model, z, t, emotion, drop_audio, audio, identity, prev):
 def test_euler_is_exact_on_a_straight_path():
     z0, eps = torch.randn(2, 8, M)
     for times in [1.0], [1 - k / 7 for k in range(7)]:
-        assert torch.allclose(euler(lambda z, k: eps - z0, eps, times), z0, atol=1e-5)
+        assert torch.allclose(euler(lambda z, t: eps - z0, eps, times), z0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -173,7 +173,7 @@ def test_a_new_emotion_begins_a_chunk_and_a_first_chunk_may_be_short(tiny):
     pieces = list(stream(tiny, emotion=[(5, 50), (4, math.inf)], **options))
     assert [len(piece) for piece in pieces] == [32, 18, 32, 18]
     changed = torch.cat(pieces)
-    assert torch.equal(changed[:50], plain[:50])
+    assert torch.allclose(changed[:50], plain[:50], atol=1e-5)
     assert not torch.allclose(changed[58:], plain[58:], atol=1e-2)
     early = stream(tiny, first_chunk=20, **options)
     assert [len(piece) for piece in early] == [12, 32, 32, 24]

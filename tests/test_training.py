@@ -23,14 +23,13 @@ import build
 import moda
 import train
 from data import Clips, ToyTalker, UsageError
-from moda import MoDA, read_checkpoint
+from moda import ALSE, MoDA, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = "--width=32 --heads=1 --clips=4 --eval_clips=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3".split()
 SPLIT = "--passes=2 --workers=1".split()
 toy = functools.cache(ToyTalker)
-KINDS = dict(moda=moda.MoDA, alse=moda.ALSE)
 pytestmark = pytest.mark.usefixtures("one_thread")     # as in the processes: sums have one order
 
 
@@ -315,6 +314,15 @@ def test_the_moving_average_follows_the_weights_and_is_what_is_loaded(tmp_path, 
     assert any(not torch.equal(last["ema"][name], last["model"][name]) for name in last["ema"])
     loaded = MoDA.from_pretrained(tmp_path / "ckpt.pt").state_dict()
     assert all(torch.equal(loaded[name], x) for name, x in last["ema"].items())
+
+
+def test_the_expert_takes_passes_and_a_moving_average_too(tmp_path):
+    flags = "--model=alse --steps=3 --batch_size=4 --passes=2 --ema=0.5".split()
+    assert len(train_here(tmp_path, *flags)) == 3
+    state = read_checkpoint(tmp_path / "ckpt.pt")
+    loaded = ALSE.from_pretrained(tmp_path / "ckpt.pt").state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in state["ema"].items())
+    assert any(not torch.equal(x, state["model"][name]) for name, x in state["ema"].items())
 
 
 def test_passes_divide_the_windows_of_a_step(tmp_path, monkeypatch):
