@@ -33,8 +33,8 @@ from moda import EMOTIONS, MOUTH, NO_EMOTION, M, load_strictly, read_checkpoint,
 from renderer import FACE, LivePortrait, to_motion
 
 RATE = 16000                     # samples per second
-HOP = 640                        # samples per video frame
-STEP = 160                       # samples per spectrum, 10 ms
+FRAME = 640                      # samples per video frame
+HOP = 160                        # samples from spectrum to spectrum, 10 ms
 BLOCK = 5                        # frames of sound that are read and analysed at once
 
 
@@ -76,10 +76,10 @@ def decoded(path, what, options, size):
 
 
 def audio_blocks(path):
-    """Any sound ffmpeg reads, or a video's, in blocks of float32 (BLOCK * HOP,) at 16 kHz mono."""
+    """Any sound ffmpeg reads, or a video's, 16 kHz mono, in blocks of float32 (BLOCK * FRAME,)."""
     # async, first_pts: what starts late or has gaps is filled with silence, to stay in step
     options = f"-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar {RATE} -f f32le"
-    for piece in decoded(path, "sound", options, 4 * BLOCK * HOP):
+    for piece in decoded(path, "sound", options, 4 * BLOCK * FRAME):
         block = np.frombuffer(piece, np.float32)
         if not np.isfinite(block).all():
             raise ValueError(f"{path}: the sound holds NaN or infinite samples")
@@ -106,7 +106,8 @@ def regroup(pieces, size):
 def mel_filters():
     """40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)."""
     mel = np.log(700 + np.fft.rfftfreq(512, 1 / RATE))
-    place = np.interp(mel, np.log([760, 8300]), [0, 41])
+    lowest, highest = np.log([700 + 60, 700 + 7600])
+    place = np.interp(mel, [lowest, highest], [0, 41])
     return (1 - np.abs(place[:, None] - np.arange(1, 41))).clip(0)
 
 
@@ -120,24 +121,24 @@ def log_mel_blocks(pieces):
     blocks have one size: the features of a sound are the same to the bit however it was cut."""
     taper = np.hanning(400)
     wav = np.zeros(400)
-    for block in regroup(pieces, BLOCK * HOP):
-        silence = np.zeros(BLOCK * HOP - len(block))
-        wav = np.concatenate([wav[STEP - 400:], block, silence])
-        spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::STEP]
+    for block in regroup(pieces, BLOCK * FRAME):
+        silence = np.zeros(BLOCK * FRAME - len(block))
+        wav = np.concatenate([wav[HOP - 400:], block, silence])
+        spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(np.fft.rfft(spans * taper, 512) / taper.sum()) ** 2
         features = torch.tensor(np.log1p(1e5 * power @ MEL) / 4).float()
-        frames = math.ceil(len(block) / HOP)
+        frames = math.ceil(len(block) / FRAME)
         yield features.view(BLOCK, 1, -1)[:frames]
 
 
 def log_mel(wav, n_frames):
     """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
-    wav = np.pad(wav, (0, n_frames * HOP))[:n_frames * HOP]            # silence if it is shorter
+    wav = np.pad(wav, (0, n_frames * FRAME))[:n_frames * FRAME]        # silence if it is shorter
     return torch.cat(list(log_mel_blocks([wav])))
 
 
 def feature_blocks(encoder, device):
-    """What turns sound in pieces into features: an encoder, of its file; log-mel without one."""
+    """The function from pieces of sound to pieces of features: an encoder's, or log-mel."""
     if encoder:
         return AudioEncoder.from_pretrained(encoder, device).blocks
     return log_mel_blocks
@@ -181,10 +182,10 @@ class Clips(torch.utils.data.Dataset):
         self.lengths = np.array([row["frames"] for row in rows])
         self.emotion = [row["emotion"] for row in rows]
         self.audio_shape = L, A = tuple(audio_shape)
-        self.numbers = (1 + self.frames) * (M + L * A) + 63            # of a window
+        self.window_size = (1 + self.frames) * (M + L * A) + 63        # how many numbers it holds
         self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion
         windows = np.maximum(self.lengths - self.frames, 0)
-        self.first = np.cumsum([0, *windows])                          # window of each clip
+        self.first = np.cumsum([0, *windows])                          # each clip's first window
         if not len(self):
             raise ValueError("none is listed that is as long as a window")
 
@@ -202,7 +203,7 @@ class Clips(torch.utils.data.Dataset):
         parts = motion[window], audio[window], identity
         motion, audio, identity = [torch.tensor(x).float() for x in parts]
         numbers = torch.cat([motion.flatten(), audio.flatten(), identity])
-        if len(numbers) != self.numbers or not numbers.isfinite().all():
+        if len(numbers) != self.window_size or not numbers.isfinite().all():
             raise ValueError(f"{self.names[k]}: frames from {start} cannot be used (of another "
                              "size, or not finite); delete it and prepare the data again")
         return dict(
@@ -244,7 +245,8 @@ def pictures(path, crop, batch=16):
     x, y, size = "(iw-min(iw,ih))/2", "(ih-min(iw,ih))/2", "min(iw,ih)"
     if crop:
         x, y, size = crop.split(",")
-    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"                  # or ffmpeg would move it
+    # a square that leaves the picture gets size 0, which fails; ffmpeg would move it inside
+    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"
     square = f"crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1"
     filters = f"fps=25:start_time=0,{square},scale=256:256:flags=area"
     options = f"-map 0:V:0 -vf {filters} -pix_fmt rgb24 -f rawvideo -xerror"
@@ -286,11 +288,11 @@ def extract(path, face, features, crop, classify):
         x_c.append(heads["kp"].cpu())
         votes.append(classify(images[0].numpy()))
     motion = torch.cat(motion)
-    T = min(len(motion), len(wav) // HOP)
+    T = min(len(motion), len(wav) // FRAME)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
-    # the sound whole, for features depend on where it is cut; the face of all frames, not of a blur
-    audio = torch.cat([*features([wav[:T * HOP]])]).half()
+    # the sound in one, for features depend on where it is cut; identity is the mean of all frames
+    audio = torch.cat([*features([wav[:T * FRAME]])]).half()
     clip = dict(
         motion=motion[:T],
         audio=audio,
@@ -304,7 +306,7 @@ def extract(path, face, features, crop, classify):
 
 
 def write_npy(array, path):
-    with open(path, "wb") as file:                 # by its name, np.save might add a suffix
+    with open(path, "wb") as file:                 # np.save would add .npy to a name
         np.save(file, array)
     open_memmap(path, mode="r")                    # for np.save overlooks a full disk
 
@@ -440,6 +442,7 @@ class AudioEncoder(nn.Module):
         post_norm = nn.TransformerEncoderLayer(
             width, heads, hidden, dropout=0, activation="gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(post_norm, depth).layers
+        self.normalise = True                      # the sound, to mean 0 and variance 1
         self.eval()
 
     def encode(self, wav):
@@ -461,22 +464,23 @@ class AudioEncoder(nn.Module):
 
     @torch.inference_mode()
     def blocks(self, pieces):
-        """Sound in pieces of any length -> features (n, L, A) of every frame that began, minute by
-        minute."""
+        """Sound in pieces of any length -> features (n, L, A) of a minute at a time.
+
+        A last frame that is not whole has the features of the one before."""
         for wav in regroup(pieces, 60 * RATE):
             x = torch.tensor(wav)
-            x = F.pad(x, (0, max(0, HOP - len(x))))
+            x = F.pad(x, (0, max(0, FRAME - len(x))))
             if self.normalise:
                 x = F.layer_norm(x, x.shape, eps=1e-7)
-            whole = len(x) // HOP
-            features = self.encode(x[:whole * HOP].to(self.norm.weight)).cpu()
-            frames = torch.arange(math.ceil(len(wav) / HOP))
-            yield features[frames.clamp(max=whole - 1)]                # the last may stand for two
+            whole = len(x) // FRAME
+            features = self.encode(x[:whole * FRAME].to(self.norm.weight)).cpu()
+            frames = torch.arange(math.ceil(len(wav) / FRAME))
+            yield features[frames.clamp(max=whole - 1)]
 
     def forward(self, wav, n_frames=None):
         """wav (N,) at 16 kHz -> (T, L, A); T is n_frames, repeating the last, or N // 640 or 1."""
         features = torch.cat(list(self.blocks([np.asarray(wav)])))
-        frames = torch.arange(n_frames or max(1, len(wav) // HOP))
+        frames = torch.arange(n_frames or max(1, len(wav) // FRAME))
         return features[frames.clamp(max=len(features) - 1)]
 
     @classmethod
@@ -494,13 +498,15 @@ class AudioEncoder(nn.Module):
         except Exception as error:
             raise ValueError(f"{beside}: not readable as JSON ({error})") from None
         try:
-            read = read_checkpoint
             if path.suffix == ".safetensors":
-                from safetensors.torch import load_file as read        # an optional extra
+                from safetensors.torch import load_file                # an optional extra
+                tensors = load_file(path)
+            else:
+                tensors = read_checkpoint(path)
             with torch.device("meta"):
                 model = cls(**sizes)
             model.to_empty(device="cpu")
-            load_strictly(model.state_dict(), encoder_tensors(read(path)))
+            load_strictly(model.state_dict(), encoder_tensors(tensors))
         except Exception as error:
             raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
                              f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
@@ -538,10 +544,10 @@ def encoder_tensors(file):
         public = re.search(r"\b(feature_extractor|feature_projection|encoder)\..*", key)
         if public:                                 # the rest served its training
             key = public[0]
-            for theirs, ours in RENAMED:
+            for theirs, ours in RENAMED:           # in this order
                 key = key.replace(theirs, ours)
             tensors[key] = value.float()
-    for key in [key for key in tensors if "q_proj" in key]:
+    for key in [key for key in tensors if "q_proj" in key]:            # q, k, v -> in_proj
         qkv = [tensors.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         tensors[key.replace("attention.q_proj.", "self_attn.in_proj_")] = torch.cat(qkv)
     return tensors
@@ -709,7 +715,7 @@ def toy_voice(rng, manner, phones):
     """Source and filter, in a room: (160 (n - 1),)."""
     source = torch.tensor(toy_source(rng, manner, phones))
     response = torch.tensor(toy_filter(rng, phones))
-    stft = dict(n_fft=HOP, hop_length=STEP, window=torch.hann_window(HOP).double())
+    stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
     wav = torch.istft(spectrum * response.T, **stft).numpy()
     loudness = manner["loudness"] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
@@ -718,7 +724,7 @@ def toy_voice(rng, manner, phones):
 
 def upsample(x):
     """From 100 Hz to the sound's rate: (n,) -> (160 (n - 1),)."""
-    clock = np.arange(STEP * (len(x) - 1)) / STEP
+    clock = np.arange(HOP * (len(x) - 1)) / HOP
     return np.interp(clock, np.arange(len(x)), x)
 
 
@@ -737,7 +743,7 @@ def toy_source(rng, manner, phones):
 
 def toy_filter(rng, phones):
     """Frequency response of the vocal tract, or where there is no voice, of the hiss: (n, 321)."""
-    khz = np.fft.rfftfreq(HOP, 1000 / RATE)
+    khz = np.fft.rfftfreq(FRAME, 1000 / RATE)
     tract = (0.02 + khz) ** rng.uniform(0.2, 1.0)  # lips radiate what is high
     shorter = rng.uniform(0.85, 1.2)               # and short tracts have higher formants
     for name in ("f1", "f2", "f3"):
@@ -757,7 +763,7 @@ def toy_room(rng, wav):
     music = rng.choice([0, 0, 0.25]) * rng.random()
     for _ in range(3):
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
-        swell = upsample(wander(rng, 10, n // STEP + 1).clip(0))
+        swell = upsample(wander(rng, 10, n // HOP + 1).clip(0))
         room += music * swell * tone
     noise = 10 ** rng.uniform(-3, -1) * rng.standard_normal(n)
     return wav / wav.std() + room + noise
@@ -803,7 +809,7 @@ def parse_flags(argv, doc, *settings):
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
-            if kind in (int, float) and not abs(value) < 2 ** 63:      # neither is NaN
+            if kind in (int, float) and not abs(value) < 2 ** 63:      # NaN is not
                 raise ValueError
         except (KeyError, ValueError):
             line = f"{arg}: expected {kind.__name__}, as in --{name}={default}"

@@ -68,7 +68,7 @@ def waves(position, n, theta):
 
 def rope_table(n, d, device=None):
     """RoPE's (Sec. 3.2.2) waves for n positions and d channels: (n, d / 2, 2)."""
-    return waves(torch.arange(n, device=device), d, 256)
+    return waves(torch.arange(n, device=device), d, theta=256)         # windows are short
 
 
 def rotate(x, rope):
@@ -209,14 +209,13 @@ class Head(nn.Module):
 def init_weights(model):
     """Xavier-uniform linear layers with zero biases; closed gates; attention on the diagonal."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "head.linear":
+        if isinstance(layer, nn.Linear) and name != "head.linear":     # that stays PyTorch's
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
-        # Not in the paper: with a common direction in every q and k, RoPE makes attention begin on
-        # the diagonal, each frame attending to its own moment in every stream. To find that from
-        # zero takes longer than a short training has.
+        # Not in the paper: with equal biases in every q and k, RoPE makes each frame attend to its
+        # own moment in every stream from the first step on. A short training needs that.
         if name.endswith(("qkv", "qkv_mlp")):
             nn.init.ones_(layer.bias[:2 * layer.in_features])
 
@@ -234,8 +233,10 @@ class MotionModel(nn.Module):
     def size(self, portrait):
         """How large a face is against the training data's: (..., 70) -> factors (..., 70)."""
         factors = torch.ones_like(portrait)
-        factors[..., 63:67] = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
-        return factors                                                 # of scale and translation
+        ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
+        factors[..., SCALE] = ratio
+        factors[..., TRANS] = ratio
+        return factors
 
     def normalise(self, motion, size=1.0):
         """(..., 70) in LivePortrait units -> the network's, of a face of average size."""
@@ -309,23 +310,26 @@ class MoDA(MotionModel):
         """Velocity, estimating eps - z0, of normalised noisy motion.
 
         z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity
-        (B, 63); prev (B, 70), the normalised frame before; drop_audio (B,) bool -> (B, N, 70)."""
+        (B, 63); prev (B, 70), the frame before, which guides the window (Sec. 3.2.1), normalised;
+        drop_audio (B,) bool -> (B, N, 70)."""
         N = z.size(1)
         prev = prev[:, None].expand(-1, N, -1)
-        m = self.motion_embedder(torch.cat([prev, z], -1))             # one token per frame and
-        a = self.embed_audio(audio, drop_audio)                        # modality (Sec. 3.2.1)
+        # one token per frame and modality (Sec. 3.2.1)
+        m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
+        a = self.embed_audio(audio, drop_audio)
         e = self.emotion_embedder(emotion)[:, None].expand(-1, N, -1)
         i = self.identity_embedder(identity)[:, None].expand(-1, N, -1)
         c = self.conditioning(t, emotion)
         rope = rope_table(N, self.cfg.width // self.cfg.heads, z.device)
-        for block in self.four:                                        # coarse to fine (3.2.3):
-            m, a, e, i = block([m, a, e, i], c, rope)                  # every modality by itself,
+        # coarse to fine (Sec. 3.2.3): four streams, then motion and its conditions, then one
+        for block in self.four:
+            m, a, e, i = block([m, a, e, i], c, rope)
         cond = torch.cat([a, e, i], 1)                                 # (B, 3N, D)
         for block in self.two:
-            m, cond = block([m, cond], c, rope)                        # motion and its conditions,
+            m, cond = block([m, cond], c, rope)
         x = torch.cat([m, cond], 1)                                    # (B, 4N, D)
         for block in self.one:
-            x = block(x, c, rope)                                      # and all as one
+            x = block(x, c, rope)
         return self.head(x[:, :N], c)
 
     def embed_audio(self, audio, drop_audio):
@@ -370,9 +374,10 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     loss_vel = loss_vel + loss_acc
     if expert is None:
         return loss_rf, loss_vel, torch.zeros_like(loss_rf)
-    sync = sync_loss(*expert(audio, z_t - t_ * m))                     # of the motion m points to
-    gate = (sync < tau) & ~drop_audio                                  # Eq. 7, if there is a voice
-    return loss_rf, loss_vel, (sync * gate).mean()
+    z0_ = z_t - t_ * m                                                 # the estimate of z0
+    sync = sync_loss(*expert(audio, z0_))
+    gate = (sync < tau) & ~drop_audio                                  # Eq. 7; a dropped voice has
+    return loss_rf, loss_vel, (sync * gate).mean()                     # nothing to be in sync with
 
 
 def sync_loss(a, m, in_sync=True):
@@ -417,7 +422,7 @@ class ALSE(MotionModel):
         return F.normalize(a, dim=-1), F.normalize(m, dim=-1)
 
     def pretraining_loss(self, audio, motion, shift):
-        """In sync as recorded; not with the voice `shift` frames late, nor with the next clip's."""
+        """In sync as recorded; not with the voice `shift` frames late, nor with another clip's."""
         a, m = self(audio, motion)
         late = sync_loss(a.roll(shift, 1), m, in_sync=False)
         foreign = sync_loss(a.roll(1, 0), m, in_sync=False)
@@ -435,6 +440,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
     drop_emotion = torch.tensor(["emotion" in dropped for dropped in passes], device=z.device)
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
     t = t.expand(len(passes))
+    # with the type and device of the weights, one copy per pass
     z, audio, identity, prev = [x.to(model.null_audio).expand(len(passes), *x.shape)
                                 for x in (z, audio, identity, prev)]
     v = model(z, t, audio, emotion, identity, prev, drop_audio).float()
@@ -451,26 +457,27 @@ def euler(velocity, z, times):
     return z                                       # the minus leads to data
 
 
-def windows(audio, chunk, overlap, first_chunk, emotions):
+def windows(pieces, chunk, overlap, first_chunk, emotions):
     """Cut a voice, as it arrives, into windows: yields (voice, length, stride, emotion).
 
-    voice (n, L, A): its n <= length frames; length: to which silence fills it up; stride: how many
-    no later window touches. emotions: [(label, frames), ...]; a new one begins a new window."""
-    length, voice, seen = first_chunk or chunk, [], 0
+    voice (n, L, A), to be filled up with silence to `length` frames; the next window begins
+    `stride` frames later. emotions: [(label, frames), ...]; a new one begins a new window."""
+    length = first_chunk or chunk
+    voice, already_seen = [], 0
     if not 0 <= overlap < length <= chunk:
         raise ValueError(f"overlap={overlap}, first_chunk={first_chunk}, chunk={chunk}: should be "
                          "0 <= overlap < first_chunk <= chunk")
-    frames = chain.from_iterable(audio)
+    frames = chain.from_iterable(pieces)
     for emotion, frames_left in emotions:
         while frames_left >= 1:
             voice.extend(islice(frames, length - len(voice)))
-            if len(voice) <= seen:                 # all that is left was in the last window
+            if len(voice) <= already_seen:         # nothing new is left
                 return
             stride = int(min(length - overlap, frames_left))
             yield torch.stack(voice), length, stride, emotion
             voice = voice[stride:]
             frames_left -= stride
-            length, seen = chunk, overlap
+            length, already_seen = chunk, overlap
 
 
 @torch.inference_mode()
@@ -520,10 +527,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
             smooth_pose(motion)
         n = len(tail)
         motion[:n].lerp_(tail, fade[:n])
-        ready = torch.cat([before, motion[:len(voice)]])
-        if smooth:                                 # one frame ahead, where no fade has begun
+        ready = motion[:len(voice)]
+        if smooth:                                 # again, with the neighbour of its first frame
+            ready = torch.cat([before, ready])
             smooth_pose(ready)
-        ready = ready[len(before):]
+            ready = ready[len(before):]
         yield ready[:stride]
         before = motion[stride - 1:stride]         # the frame before the next window,
         prev = before.flatten()
@@ -531,7 +539,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
         eps = eps[stride:]                         # and their noise
     if not len(before):
         raise ValueError("the audio has no frames")
-    if len(ready) > stride:
+    if len(ready) > stride:                        # the last window's overlap
         yield ready[stride:]
 
 
@@ -555,9 +563,10 @@ def fast_network(model, times, emotions):
     conditions = torch.cartesian_prod(times, times.new_tensor(emotions))
     t, emotion = conditions.T
     c = model.conditioning(t, emotion.long())
-    network = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    shared = {id(p): p for p in model.parameters()}                    # not to be copied
+    network = copy.deepcopy(model, shared)
     network.__class__ = FastMoDA
-    network.conditions = conditions
+    network.conditions = conditions                # row k of a table is AdaLN's output for the k-th
     for module in [*network.modules()]:
         if hasattr(module, "adaln"):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
@@ -571,10 +580,10 @@ def fast_network(model, times, emotions):
 
 
 class FastMoDA(MoDA):
-    """Knows some (t, emotion) alone, its `conditions`: each is a row of AdaLN's tables."""
+    """MoDA for some (t, emotion) alone, its `conditions`."""
 
     def conditioning(self, t, emotion):
-        """t (B,), emotion (B,) -> (B,) numbers of rows."""
+        """t (B,), emotion (B,) -> (B,), which row of the tables it is."""
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, self.conditions, p=1).argmin(1)
 
@@ -635,9 +644,11 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
 
 def load_strictly(places, tensors):
     """Copy tensors into those of the same names; ValueError tells the first that does not fit."""
+    def shape(x):                                  # axes of size 1 do not count
+        return "absent" if x is None else f"of shape {[*x.squeeze().shape]}"
     for name in places | tensors:
-        needed, found = ["absent" if x is None else f"of shape {[*x.squeeze().shape]}"
-                         for x in (places.get(name), tensors.get(name))]
+        needed = shape(places.get(name))
+        found = shape(tensors.get(name))
         if needed != found or not tensors[name].isfinite().all():
             raise ValueError(f"{name} is {found}, should be {needed} and finite")
         places[name].copy_(tensors[name].view_as(places[name]))
@@ -703,7 +714,7 @@ def released_name(name):
 
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; its statistics come from their mean.pt."""
-    unused = {"scheduler.sigmas", "null_motion_feat"} & set(state)
+    unused = sorted({"scheduler.sigmas", "null_motion_feat"} & set(state))
     state = {key.removeprefix("talking_head_dit."): value for key, value in state.items()
              if key not in unused}
     with torch.device("meta"):
@@ -714,8 +725,8 @@ def from_released(state, path):
     if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was no
         generator = torch.Generator().manual_seed(42)                  # parameter: drawn, not saved
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
-        unused.add("a null_audio_feat, which it lacks: drawn")
-    print(f"{path}: the released MoDA; not used: {', '.join(sorted(unused)) or 'nothing'}")
+        print(f"{path}: holds no null_audio_feat, one was drawn")
+    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}")
     places = {released_name(name): value.detach() for name, value in model.named_parameters()}
     load_strictly(places, state)
     return model

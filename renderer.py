@@ -42,7 +42,7 @@ def rotation(pitch, yaw, roll):
 
 
 def keypoints(x_c, motion):
-    """Eq. 3: x = s (x_c R + delta) + t, t_z = 0.
+    """Eq. 3: x = s (x_c R + delta) + t, with t_z = 0 as in LivePortrait.
 
     x_c (B, 21, 3) or (B, 63), motion (B, 70) -> (B, 21, 3)."""
     R = rotation(*motion[:, ROT].T)
@@ -271,12 +271,11 @@ class DenseMotion(nn.Module):
         grid = F.affine_grid(still, f[:1].shape, align_corners=True)   # (1, 16, 64, 64, 3)
         heat = gaussians(grid, x_d) - gaussians(grid, x_s)             # (B, 22, 16, 64, 64)
         c = F.relu(self.norm(self.compress(f.to(self.mask.weight))))
-        # the grid has its end points, yet is read as if it had none (align_corners): so the weights
-        # were trained
+        # the grid is made with align_corners and read without: so the weights were trained
         moved = grid[:, None] + shift[:, :, None, None, None]          # (B, 22, 16, 64, 64, 3)
         moved = F.grid_sample(c.float(), moved.flatten(1, 2), align_corners=False)
-        moved = moved.unflatten(2, (22, 16)).transpose(1, 2)           # (B, 22, 4, 16, 64, 64)
-        x = torch.cat([heat[:, :, None], moved], 2)                    # (B, 22, 5, 16, 64, 64)
+        moved = moved.unflatten(2, (22, 16)).transpose(1, 2)           # (B, 22, 4, 16, 64, 64);
+        x = torch.cat([heat[:, :, None], moved], 2)                    # 22 x 5 = 110 channels
         x = self.hourglass(x.flatten(1, 2).to(c))                      # (B, 142, 16, 64, 64)
         m = self.mask(x).float().softmax(1)                            # (B, 22, 16, 64, 64)
         # the sum over n of m_n (grid + shift_n), where the m_n add up to 1
@@ -290,7 +289,7 @@ class DownBlocks(nn.ModuleList):
     def forward(self, x):
         outputs = [x]
         for block in self:
-            x = F.avg_pool2d(block(x).flatten(1, 2), 2)                # avg_pool3d: no bfloat16
+            x = F.avg_pool2d(block(x).flatten(1, 2), 2)                # avg_pool3d lacks bfloat16
             x = x.unflatten(1, (-1, 16))
             outputs.append(x)
         return outputs
@@ -329,7 +328,8 @@ class SpadeGenerator(nn.Module):
 
 
 class SpadeBlock(nn.Module):
-    """skip + conv_1 lrelu norm_1 conv_0 lrelu norm_0 x, (B, n_in, H, W) -> (B, n_out, H, W)."""
+    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> (B, n_out, H,
+    W). A third, conv_s, fits x to n_out."""
 
     def __init__(self, n_in, n_out, up=1):
         super().__init__()
@@ -351,7 +351,7 @@ class SpadeBlock(nn.Module):
 
 
 class Spade(nn.Module):
-    """SPADE (arXiv 1903.07291): x, normalised, (1 + gamma) + beta, both from the warped feature h.
+    """SPADE (arXiv 1903.07291): norm(x) (1 + gamma) + beta, both from the warped feature h.
 
     x (B, n, H, W), h (B, 256, H / up, W / up) -> (B, n, H, W)."""
 
@@ -398,10 +398,10 @@ def fold_for_inference(net):
     for module in [*net.eval().modules()]:
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
-        if hasattr(module, "conv"):
+        if hasattr(module, "conv"):                # of block2d and block3d
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
-        if hasattr(module, "up"):
+        if hasattr(module, "up"):                  # the layer after it is a convolution
             transpose_upsampling(module[1], int(module.up.scale_factor[-1]))
             module.up = nn.Identity()
     if next(net.parameters()).is_cuda:                                 # what tensor cores work on
@@ -412,12 +412,12 @@ def fold_for_inference(net):
 
 def transpose_upsampling(conv, up):
     """Make `conv` equal to nearest upsampling of height and width, followed by `conv`, as one
-    transposed convolution: 16 products per pixel of the input, not 36, for up = 2, and 36, not 144,
-    for up = 4."""
+    transposed convolution, which needs less than half of the products."""
     axes = tuple(range(2, conv.weight.ndim))
     weight = conv.weight.flip(axes).transpose(0, 1)
-    weight = F.pad(weight, [up - 1] * 4)                               # each of the 3 x 3 numbers
-    weight = F.avg_pool3d(weight, (1, up, up), stride=1) * up ** 2     # on up x up pixels
+    # one pixel becomes up x up equal ones, each with a kernel: their sum, a box over the kernel
+    weight = F.pad(weight, [up - 1] * 4)
+    weight = F.avg_pool3d(weight, (1, up, up), stride=1) * up ** 2
     conv.weight = nn.Parameter(weight)
     conv.kernel_size = weight.shape[2:]
     conv.stride = (1, up, up)[-len(axes):]
@@ -441,7 +441,7 @@ def load(network, path):
 
     ValueError names the file and its first key that is missing, too many or of another shape."""
     state = read_checkpoint(path, GET)
-    state = state.get("retarget_shoulder", state)                      # S's file holds two more
+    state = state.get("retarget_shoulder", state)                      # S's, beside eyes' and lips'
     consume_prefix_in_state_dict_if_present(state, "module.")
     consume_prefix_in_state_dict_if_present(state, "detector.")
     with torch.device("meta"):
@@ -462,7 +462,9 @@ class LivePortrait:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_memory()
-        root = next(Path(weights_dir).glob("liveportrait/"), Path(weights_dir))
+        root = Path(weights_dir)
+        if (root / "liveportrait").is_dir():
+            root /= "liveportrait"
         if "animals" in root.name:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
 
@@ -487,7 +489,7 @@ class LivePortrait:
         if stitch:
             x_d = self.S(x_s, x_d)
         image = self.G(self.W(f_s, x_s, x_d))
-        return (image.float() * 255).byte().movedim(1, -1)             # truncated, not rounded
+        return (image.float() * 255).byte().movedim(1, -1)             # truncated, as LivePortrait
 
     def frames(self, source, motion, stitch=True, batch=None):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), `batch` at a time."""
@@ -577,7 +579,7 @@ TWIN = [*POINTS[:, 3].astype(int), 23, 22, 21]     # after the points: right, do
 # A drawing exaggerates: channel, channel that it is added to, gain in place of 1 or 0. A channel is
 # 3 point + axis. Depth becomes width, since rounded lips are narrow and spread ones wide
 GAIN = torch.eye(M)
-for into, channel, gain in np.loadtxt("""
+for channel, into, gain in np.loadtxt("""
      4   4  -3      # brows up and down; their points move in opposite senses
      7   7   3
     34  34   3      # upper lids up and down
@@ -589,7 +591,7 @@ for into, channel, gain in np.loadtxt("""
     62  42   1      # a corner of the mouth in and out: the same
     62  60  -1
     """.splitlines()):
-    GAIN[int(into), int(channel)] = gain
+    GAIN[int(channel), int(into)] = gain
 
 # Parts from back to front: name, colour, corners "point,% right,% down" of a closed curve. A mirror
 # image is drawn too, so half will do of what crosses the middle

@@ -133,7 +133,8 @@ def emotions_in_turn(text):
     if not pairs:
         raise UsageError("--emotion= is empty: should be none, or another name")
     names, seconds = zip(*pairs)
-    frames = np.diff(np.round(25 * np.cumsum(seconds)), prepend=0)
+    ends = np.round(25 * np.cumsum(seconds))       # ends are rounded, not lengths, to keep in time
+    frames = np.diff(ends, prepend=0)
     frames[-1] = np.inf
     return list(zip([LABELS[name] for name in names], frames))
 
@@ -153,12 +154,15 @@ def motion_of(settings, model, source, features, saved):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`."""
     portrait = source.motion[0].to(model.mean.device)
     if settings.motion == "absolute":
-        neutral, size = portrait, model.size(portrait)
-    else:                                          # LivePortrait moves a portrait relative to a
-        neutral, size = model.mean.clone(), 1.0    # neutral driver: a face at rest, in mean pose
+        neutral = portrait
+        size = model.size(portrait)
+    else:                                          # relative to a face at rest, in mean pose
+        neutral = model.mean.clone()
         neutral[EXP] = 0
-    scale = torch.ones_like(portrait)
-    scale[EXP], scale[ROT] = settings.exp_scale, settings.pose_scale
+        size = 1.0
+    gain = torch.ones_like(portrait)
+    gain[EXP] = settings.exp_scale
+    gain[ROT] = settings.pose_scale
     controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
     edit = portrait.new_tensor(expression(**controls))
     if settings.motion_path:
@@ -170,7 +174,7 @@ def motion_of(settings, model, source, features, saved):
     for motion in motions:
         if settings.save_motion:
             saved.append(motion.cpu())
-        motion = neutral.lerp(motion.to(portrait) * size, scale)
+        motion = neutral.lerp(motion.to(portrait) * size, gain)        # away from neutral
         motion[:, EXP] += edit
         if settings.motion != "absolute":
             motion = relative(motion, portrait, neutral)
@@ -178,12 +182,12 @@ def motion_of(settings, model, source, features, saved):
 
 
 # ----------------------------------------------------------------------------------------- video
-def write_video(path, frames, audio_path, voice=os.devnull):
+def write_video(path, frames, audio_path, sound_pipe=os.devnull):
     """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, H.264, AAC.
 
     `path` appears when it is complete; until then the video lies in a folder beside it that always
-    goes away. "-" is stdout. Sound of the audio_path "-" comes, float32, from the pipe `voice`."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(voice) as pipe:
+    goes away. "-" is stdout. If audio_path is "-", float32 sound is read from `sound_pipe`."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(sound_pipe) as pipe:
         part = Path(folder, path.name)
         sound = ["-i", f"file:{audio_path}"]
         if audio_path == "-":
@@ -321,7 +325,7 @@ def sync_scores(expert, audio, motion):
     Sync-D is the best of them; Sync-C, the confidence, how far their median lies above it."""
     a, m = expert(audio, motion)
     middle = a[:, 15:-15]                          # of the voice, (K, n, D)
-    shifted = m.unfold(1, middle.size(1), 1)       # (K, 31, D, n)
+    shifted = m.unfold(1, middle.size(1), 1)       # the lips at each offset, (K, 31, D, n)
     distances = (shifted - middle.mT[:, None]).norm(dim=2).mean(-1)
     best = distances.amin(1)
     confidence = distances.median(1).values - best
@@ -337,7 +341,7 @@ def mouth_correlation(z, truth):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in HELD}
+    held = {name: MANNERS[name] for name in HELD}                      # of each of the emotions
     prototypes = torch.tensor(expression(**held)).to(motion)
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean().item()

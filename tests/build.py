@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 import torch
 
-from data import HOP, RATE, toy_clip
+from data import FRAME, RATE, toy_clip
 from fill import fill
 from moda import MOUTH, Config, M, MoDA
 from stand_in import brightness
@@ -80,7 +80,7 @@ def video(path, seed=0, frames=100, rate=25, late=0, sound=()):
     """A toy clip, 64 x 48, as bright as its mouth is open; its voice comes `late` frames late."""
     path = Path(path)
     wav, motion, *_ = toy_clip(seed, frames)
-    wav = np.pad(wav, (late * HOP, 0))[:len(wav)]
+    wav = np.pad(wav, (late * FRAME, 0))[:len(wav)]
     voice = path.with_suffix(".wav")
     soundfile.write(voice, wav, RATE)
     grey = (255 * brightness(motion[:, MOUTH])).clip(0, 255).round().astype(np.uint8)

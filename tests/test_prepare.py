@@ -22,7 +22,7 @@ from PIL import Image
 import data
 import train
 from build import ffmpeg, video
-from data import HOP, Clips, UsageError, toy_clip
+from data import FRAME, Clips, UsageError, toy_clip
 from moda import MOUTH
 from renderer import crop_box, to_motion
 from stand_in import LivePortrait, brightness
@@ -131,9 +131,9 @@ def test_sound_that_starts_late_stays_in_step_with_the_picture(tmp_path):
     video(a, 1, sound=["-c:a", "pcm_s16le"])
     ffmpeg("-i", a, "-itsoffset", "0.4", "-i", a, "-map", "0:v", "-map", "1:a", "-c", "copy", b)
     early, late = data.load_audio(a), data.load_audio(b)
-    assert len(late) == len(early) + 10 * HOP
-    assert not late[:10 * HOP].any()
-    assert np.array_equal(late[10 * HOP:], early)
+    assert len(late) == len(early) + 10 * FRAME
+    assert not late[:10 * FRAME].any()
+    assert np.array_equal(late[10 * FRAME:], early)
 
 
 def test_a_window_is_what_lies_on_disk(prepared):
@@ -192,11 +192,11 @@ def test_features_of_an_encoder_are_those_of_the_whole_clip(
     def blocks(pieces):
         wav, = pieces
         assert wav.dtype == np.float32
-        assert len(wav) % HOP == 0
-        yield torch.from_numpy(wav).view(-1, 1, HOP)[..., :6].repeat(1, 3, 1)
+        assert len(wav) % FRAME == 0
+        yield torch.from_numpy(wav).view(-1, 1, FRAME)[..., :6].repeat(1, 3, 1)
 
     def infinite(pieces):
-        return [torch.full((len(pieces[0]) // HOP, 1, 2), 1e6)]        # float16 ends at 65504
+        return [torch.full((len(pieces[0]) // FRAME, 1, 2), 1e6)]        # float16 ends at 65504
     (tmp_path / "v").mkdir()
     shutil.copy(videos / "24.mp4", tmp_path / "v")
     monkeypatch.setattr(data, "feature_blocks", lambda encoder, device: blocks)

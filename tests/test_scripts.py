@@ -2,8 +2,8 @@
 ever half written."""
 import csv
 import dataclasses
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path

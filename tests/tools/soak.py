@@ -28,7 +28,7 @@ import torch
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import build
-from data import HOP, RATE, AudioEncoder, audio_blocks, log_mel_blocks, parse_flags, run
+from data import FRAME, RATE, AudioEncoder, audio_blocks, log_mel_blocks, parse_flags, run
 from moda import EMOTIONS, M, Config, MoDA, stream
 from renderer import Sketch
 from sample import write_video
@@ -54,7 +54,7 @@ def megabytes():
 def voice(rng, frames):
     """Noise, in pieces."""
     seed = rng.randrange(2 ** 32)
-    wav = np.random.default_rng(seed).normal(0, 0.1, frames * HOP).astype(np.float32)
+    wav = np.random.default_rng(seed).normal(0, 0.1, frames * FRAME).astype(np.float32)
     return np.split(wav, range(5000, len(wav), 5000))
 
 
@@ -89,7 +89,7 @@ def drawn(face, motion, folder):
     frames = face.frames(source, source.motion + 0.01 * next(motion)[:50])
     path = folder / "video.mp4"
     write_video(path, frames, folder / "voice.wav")
-    return sum(map(len, audio_blocks(path))) // HOP
+    return sum(map(len, audio_blocks(path))) // FRAME
 
 
 def work(rng, width, folder):
