@@ -1,12 +1,13 @@
 """From motion to video: keypoints, LivePortrait's five networks, and a drawn face without weights.
 
-LivePortrait is arXiv 2407.03168; Eq. 3 is that of MoDA. From top to bottom: keypoints, the networks
-(F, M, W, G, S), faster inference, LivePortrait, pictures, the drawn face.
+LivePortrait is arXiv 2407.03168; Eq. 3 is that of MoDA. From top to bottom: keypoints, templates,
+its networks (F, M, W, G, S), faster inference, LivePortrait, pictures, the drawn face.
 Letters: B images, T frames; x_c (21, 3) canonical keypoints, x right, y down, z inward, the image
 spans -1..1. An image is (B, 3, H, W) in 0..1, a volume (B, C, 16, H, W). Motion is in LivePortrait
 units: 63 expression offsets, scale, translation, then pitch, yaw and roll in degrees.
 """
 import ctypes
+import pickle
 from collections import OrderedDict, namedtuple
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.utils import (convert_conv2d_weight_memory_format,
                             convert_conv3d_weight_memory_format, fuse_conv_bn_eval,
                             remove_spectral_norm, spectral_norm)
 
-from moda import EXP, M, ROT, SCALE, TRANS, read_checkpoint
+from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, read_checkpoint
 
 SIZE = 512                       # pixels of a rendered frame, height and width
 GET = "get it with: hf download KwaiVGI/LivePortrait --local-dir pretrained_weights"
@@ -56,14 +57,19 @@ def relative(motion, portrait, neutral):
     """Driving motion (T, 70), from its `neutral` (70,), put on the `portrait`'s own (70,)."""
     driving = rotation(*motion[:, ROT].T)
     R = driving @ rotation(*neutral[ROT]).mT @ rotation(*portrait[ROT])
+    moved = portrait + motion - neutral
+    moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
+    moved[:, ROT] = angles(R)
+    return moved
+
+
+def angles(R):
+    """The inverse of `rotation`: (T, 3, 3) -> pitch, yaw, roll in degrees, (T, 3)."""
     x, y, z = R.movedim(0, -1)                                         # rows (3, T)
     pitch = y[2].atan2(z[2])
     yaw = -x[2].clamp(-1, 1).asin()
     roll = x[1].atan2(x[0])
-    moved = portrait + motion - neutral
-    moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
-    moved[:, ROT] = torch.stack([pitch, yaw, roll], 1).rad2deg()
-    return moved
+    return torch.stack([pitch, yaw, roll], 1).rad2deg()
 
 
 def checked(motion):
@@ -74,6 +80,70 @@ def checked(motion):
         raise ValueError(f"motion of shape {tuple(motion.shape)}: "
                          f"should be finite numbers of shape (frames, {M})")
     return motion.detach().float()
+
+
+# ------------------------------------------------------------------------- LivePortrait's templates
+# A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so here
+# it may name nothing but the parts of an array, and each that it makes of them is a Record.
+
+class Record:
+    """An array as a pickle describes it, or its dtype."""
+
+    def __init__(self, *given):
+        self.given = given
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def numbers(self):
+        shape, dtype, by_column, data = self.state[1:]
+        kind = dtype.state[1] + dtype.given[0]                         # such as < and f4
+        return np.frombuffer(data, kind).reshape(shape, order="CF"[by_column]).ravel()
+
+
+class TemplateReader(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in ("_reconstruct", "ndarray", "dtype"):
+            raise ValueError(f"it holds {module}.{name}, which is no array")
+        return Record
+
+
+def read_template(path):
+    """A motion template of LivePortrait -> (T, 70), brought to 25 fps."""
+    with open(path, "rb") as file:
+        template = TemplateReader(file).load()
+    frames = template["motion"]
+
+    def channels(name):
+        return np.stack([frame[name].numbers() for frame in frames])
+    R = torch.tensor(channels("R" if "R" in frames[0] else "R_d"))
+    degrees = angles(R.view(-1, 3, 3))
+    motion = np.hstack([channels("exp"), channels("scale"), channels("t"), degrees])
+    times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
+    motion = [np.interp(times, range(len(motion)), channel) for channel in motion.T]
+    return checked(np.stack(motion, 1))
+
+
+def write_template(motion, path):
+    """(T, 70) at 25 fps -> a motion template, for LivePortrait's inference.py -d."""
+    frames = []
+    for m, R in zip(motion.numpy(), rotation(*motion[:, ROT].T).numpy()):
+        frames.append(dict(
+            exp=m[EXP].reshape(1, 21, 3),
+            scale=m[None, SCALE],
+            t=m[None, TRANS],
+            R=R[None]))
+    # roughly how open eyes and mouth are, height over width: a lid goes down by 0.013 to shut
+    eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
+    lips = 5 * (motion[:, None, [MOUTH]] - motion[:, None, [52]]).clip(0)
+    template = dict(
+        n_frames=len(motion),
+        output_fps=25,
+        motion=frames,
+        c_eyes_lst=[*eyes.numpy()],
+        c_lip_lst=[*lips.numpy()])
+    with open(path, "wb") as file:
+        pickle.dump(template, file)
 
 
 # --------------------------------------------------------------------------------- building blocks

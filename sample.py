@@ -31,7 +31,7 @@ from data import (CONTROLS, HELD, LABELS, MANNERS, RATE, ToyTalker, UsageError, 
                   expression, feature_blocks, ffmpeg, find_device, parse_flags, run, write_npy)
 from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, load_statistics, save, stream
 from renderer import (SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image,
-                      relative)
+                      read_template, relative, write_template)
 
 
 @dataclass
@@ -60,8 +60,8 @@ class Settings:
     smooth: bool = False         # average the pose over three frames, twice
     pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
     exp_scale: float = 1.0       # the same for the expression
-    save_motion: str = ""        # also write the generated motion, (T, 70), as .npy
-    motion_path: str = ""        # motion saved like that, in place of the model's
+    save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
+    motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file no sooner than it is spoken, and print the delays
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
@@ -141,7 +141,10 @@ def emotions_in_turn(text):
 
 # --------------------------------------------------------------------- sound -> features -> motion
 def read_motion(path):
+    """Motion (T, 70) of --save_motion, or of LivePortrait's templates; ValueError if it is none."""
     try:
+        if path.endswith(".pkl"):
+            return read_template(path)
         return checked(np.load(path, allow_pickle=False))
     except Exception as error:
         raise ValueError(f"{path}: no motion could be read ({error}); should be what --save_motion "
@@ -167,6 +170,8 @@ def motion_of(settings, model, source, features, saved):
     edit = portrait.new_tensor(expression(**controls))
     if settings.motion_path:
         motions = [read_motion(settings.motion_path)]
+        if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
+            neutral = motions[0][0].to(portrait)   # as LivePortrait plays them
     else:
         zs = stream(model, features, source.x_c, model.normalise(neutral, size),
                     emotions_in_turn(settings.emotion), **sampling(settings))
@@ -246,7 +251,8 @@ def make_video(settings, model, began):
     write_video(Path(settings.output_path), bar, voice, sound_pipe)
     taken = time.perf_counter() - started
     if settings.save_motion:
-        save(settings.save_motion, torch.cat(saved), write=write_npy)
+        write = write_template if settings.save_motion.endswith(".pkl") else write_npy
+        save(settings.save_motion, torch.cat(saved), write=write)
     clock["motion"] -= clock["sound"]              # which it pulled from
     busy = clock["motion"] + clock["render"]
     first = clock["first render"] - started

@@ -1,10 +1,12 @@
 """A flag that makes no sense is one line and exit code 2; a request that no sampler can answer, and
 a place that cannot be written to, are one line and exit code 1. No file is harmed."""
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bad import folder, good, refused, run
+from bad import Code, folder, good, refused, run, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,6 +135,29 @@ def test_a_request_that_no_sampler_can_answer(refused, flag, words):
 def test_motion_that_is_none(refused):
     words = "text.txt: no motion could be read"
     refused("sample --motion_path=text.txt", words, "should be what --save_motion wrote")
+
+
+def template(**changes):
+    """The pickle of a motion template of one frame."""
+    frame = dict(exp=np.zeros((1, 21, 3)), scale=np.ones((1, 1)), t=np.zeros((1, 3)),
+                 R=np.eye(3)[None])
+    return pickle.dumps(dict(motion=[frame | changes], n_frames=1, output_fps=25))
+
+
+@pytest.mark.parametrize("content, words", [
+    (pickle.dumps(Code()), "it holds posix.mkdir, which is no array"),
+    (pickle.dumps(dict(motion=[], do=eval)), "it holds builtins.eval, which is no array"),
+    (template(exp=np.array([print])), "it holds builtins.print, which is no array"),
+    (template(t=np.array([None] * 3)), "cannot create an OBJECT array"),
+    (template(exp=np.zeros((1, 20, 3))), "motion of shape (1, 67)"),
+    (template(scale=np.full(1, np.nan)), "should be finite numbers"),
+    (template()[:-40], "m.pkl"),
+    (pickle.dumps({}), "'motion'"),
+    (pickle.dumps("laugh"), "m.pkl"),
+    (b"", "m.pkl")])
+def test_a_template_that_holds_code_or_no_motion(refused, content, words):
+    write("m.pkl", content)
+    refused("sample --motion_path=m.pkl", "m.pkl: no motion could be read", words)
 
 
 @pytest.mark.parametrize("command", ["train --width=1000000000000", "sample --chunk=1000000000000"])

@@ -1,10 +1,13 @@
 """Keypoints follow Eq. 3 to the digit, and the drawn face shows what the numbers say."""
+import pickle
+
 import numpy as np
 import torch
 
 from conftest import golden
 from data import expression
-from renderer import Sketch, keypoints, rotation
+from renderer import (FACE, Sketch, angles, keypoints, read_template, rotation,
+                      write_template)
 
 
 def agrees(ours, reference, tolerance=1e-5):
@@ -43,3 +46,57 @@ def test_the_sketch_turns_with_the_head():
     nose = lambda motion: keypoints(source.x_c.view(1, 21, 3), motion)[0, 9, 0]
     assert nose(turned) < nose(source.motion) - 0.05
     assert np.abs(next(face.frames(source, turned)).astype(int) - draw()).max() > 100
+
+
+# --------------------------------------------------------------------- LivePortrait's templates
+def some_motion(frames):
+    motion = torch.randn(frames, 70) * 0.02
+    motion[:, 63] += 1.2
+    motion[:, 67:] *= 1000                         # degrees
+    return motion
+
+
+def test_angles_are_the_inverse_of_rotation():
+    degrees = torch.tensor([[10.0, -70, 30], [-80, 85, -170], [0, 0, 0]])
+    assert torch.allclose(angles(rotation(*degrees.T)), degrees, atol=1e-3)
+
+
+def test_motion_survives_a_template(tmp_path):
+    motion = some_motion(5)
+    write_template(motion, tmp_path / "m.pkl")
+    assert torch.allclose(read_template(tmp_path / "m.pkl"), motion, atol=1e-4)
+
+
+def test_a_template_holds_what_live_portrait_takes(tmp_path):
+    motion = some_motion(2)
+    motion[:, [34, 46, 52, 58]] = torch.tensor([[0, 0, 0, 0], [0.02, 0, 0, 0.08]])  # wink and open
+    write_template(motion, tmp_path / "m.pkl")
+    template = pickle.loads((tmp_path / "m.pkl").read_bytes())
+    assert (template["n_frames"], template["output_fps"]) == (2, 25)
+    frame = template["motion"][1]
+    shapes = {name: x.shape for name, x in frame.items()}
+    assert shapes == dict(exp=(1, 21, 3), scale=(1, 1), t=(1, 3), R=(1, 3, 3))
+    assert {x.dtype for x in frame.values()} == {np.dtype("f4")}
+    x_c = np.float32(FACE)
+    x = frame["scale"] * (x_c @ frame["R"] + frame["exp"]) + frame["t"] * [1, 1, 0]
+    assert np.allclose(x, keypoints(torch.tensor(x_c)[None], motion[1:]), atol=1e-5)
+    (eyes, wink), (shut, opened) = template["c_eyes_lst"], template["c_lip_lst"]
+    assert eyes.shape == (1, 2) and shut.shape == (1, 1)
+    assert wink[0, 0] == 0 < 0.3 < eyes[0, 0] == eyes[0, 1] == wink[0, 1]
+    assert shut == 0 < 0.3 < opened
+
+
+def test_a_template_of_another_rate_keeps_its_length_in_seconds(tmp_path):
+    """Older templates say R_d; theirs may be stored column by column, and in any precision."""
+    motion = some_motion(8)
+    frames = []
+    for m, R in zip(motion.numpy(), rotation(*motion[:, 67:].T)):
+        R = np.asfortranarray(R[None].double())
+        frames.append(dict(exp=m[None, :63].reshape(1, 21, 3), scale=m[None, 63:64].astype(">f4"),
+                           t=m[None, 64:67], R_d=R, kp=np.zeros((1, 63))))
+    template = dict(motion=frames, n_frames=8, output_fps=20)
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(template, protocol=4))
+    played = read_template(tmp_path / "m.pkl")
+    assert len(played) == 10
+    assert torch.allclose(played[::5], motion[::4], atol=1e-4)
+    assert torch.allclose(played[1], motion[0].lerp(motion[1], 0.8), atol=1e-4)
