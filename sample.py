@@ -4,20 +4,22 @@
     python sample.py --audio_path=voice.wav --weights=pretrained_weights --image_path=face.jpg
     arecord -t raw -f S16_LE -r 16000 -c 1 | python sample.py --stream --audio_path=- \\
         --output_path=- | ffplay -
+    python sample.py --pairs=pairs.csv --output_path=FOLDER        a video for each row
     python sample.py --eval                      a table of metrics on toy clips the model never saw
 
 The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom: settings, model,
 face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
 evaluation. Flags:
 """
+import csv
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from subprocess import PIPE
 
@@ -38,6 +40,7 @@ from renderer import (SIZE, LivePortrait, Sketch, checked, crop_box, paste_back,
 class Settings:
     audio_path: str = ""         # sound, or a video's; -: 16 kHz PCM, 16 bits, mono, on stdin
     output_path: str = "out.mp4"  # a video; -: an MPEG transport stream on stdout
+    pairs: str = ""              # csv, first line portrait,voice,emotion: a video each, to a folder
     image_path: str = ""         # the portrait
     crop: str = ""               # which square of it: x,y,size; else the largest in the centre
     weights: str = ""            # folder of LivePortrait's weights; else a drawn face
@@ -71,6 +74,8 @@ class Settings:
     device: str = ""             # cuda if there is one
 
 
+# what all of --pairs share
+load_face, load_features = cache(LivePortrait), cache(feature_blocks)
 # what net-200.pth is used with
 RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, motion="absolute")
 
@@ -95,7 +100,7 @@ def open_face(settings, device):
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
     dtype = torch.bfloat16 if settings.bf16 else None
-    face = LivePortrait(settings.weights, device, dtype)
+    face = load_face(settings.weights, device, dtype)
     if settings.compile:
         face.render = torch.compile(face.render, dynamic=False)
     crop.save(f"{settings.output_path}.crop.png")
@@ -240,7 +245,7 @@ def make_video(settings, model, began):
     sound = audio_blocks(voice)
     if live:
         sound = microphone(sound, clock, open(copy, "wb"))
-    features = feature_blocks(settings.audio_encoder, model.mean.device)(sound)
+    features = load_features(settings.audio_encoder, model.mean.device)(sound)
     features = timed("sound", features, clock)
     motion = timed("motion", motion_of(settings, model, source, features, saved), clock)
     if live:
@@ -260,6 +265,24 @@ def make_video(settings, model, began):
     stages = ", ".join(f"{name} {clock[name]:.2f} s" for name in STAGES)
     print(f"{settings.output_path}: {bar.n} frames; {stages}; first frame after {first:.2f} s; "
           f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
+
+
+def make_videos(settings, model):
+    """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
+    folder = Path(settings.output_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(settings.pairs, encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, restval=""))
+    for number, row in enumerate(rows, 1):
+        video = folder / f"{number:03}.mp4"
+        try:
+            given = dict(image_path=row["portrait"], audio_path=row["voice"], emotion=row["emotion"])
+            one = replace(settings, **given, output_path=str(video))
+            check(one)
+            if not video.exists():
+                make_video(one, model, time.perf_counter())
+        except (KeyError, ValueError, OSError) as error:
+            tqdm.write(f"passed over: {settings.pairs}, row {number}: {error}", sys.stderr)
 
 
 def check(settings):
@@ -288,7 +311,8 @@ def main(argv):
     given = parse_flags(argv, __doc__, settings)
     if settings.output_path == "-":
         sys.stdout = sys.stderr                    # stdout is for the video
-    check(settings)
+    if not settings.pairs:
+        check(settings)
     device = find_device(settings.device)
     model = open_model(settings, given)
     if settings.eval:
@@ -297,6 +321,8 @@ def main(argv):
     if settings.bf16:
         for p in model.parameters():               # the statistics stay float32
             p.data = p.data.bfloat16()
+    if settings.pairs:
+        return make_videos(settings, model)
     make_video(settings, model, began)
 
 

@@ -144,7 +144,26 @@ def template(**changes):
     return pickle.dumps(dict(motion=[frame | changes], n_frames=1, output_fps=25))
 
 
+def test_no_table_of_pairs(refused):
+    refused("sample --pairs=nowhere.csv --output_path=old", "nowhere.csv", "No such file")
+
+
+class LyingDtype:
+    """A pickled dtype of objects that says that it holds none: numpy would take any bytes for
+    pointers."""
+
+    def __reduce__(self):
+        return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class LyingArray:
+    def __reduce__(self):
+        build, given, _ = np.zeros(1).__reduce__()
+        return build, given, (1, (3,), LyingDtype(), False, b"12345678" * 3)
+
+
 @pytest.mark.parametrize("content, words", [
+    (template(t=LyingArray()), "cannot create an OBJECT array"),
     (pickle.dumps(Code()), "it holds posix.mkdir, which is no array"),
     (pickle.dumps(dict(motion=[], do=eval)), "it holds builtins.eval, which is no array"),
     (template(exp=np.array([print])), "it holds builtins.print, which is no array"),

@@ -19,9 +19,10 @@ import data
 import moda
 import sample
 import train
+from bad import folder, good, run, write
 from data import RATE, ToyTalker, UsageError, parse_flags, toy_clip
 from moda import MoDA
-from renderer import Sketch
+from renderer import LivePortrait, Sketch
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -224,6 +225,45 @@ def test_a_failing_run_leaves_the_last_video_and_nothing_else(tmp_path, name, er
         sample.write_video(tmp_path / name, frames(), tmp_path / "v.wav")
     assert (tmp_path / name).read_text() == "the last video"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# -------------------------------------------------------------------------------------------- pairs
+@pytest.fixture
+def faces(monkeypatch):
+    """A drawn face stands in for LivePortrait -> the list of those that were loaded."""
+    loaded = []
+
+    def init(face, *args):
+        loaded.append(face)
+    monkeypatch.setattr(LivePortrait, "__init__", init)
+    monkeypatch.setattr(LivePortrait, "source", lambda face, image: Sketch().source())
+    monkeypatch.setattr(LivePortrait, "frames", lambda face, *args, **options: Sketch().frames(*args))
+    yield loaded
+    sample.load_face.cache_clear()
+
+
+def test_every_pair_becomes_a_video_and_broken_rows_are_passed_over(folder, run, faces):
+    rows = ["me.png,voice.wav,happiness", "me.png,nobody.wav,anger", "text.txt,voice.wav,anger",
+            "me.png,voice.wav,glee", "me.png,voice.wav", "me.png,voice.wav,sadness"]
+    write("pairs.csv", "\n".join(["portrait,voice,emotion", *rows]))
+    code, lines = run("portrait --pairs=pairs.csv --output_path=new/clips")
+    assert code == 0
+    assert len(lines) == 4
+    reasons = ["nobody.wav", "text.txt", "glee", "emotion= is empty"]
+    for number, (line, reason) in enumerate(zip(lines, reasons), 2):
+        assert line.startswith(f"passed over: pairs.csv, row {number}: ")
+        assert reason in line
+    assert [path.name for path in sorted(Path("new/clips").glob("*.mp4"))] == ["001.mp4", "006.mp4"]
+    assert len(faces) == 1
+    assert not np.array_equal(frames_of("new/clips/001.mp4"), frames_of("new/clips/006.mp4"))
+
+
+def test_a_run_over_pairs_that_was_killed_goes_on(folder, run):
+    write("pairs.csv", "portrait,voice,emotion\n,voice.wav,none\n,voice.wav,none")
+    write("clips/001.mp4", "made before")
+    assert run("sample --pairs=pairs.csv --output_path=clips") == (0, [])
+    assert Path("clips/001.mp4").read_text() == "made before"
+    assert len(frames_of("clips/002.mp4")) == 5
 
 
 # -------------------------------------------------------------------------------------------- flags
