@@ -255,11 +255,16 @@ def pictures(path, crop, batch=16):
         yield pixels.view(-1, 256, 256, 3)
 
 
+def read_rows(path):
+    """csv file, whose first line names the columns -> [{column: text}, ...]."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
 def read_labels(path):
     """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path)
         return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in rows}
     except Exception as error:
         raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "

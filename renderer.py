@@ -124,6 +124,17 @@ def read_template(path):
     return checked(np.stack(motion, 1))
 
 
+def read_motion(path):
+    """(T, 70) of a motion template or a .npy file; ValueError if it holds none."""
+    try:
+        if path.endswith(".pkl"):
+            return read_template(path)
+        return checked(np.load(path, allow_pickle=False))
+    except Exception as error:
+        raise ValueError(f"{path}: no motion could be read ({error}); should be what --save_motion "
+                         "wrote") from None
+
+
 def write_template(motion, path):
     """(T, 70) at 25 fps -> a motion template, for LivePortrait's inference.py -d."""
     frames = []

@@ -11,7 +11,6 @@ The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom
 face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
 evaluation. Flags:
 """
-import csv
 import os
 import sys
 import tempfile
@@ -30,10 +29,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import (CONTROLS, HELD, LABELS, MANNERS, RATE, ToyTalker, UsageError, audio_blocks,
-                  expression, feature_blocks, ffmpeg, find_device, parse_flags, run, write_npy)
+                  expression, feature_blocks, ffmpeg, find_device, parse_flags, read_rows, run,
+                  write_npy)
 from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, load_statistics, save, stream
-from renderer import (SIZE, LivePortrait, Sketch, checked, crop_box, paste_back, read_image,
-                      read_template, relative, write_template)
+from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
+                      relative, write_template)
 
 
 @dataclass
@@ -145,17 +145,6 @@ def emotions_in_turn(text):
 
 
 # --------------------------------------------------------------------- sound -> features -> motion
-def read_motion(path):
-    """Motion (T, 70) of --save_motion, or of LivePortrait's templates; ValueError if it is none."""
-    try:
-        if path.endswith(".pkl"):
-            return read_template(path)
-        return checked(np.load(path, allow_pickle=False))
-    except Exception as error:
-        raise ValueError(f"{path}: no motion could be read ({error}); should be what --save_motion "
-                         "wrote") from None
-
-
 def motion_of(settings, model, source, features, saved):
     """The voice's motion on this portrait, (n, 70) in LivePortrait units at a time.
 
@@ -271,13 +260,12 @@ def make_videos(settings, model):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
     folder = Path(settings.output_path)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(settings.pairs, encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, restval=""))
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_rows(settings.pairs), 1):
         video = folder / f"{number:03}.mp4"
+        one = replace(settings, output_path=str(video))
         try:
-            given = dict(image_path=row["portrait"], audio_path=row["voice"], emotion=row["emotion"])
-            one = replace(settings, **given, output_path=str(video))
+            one.image_path, one.audio_path = row["portrait"], row["voice"]
+            one.emotion = row["emotion"]
             check(one)
             if not video.exists():
                 make_video(one, model, time.perf_counter())
