@@ -112,23 +112,29 @@ def mel_filters():
 
 
 MEL = mel_filters()
+SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
 
 def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), at once.
 
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
-    blocks have one size: the features of a sound are the same to the bit however it was cut."""
+    blocks have one size: the features of a sound are the same to the bit however it was cut. Power
+    is relative to the loudest second so far, which fades by 1 dB a second: the gain of a recording
+    does not matter, and its pauses stay silent."""
     taper = np.hanning(400)
     wav = np.zeros(400)
+    second, loudest = [], SILENCE
     for block in regroup(pieces, BLOCK * FRAME):
         silence = np.zeros(BLOCK * FRAME - len(block))
         wav = np.concatenate([wav[HOP - 400:], block, silence])
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(np.fft.rfft(spans * taper, 512) / taper.sum()) ** 2
-        features = torch.tensor(np.log1p(1e5 * power @ MEL) / 4).float()
+        second = [*second[1 - 5:], np.mean(block.astype(float) ** 2)]  # of five blocks
+        loudest = max(np.mean(second), loudest * 10 ** -0.02)
+        features = np.log1p(300 * power @ MEL / max(loudest, SILENCE)) / 4
         frames = math.ceil(len(block) / FRAME)
-        yield features.view(BLOCK, 1, -1)[:frames]
+        yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
 
 
 def log_mel(wav, n_frames):
@@ -172,18 +178,19 @@ class Clips(torch.utils.data.Dataset):
             manifest = json.loads(path.read_text())
             rows = [row for row in manifest["clips"] if split in ("", row["split"])]
             self.names = [path.parent / "clips" / row["clip"] for row in rows]
-            self.index(rows, manifest["audio_shape"], manifest["moments"])
+            self.index(rows, manifest["audio_shape"], manifest["moments"], manifest["x_c_moments"])
         except Exception as error:
             raise ValueError(f"{path}: no {split} clips there ({error}); "
                              "prepare a data set: data.py --videos=DIR") from None
 
-    def index(self, rows, audio_shape, moments):
+    def index(self, rows, audio_shape, moments, x_c_moments):
         """What every kind of data set knows of its clips, without opening them."""
         self.lengths = np.array([row["frames"] for row in rows])
         self.emotion = [row["emotion"] for row in rows]
         self.audio_shape = L, A = tuple(audio_shape)
         self.window_size = (1 + self.frames) * (M + L * A) + 63        # how many numbers it holds
-        self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion
+        self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion,
+        self.x_c_moments = torch.tensor(x_c_moments).view(2, 63)       # and of the faces
         windows = np.maximum(self.lengths - self.frames, 0)
         self.first = np.cumsum([0, *windows])                          # each clip's first window
         if not len(self):
@@ -215,7 +222,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 def moments_of(motions):
-    """Mean and standard deviation of many (T, 70), in one pass: (2, 70)."""
+    """Mean and standard deviation of many (T, n), in one pass: (2, n)."""
     sums = 0
     for motion in motions:
         motion = np.asarray(motion, float)
@@ -359,11 +366,13 @@ def prepare(settings):
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
     training = [folder / "clips" / row["clip"] for row in rows if row["split"] == "train"]
-    moments = moments_of(opened(clip, "motion")[0] for clip in training).tolist()
+    moments = moments_of(opened(clip, "motion")[0] for clip in training)
+    x_c_moments = moments_of(opened(clip, "identity") for clip in training)
     manifest = dict(
         settings=begun,
         audio_shape=audio.shape[1:],
-        moments=moments,
+        moments=moments.tolist(),
+        x_c_moments=x_c_moments.tolist(),
         clips=rows)
     save(path, manifest, write=write_manifest)
 
@@ -599,9 +608,9 @@ PHONES = table("""
     phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
     a      vowel      .75  1.25  2.55  1      .05   3       .17      55   1    0
     e      vowel      .52  1.85  2.55  1      .05   3       .15      28   6    0
-    i      vowel      .3   2.25  2.9   .9     .05   3       .14      11   10   0
+    i      vowel      .3   2.25  2.9   .8     .05   3       .14      11   10   0
     o      vowel      .48  .9    2.45  1      .05   3       .16      30   0    10
-    u      vowel      .32  .8    2.3   .9     .05   3       .15      8    0    12
+    u      vowel      .32  .8    2.3   .8     .05   3       .15      8    0    12
     @      vowel      .52  1.45  2.55  .8     .05   3       .1       22   1    1
     m      consonant  .26  1     2.55  .3     0     3       .09      -16  0    1
     b      consonant  .22  .9    2.55  .06    .01   2       .08      -19  0    0
@@ -632,16 +641,17 @@ MANNERS = table("""
     sadness    -3   -.3    5     -2     -9     .9     .6     .6        .8
     surprise   10   .1     14    0      5      1.3    1.6    1.1       1""")
 HELD = MANNERS.dtype.names[1:6]
-# a head's rest, mean and standard deviation over clips; how far it drifts, and nods with the voice
+# a head's rest, mean and standard deviation over clips; how far it drifts, trembles, and nods with
+# the voice
 HEAD = table("""
-    channel  mean  spread  drift  nod
-    scale    1.3   .05     .006   0
-    t_x      0     .02     .012   0
-    t_y      .1    .02     .006   0
-    t_z      0     0       0      0
-    pitch    -1    2       2.5    3
-    yaw      0     4       5      0
-    roll     0     1.5     2      0""")
+    channel  mean  spread  drift  tremor  nod
+    scale    1.3   .05     .006   .001    0
+    t_x      0     .02     .012   .0008   0
+    t_y      .1    .02     .006   .0008   0
+    t_z      0     0       0      0       0
+    pitch    -1    2       2.5    .2      3
+    yaw      0     4       5      .2      0
+    roll     0     1.5     2      .15     0""")
 
 
 def smooth(track, width):
@@ -659,24 +669,28 @@ def wander(rng, width, n):
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
-    emotion = int(rng.integers(8))
-    manner = MANNERS[emotion]
-    phones = articulation(rng, 4 * T + 1, manner["rate"])              # at 100 Hz, ends included
+    emotion, tone = rng.integers(8, size=2)
+    if rng.random() < 0.5:                         # the others do not sound as they look
+        tone = emotion
+    manner, voice = MANNERS[emotion], MANNERS[tone]
+    phones = articulation(rng, 4 * T + 1, voice["rate"])               # at 100 Hz, ends included
     mouth = rng.uniform(0.8, 1.2)                                      # how wide this one is
     face = FACE * rng.uniform(0.9, 1.1, 3)
     face[[14, 20], 0] *= mouth
     delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide mouths move further
     motion = np.hstack([delta, toy_head(rng, phones)])
-    wav = toy_voice(rng, manner, phones)
-    return wav, np.float32(motion[2::4]), emotion, np.float32(face.ravel())
+    wav = toy_voice(rng, voice, phones)
+    return wav, np.float32(motion[2::4]), int(emotion), np.float32(face.ravel())
 
 
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
-    phones, ends = [], []
-    end = rng.uniform(-1, 0)                       # speech has begun before
+    end = rng.uniform(-1, 0)                       # speech has begun before,
+    if rng.random() < 0.2:                         # or begins later
+        end = rng.uniform(0, 0.006) * n
+    phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
-        stress = rng.uniform(0.75, 1.25)
+        stress = rng.uniform(0.6, 1.4)
         for kind, chance, shortest, longest in SYLLABLE:
             if rng.random() > chance:
                 continue
@@ -697,9 +711,15 @@ def toy_expression(rng, manner, phones, reach):
     lips, held = {}, {}
     for name in ("aaa", "eee", "woo"):
         lips[name] = reach * smooth(phones[name], 4)
+    shown = np.ones(n)
+    if rng.random() < 0.5:                         # the emotion comes and goes
+        seconds = np.arange(n) / 100
+        rise = seconds - rng.uniform(-1, 3)
+        fall = rng.uniform(3, 12) - seconds
+        shown = smooth(np.minimum(rise, fall).clip(0, 1), 20)
     for name in HELD:                                                  # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
-        held[name] = manner[name] * strength
+        held[name] = manner[name] * strength * shown
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)
@@ -708,11 +728,13 @@ def toy_expression(rng, manner, phones, reach):
 def toy_head(rng, phones):
     """Scale, translation, rotation, (n, 7)."""
     head = []
-    for _, mean, spread, drift, nod in HEAD:
+    n = len(phones)
+    for _, mean, spread, drift, tremor, nod in HEAD:
         rest = rng.normal(mean, spread)
-        drifting = drift * wander(rng, 60, len(phones))
+        drifting = drift * wander(rng, 60, n)
+        trembling = tremor * wander(rng, 5, n)     # as real heads do, and trackers of them
         nodding = nod * smooth(phones["voice"], 12)
-        head.append(rest + drifting + nodding)
+        head.append(rest + drifting + trembling + nodding)
     return np.stack(head, 1)
 
 
@@ -759,19 +781,27 @@ def toy_filter(rng, phones):
 
 
 def toy_room(rng, wav):
-    """A voice of unit variance with echo, sometimes music, and noise."""
+    """A voice with echo, noise, sometimes music or hum, through a microphone; of unit variance."""
     n = len(wav)
+    wav = wav / wav.std()
     decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
     echo = decay * rng.standard_normal(n)
     room = np.fft.irfft(np.fft.rfft(wav) * np.fft.rfft(echo))          # its end echoes at the start
     room *= rng.uniform(0, 0.7) / room.std()
+    wav = wav + room
     music = rng.choice([0, 0, 0.25]) * rng.random()
-    for _ in range(3):
+    for hum in (0, 0, 0, 0.5):
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
-        swell = upsample(wander(rng, 10, n // HOP + 1).clip(0))
-        room += music * swell * tone
-    noise = 10 ** rng.uniform(-3, -1) * rng.standard_normal(n)
-    return wav / wav.std() + room + noise
+        swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
+        wav += music * swell * tone
+    wav += 10 ** rng.uniform(-3, -0.8) * rng.standard_normal(n)
+    khz = np.fft.rfftfreq(n, 1000 / RATE)
+    octave = np.log2(0.05 + khz)
+    tone = rng.normal(0, 2) * octave + rng.normal(0, 4) * np.sin(octave + rng.uniform(0, 6))
+    low, high = rng.uniform(0.02, 0.3), rng.choice([3.4, 5, 8, 8, 8])
+    band = 1 / (1 + (low / (khz + 0.001)) ** 4 + (khz / high) ** 12)
+    wav = np.fft.irfft(np.fft.rfft(wav) * band * 10 ** (tone / 20), n)
+    return wav / wav.std()
 
 
 class ToyTalker(Clips):
@@ -785,7 +815,9 @@ class ToyTalker(Clips):
             self.wavs.append(wav)
             self.clips.append((motion, log_mel(wav, T).numpy(), identity))
             rows.append(dict(frames=T, emotion=emotion))
-        self.index(rows, (1, 160), moments_of(motion for motion, *_ in self.clips))
+        moments = moments_of(motion for motion, *_ in self.clips)
+        x_c_moments = moments_of([identity] for *_, identity in self.clips)
+        self.index(rows, (1, 160), moments, x_c_moments)
 
     def arrays(self, k):
         return self.clips[k]

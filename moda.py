@@ -44,6 +44,12 @@ class Config:
     emotion_adaln: bool = True   # emotion joins time in AdaLN (Sec. 3.2.1); False: only a stream
     p_drop_audio: float = 0.5    # condition dropout in training (Sec. 4.1.2), for guidance (Eq. 8)
     p_drop_emotion: float = 0.1  # the same for emotion
+    # how it is sampled, unless sample.py is given something else
+    cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
+    cfg_emotion: float = 0.0     # by emotion,
+    cfg_both: float = 0.2        # and by both dropped together
+    chunk: int = 100             # frames sampled at once
+    smooth: bool = False         # average the pose over three frames, twice
 
 
 TOY = dict(
@@ -53,7 +59,10 @@ TOY = dict(
     n_two=1,
     n_one=1,
     audio_layers=1,
-    audio_dim=160)
+    audio_dim=160,
+    p_drop_audio=0.1,
+    cfg_both=0.7,
+    smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
 
 
@@ -300,6 +309,8 @@ class MoDA(MotionModel):
         self.identity_embedder = embedder(63, D)
         self.time_embedder = embedder(256, D)
         self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))     # of a dropped condition
+        self.register_buffer("x_c_mean", torch.zeros(63))              # of the training faces
+        self.register_buffer("x_c_std", torch.ones(63))
         self.four = nn.ModuleList(JointBlock(cfg, 4, cfg.rope_streams) for _ in range(cfg.n_four))
         self.two = nn.ModuleList(JointBlock(cfg, 2, 2) for _ in range(cfg.n_two))
         self.one = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.n_one))
@@ -318,7 +329,7 @@ class MoDA(MotionModel):
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
         a = self.embed_audio(audio, drop_audio)
         e = self.emotion_embedder(emotion)[:, None].expand(-1, N, -1)
-        i = self.identity_embedder(identity)[:, None].expand(-1, N, -1)
+        i = self.embed_identity(identity)[:, None].expand(-1, N, -1)
         c = self.conditioning(t, emotion)
         rope = rope_table(N, self.cfg.width // self.cfg.heads, z.device)
         # coarse to fine (Sec. 3.2.3): four streams, then motion and its conditions, then one
@@ -339,6 +350,11 @@ class MoDA(MotionModel):
             null = self.null_audio.repeat(self.cfg.audio_layers)
             audio = torch.where(drop_audio[:, None, None], null, audio)
         return self.audio_embedder(audio)
+
+    def embed_identity(self, identity):
+        """(B, 63) -> (B, D), standardised: faces differ by little of what a face measures."""
+        x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
+        return self.identity_embedder(x_c.to(identity))
 
     def conditioning(self, t, emotion):
         """What every AdaLN is conditioned on: t (B,), emotion (B,) -> (B, D)."""
@@ -695,7 +711,7 @@ RELEASED = dict(row.split() for row in """
     """.strip().splitlines())
 
 
-RELEASED_CONFIG = dict(rope_streams=2)
+RELEASED_CONFIG = dict(rope_streams=2, chunk=80, smooth=True)
 
 
 def released_name(name):
@@ -720,8 +736,10 @@ def from_released(state, path):
     with torch.device("meta"):
         model = MoDA(Config(**RELEASED_CONFIG))
     model.to_empty(device="cpu")
-    model.mean.zero_()
-    model.std.fill_(1)
+    for buffer in (model.mean, model.x_c_mean):
+        buffer.zero_()
+    for buffer in (model.std, model.x_c_std):
+        buffer.fill_(1)
     if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was no
         generator = torch.Generator().manual_seed(42)                  # parameter: drawn, not saved
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)

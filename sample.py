@@ -54,13 +54,14 @@ class Settings:
     edit: str = ""               # expression added to the motion: smile:0.5,brow:5
     seed: int = 1                # another seed, another head motion
     steps: int = 10              # of Euler
-    cfg_audio: float = 1.0       # guidance by audio (Eq. 8),
+    # of these five the checkpoint has defaults of its own, see moda.Config
+    cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
     cfg_both: float = 0.0        # and by both dropped together
     chunk: int = 100             # frames sampled at once
+    smooth: bool = False         # average the pose over three frames, twice
     overlap: int = 16            # so many of them fade into the next chunk
     first_chunk: int = 0         # frames of the first chunk, for an earlier start
-    smooth: bool = False         # average the pose over three frames, twice
     pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
     exp_scale: float = 1.0       # the same for the expression
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
@@ -75,17 +76,18 @@ class Settings:
 
 
 # what all of --pairs share
-load_face, load_features = cache(LivePortrait), cache(feature_blocks)
-# what net-200.pth is used with
-RELEASED = dict(cfg_audio=0.0, cfg_both=0.2, chunk=80, smooth=True, motion="absolute")
+load_face = cache(LivePortrait)
+load_features = cache(feature_blocks)
 
 
 # --------------------------------------------------------------------------------- model and face
 def open_model(settings, given):
-    """The model of --ckpt; the released one has defaults of its own."""
+    """The model of --ckpt, whose config says how to sample unless the flags do."""
     model = MoDA.from_pretrained(settings.ckpt)
-    if model.cfg.rope_streams == 2:
-        vars(settings).update(RELEASED | given)
+    for name in vars(settings).keys() & vars(model.cfg).keys() - given.keys():
+        setattr(settings, name, getattr(model.cfg, name))
+    if model.cfg.rope_streams == 2:                # net-200.pth
+        settings.motion = settings.motion or "absolute"
     if model.std.eq(1).all():
         load_statistics(model, settings.stats)
     model.fast, model.compiled = settings.fast, settings.compile
@@ -402,8 +404,8 @@ def evaluate(settings, model, talker):
 
 def after_training(folder, clips):
     """The table, a video of an unseen clip, and its strip, in the folder of a checkpoint."""
-    settings, talker = Settings(), ToyTalker("val", clips)
-    model = MoDA.from_pretrained(folder / "ckpt.pt")
+    settings, talker = Settings(ckpt=folder / "ckpt.pt"), ToyTalker("val", clips)
+    model = open_model(settings, given={})
     evaluate(settings, model, talker)
     wav = talker.wavs[0]
     true, audio, identity = map(torch.tensor, talker.clips[0])

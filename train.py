@@ -278,6 +278,8 @@ def main(argv):
         load_statistics(model, settings.stats)
     elif model.std.eq(1).all():                    # it has none yet
         model.mean[:], model.std[:] = data.moments
+        if kind is MoDA:
+            model.x_c_mean[:], model.x_c_std[:] = data.x_c_moments
     model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     parts = dict(model=model, optimizer=optimizer)                     # of a checkpoint

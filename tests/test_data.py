@@ -43,6 +43,21 @@ def test_log_mel_is_the_same_however_the_sound_is_cut():
 
 
 # ---------------------------------------------------------------------------------- the toy talker
+@pytest.mark.parametrize("gain", [-24, -12, 12, 24])
+def test_features_do_not_depend_on_the_gain_of_a_recording(gain):
+    wav, *_ = toy_clip(3, 75)
+    louder = log_mel(wav * 10 ** (gain / 20), 75)
+    assert torch.allclose(louder, log_mel(wav, 75), atol=1e-3)
+
+
+def test_what_is_all_but_silent_stays_silent():
+    """Hiss of -90 dBFS is not made as loud as a voice, alone or after one."""
+    hiss = np.random.default_rng(0).normal(0, 3e-5, 2 * RATE)
+    assert log_mel(hiss, 50).max() < 0.1
+    voice, *_ = toy_clip(3, 50)
+    assert log_mel(np.concatenate([voice, hiss]), 100)[51:].max() < 0.1
+
+
 def test_the_jaw_control_is_livePortraits_mouth_opening():
     assert np.isclose(expression(aaa=60)[MOUTH], 0.06)
     smile = expression(smile=1.0).reshape(21, 3)

@@ -287,12 +287,12 @@ def test_help_lists_every_setting_with_a_comment(capsys, module, settings):
 
 def test_flags_have_the_types_of_their_defaults():
     settings, cfg = sample.Settings(), moda.Config()
-    given = parse_flags(["--steps=3", "--cfg_audio=2", "--bf16", "--stitch=False", "--edit=brow:1=",
+    given = parse_flags(["--steps=3", "--pose_scale=2", "--bf16", "--stitch=False", "--edit=brow:1=",
                          "--width=64"], "", settings, cfg)
-    assert given == dict(steps=3, cfg_audio=2.0, bf16=True, stitch=False, edit="brow:1=", width=64)
-    assert (settings.steps, settings.cfg_audio, cfg.width) == (3, 2.0, 64)
+    assert given == dict(steps=3, pose_scale=2.0, bf16=True, stitch=False, edit="brow:1=", width=64)
+    assert (settings.steps, settings.pose_scale, cfg.width) == (3, 2.0, 64)
     assert (settings.bf16, settings.stitch, settings.edit) == (True, False, "brow:1=")
-    assert type(settings.cfg_audio) is float
+    assert type(settings.pose_scale) is float
     assert settings.chunk == 100
 
 
@@ -314,7 +314,8 @@ def test_wrong_flags_are_named_before_any_work(main, argument, message):
 
 
 def test_the_released_model_has_defaults_of_its_own_that_flags_override(monkeypatch):
-    released = MoDA(moda.Config(width=32, heads=1, n_four=1, n_two=0, n_one=0, rope_streams=2))
+    sizes = dict(width=32, heads=1, n_four=1, n_two=0, n_one=0)
+    released = MoDA(moda.Config(**sizes, **moda.RELEASED_CONFIG))
     released.std.fill_(2)
     monkeypatch.setattr(MoDA, "from_pretrained", lambda path: released)
     settings = sample.Settings(chunk=50)
