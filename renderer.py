@@ -84,28 +84,18 @@ def checked(motion):
 
 # ------------------------------------------------------------------------- LivePortrait's templates
 # A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so here
-# it may name nothing but the parts of an array, and each that it makes of them is a Record.
-
-class Record:
-    """An array as a pickle describes it, or its dtype."""
-
-    def __init__(self, *given):
-        self.given = given
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def numbers(self):
-        shape, dtype, by_column, data = self.state[1:]
-        kind = dtype.state[1] + dtype.given[0]                         # such as < and f4
-        return np.frombuffer(data, kind).reshape(shape, order="CF"[by_column]).ravel()
+# it may name nothing but what an array is made of.
+ARRAY_PARTS = {
+    "_reconstruct": np.zeros(1).__reduce__()[0],
+    "ndarray": np.ndarray,
+    "dtype": np.dtype}
 
 
 class TemplateReader(pickle.Unpickler):
     def find_class(self, module, name):
-        if name not in ("_reconstruct", "ndarray", "dtype"):
+        if name not in ARRAY_PARTS:
             raise ValueError(f"it holds {module}.{name}, which is no array")
-        return Record
+        return ARRAY_PARTS[name]
 
 
 def read_template(path):
@@ -115,7 +105,7 @@ def read_template(path):
     frames = template["motion"]
 
     def channels(name):
-        return np.stack([frame[name].numbers() for frame in frames])
+        return np.stack([np.ravel(frame[name]) for frame in frames])
     R = torch.tensor(channels("R" if "R" in frames[0] else "R_d"))
     degrees = angles(R.view(-1, 3, 3))
     motion = np.hstack([channels("exp"), channels("scale"), channels("t"), degrees])
