@@ -84,11 +84,13 @@ def checked(motion):
 
 # ------------------------------------------------------------------------- LivePortrait's templates
 # A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so here
-# it may name nothing but what an array is made of.
+# it may name nothing but what an array is made of, and gets numpy's own types of numbers: of a new
+# dtype it could say that any bytes are pointers, which numpy would follow.
+FLOATS = {"f4": np.dtype("f4"), "f8": np.dtype("f8")}
 ARRAY_PARTS = {
-    "_reconstruct": np.zeros(1).__reduce__()[0],
-    "ndarray": np.ndarray,
-    "dtype": np.dtype}
+    "_reconstruct": lambda *unused: np.empty(0),
+    "ndarray": None,
+    "dtype": lambda name, *unused: FLOATS[name]}
 
 
 class TemplateReader(pickle.Unpickler):

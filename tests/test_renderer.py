@@ -92,7 +92,7 @@ def test_a_template_of_another_rate_keeps_its_length_in_seconds(tmp_path):
     frames = []
     for m, R in zip(motion.numpy(), rotation(*motion[:, 67:].T)):
         R = np.asfortranarray(R[None].double())
-        frames.append(dict(exp=m[None, :63].reshape(1, 21, 3), scale=m[None, 63:64].astype(">f4"),
+        frames.append(dict(exp=m[None, :63].reshape(1, 21, 3), scale=m[None, 63:64],
                            t=m[None, 64:67], R_d=R, kp=np.zeros((1, 63))))
     template = dict(motion=frames, n_frames=8, output_fps=20)
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(template, protocol=4))
