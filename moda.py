@@ -50,6 +50,7 @@ class Config:
     cfg_both: float = 0.2        # and by both dropped together
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
+    straight: bool = False       # set by train.py --reflow: two steps do
 
 
 TOY = dict(
@@ -396,6 +397,16 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     return loss_rf, loss_vel, (sync * gate).mean()                     # nothing to be in sync with
 
 
+@torch.no_grad()
+def reflow(teacher, eps, steps, guidance, **conditions):
+    """The ends z_0 of the teacher's guided paths from noise eps: (B, N, 70); conditions of forward.
+
+    Learned like data, min |(eps - z_0) - v((1 - t) z_0 + t eps, t)|^2, with the very eps they came
+    from, they make paths straight: fewer steps reach the same ends (arXiv 2209.03003, Alg. 1)."""
+    velocity = partial(guided_velocity, teacher, guidance=guidance, **conditions)
+    return euler(velocity, eps, euler_times(steps).to(eps))
+
+
 def sync_loss(a, m, in_sync=True):
     """Cross-entropy of the cosine of ALSE's a and m, (B, N, D) each, a mean over frames: (B,)."""
     p = (a.float() * m).sum(-1).clamp(1e-4, 1 - 1e-4)                  # float: bfloat16 rounds to 1
@@ -449,21 +460,31 @@ class ALSE(MotionModel):
 def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
     """Eq. 8: (1 + sum of lambda_c) v - sum over conditions c of lambda_c v with c dropped.
 
-    guidance {c: lambda_c}, "audio+emotion" for both together; the rest as in MoDA.forward, of one
-    clip, for its passes are the batch -> (N, 70)."""
+    guidance {c: lambda_c}, "audio+emotion" for both together; t (), the rest as in MoDA.forward
+    -> (B, N, 70). All passes are one batch."""
+    guidance = {condition: scale for condition, scale in guidance.items() if scale}
     passes = ["", *guidance]                       # and what each of them drops
+    n = len(passes)
     drop_audio = torch.tensor(["audio" in dropped for dropped in passes], device=z.device)
     drop_emotion = torch.tensor(["emotion" in dropped for dropped in passes], device=z.device)
-    emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
-    t = t.expand(len(passes))
+    drop_audio, drop_emotion = [x.repeat_interleave(len(z)) for x in (drop_audio, drop_emotion)]
+    emotion = torch.where(drop_emotion, NO_EMOTION, emotion.repeat(n))
     # with the type and device of the weights, one copy per pass
-    z, audio, identity, prev = [x.to(model.null_audio).expand(len(passes), *x.shape)
+    z, audio, identity, prev = [torch.cat([x.to(model.null_audio)] * n)
                                 for x in (z, audio, identity, prev)]
-    v = model(z, t, audio, emotion, identity, prev, drop_audio).float()
-    guided = (1 + sum(guidance.values())) * v[0]
-    for scale, v_dropped in zip(guidance.values(), v[1:]):
+    v = model(z, t.expand(len(z)), audio, emotion, identity, prev, drop_audio).float()
+    v, *without = v.chunk(n)
+    guided = (1 + sum(guidance.values())) * v
+    for scale, v_dropped in zip(guidance.values(), without):
         guided = guided - scale * v_dropped
     return guided
+
+
+def euler_times(steps):
+    """Times at which steps begin: of equal steps from 1, noise, if `steps` is a number."""
+    if isinstance(steps, int):
+        return 1 - torch.arange(steps) / steps
+    return torch.tensor(steps)
 
 
 def euler(velocity, z, times):
@@ -497,7 +518,7 @@ def windows(pieces, chunk, overlap, first_chunk, emotions):
 
 
 @torch.inference_mode()
-def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance={"audio": 0.2},
+def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidance=None,
            chunk=100, overlap=16, seed=0, noise=(), smooth=False, first_chunk=0):
     """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
 
@@ -505,22 +526,24 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, the portrait's own
     emotion  0..8, or a list of (emotion, frames), one after the other, the last for math.inf
-    steps    number of equal Euler steps, or a list of times from 1 down
-    guidance {condition: lambda} of Eq. 8
+    steps    number of equal Euler steps, or a list of times from 1 down; else 10, straight 2
+    guidance {condition: lambda} of Eq. 8; else by audio, 0.2, straight none
     chunk    frames sampled at once, the last filled up with silence
     overlap  so many of them fade into the next chunk
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks, as released
     first_chunk  frames of the first chunk, for an earlier start; 0: as many as the others
     Yields (n, 70) as soon as no later sound can change it. ValueError: what cannot be followed."""
-    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else steps
-    if not times:
+    if steps is None:
+        steps = 2 if model.cfg.straight else 10
+    if guidance is None:
+        guidance = {} if model.cfg.straight else {"audio": 0.2}
+    times = euler_times(steps).to(model.mean)
+    if not len(times):
         raise ValueError(f"steps={steps} should be 1 or more")
     for condition in guidance:
         if not {"audio", "emotion"}.issuperset(condition.split("+")):
             raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
-    times = torch.tensor(times).to(model.mean)
-    guidance = {condition: scale for condition, scale in guidance.items() if scale}
     pieces = [audio] if torch.is_tensor(audio) else audio
     emotions = emotion if isinstance(emotion, list) else [(emotion, math.inf)]
     network = model
@@ -534,11 +557,13 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=10, guidance=
 
     for voice, length, stride, label in windows(pieces, chunk, overlap, first_chunk, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, length - len(voice)))    # with silence
-        velocity = partial(guided_velocity, network, audio=padded, emotion=label,
-                           identity=identity, prev=prev, guidance=guidance)
+        velocity = partial(guided_velocity, network, audio=padded[None],
+                           emotion=torch.tensor([label], device=times.device),
+                           identity=identity[None], prev=prev[None], guidance=guidance)
         fresh = torch.randn(length - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
-        motion = euler(velocity, next(noises, eps).to(times.device), times).cpu()
+        z = next(noises, eps)[None].to(times.device)
+        motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             smooth_pose(motion)
         n = len(tail)

@@ -88,6 +88,11 @@ def open_model(settings, given):
         setattr(settings, name, getattr(model.cfg, name))
     if model.cfg.rope_streams == 2:                # net-200.pth
         settings.motion = settings.motion or "absolute"
+    if model.cfg.straight and "steps" not in given:
+        settings.steps = 2
+    if model.cfg.straight and any(sampling(settings)["guidance"].values()):
+        tqdm.write(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates",
+                   sys.stderr)
     if model.std.eq(1).all():
         load_statistics(model, settings.stats)
     model.fast, model.compiled = settings.fast, settings.compile

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import timeit
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import sample
 from data import Clips, ToyTalker, UsageError, find_device, parse_flags, run
 from moda import (ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics,
-                  losses, read_checkpoint, save)
+                  losses, read_checkpoint, reflow, save)
 
 RANK = int(os.environ.get("RANK", 0))              # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -46,6 +46,7 @@ class Settings:
     out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
     init_from: str = "scratch"   # scratch, resume, or a checkpoint to start from; net-200.pth too
     stats: str = ""              # file of the motion's mean and std, as net-200.pth needs
+    reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
     steps: int = 1100            # of training
@@ -70,12 +71,16 @@ class Settings:
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, bf16=True,
              workers=4, save_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
+REFLOW = dict(steps=300, learning_rate=3e-4)       # begins with a teacher's weights
 
 
 def read_settings(argv):
     """Settings of the run and Config of the network: a preset's, and what the flags say."""
     preset = "moda" if "--preset=moda" in argv else "toy"
-    settings, cfg = Settings(**TRAINING[preset]), Config(**PRESETS[preset])
+    training = TRAINING[preset]
+    if any(arg.startswith("--reflow=") for arg in argv):
+        training = training | REFLOW
+    settings, cfg = Settings(**training), Config(**PRESETS[preset])
     parse_flags(argv, __doc__, settings, cfg)
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
@@ -184,6 +189,28 @@ def loss_terms(net, model, batch, expert=None, tau=0.4):
     return losses(net, **batch, expert=expert, tau=tau)
 
 
+def open_teacher(path):
+    """The model whose guided paths are to be made straight -> it, its student, options of reflow."""
+    told = sample.Settings(ckpt=path)
+    teacher = sample.open_model(told, {}).requires_grad_(False)
+    options = sample.sampling(told)
+    student = copy.deepcopy(teacher).requires_grad_()
+    student.cfg = replace(teacher.cfg, straight=True, p_drop_audio=0.0, p_drop_emotion=0.0)
+    return teacher, student, dict(steps=options["steps"], guidance=options["guidance"])
+
+
+def reflow_batch(teacher, options, batch):
+    """The batch with the teacher's motion in place of the recorded one, from the same noise.
+
+    Each pair comes twice, at its time and at t = 1, where one step has to go all the way."""
+    conditions = {name: batch[name] for name in ("audio", "emotion", "identity")}
+    prev = teacher.normalise(batch["prev"])
+    z0 = reflow(teacher, batch["eps"], prev=prev, **conditions, **options)
+    pairs = batch | dict(motion=teacher.denormalise(z0))
+    begin = pairs | dict(t=torch.ones_like(batch["t"]))
+    return {name: torch.cat([pairs[name], begin[name]]) for name in pairs}
+
+
 def rate_of(settings, step):
     """The learning rate rises over the warm-up and falls to zero over the cool-down."""
     rise = (step + 1) / max(1, settings.warmup)
@@ -250,6 +277,8 @@ def main(argv):
     device = find_device(settings.device)
     kind = ALSE if settings.model == "alse" else MoDA
     default = settings.preset if kind is MoDA else "alse"
+    if settings.reflow:
+        default += "-straight"
     out = Path(settings.out_dir or f"out/{default}")
     out.mkdir(parents=True, exist_ok=True)
 
@@ -270,7 +299,10 @@ def main(argv):
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
 
     # model and optimizer
-    if settings.init_from in ("scratch", "resume"):
+    if settings.reflow:
+        teacher, model, options = open_teacher(settings.reflow)
+        teacher.to(device)
+    elif settings.init_from in ("scratch", "resume"):
         model = kind(cfg)
     else:
         model = kind.from_pretrained(settings.init_from)
@@ -318,6 +350,8 @@ def main(argv):
             part = {name: x.chunk(settings.passes)[k].to(device) for name, x in batch.items()}
             net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                if settings.reflow:
+                    part = reflow_batch(teacher, options, part)
                 terms = loss_terms(net, model, part, expert, settings.tau)
             terms = torch.stack(terms) / settings.passes
             terms.sum().backward()
