@@ -481,7 +481,11 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps):
-    """Times at which steps begin: of equal steps from 1, noise, if `steps` is a number."""
+    """When steps of Euler begin: a number of equal ones from 1, noise, or their times -> (steps,).
+
+    ValueError if there are none."""
+    if not steps:
+        raise ValueError(f"steps={steps} should be 1 or more")
     if isinstance(steps, int):
         return 1 - torch.arange(steps) / steps
     return torch.tensor(steps)
@@ -494,32 +498,30 @@ def euler(velocity, z, times):
     return z                                       # the minus leads to data
 
 
-def windows(pieces, chunk, overlap, first_chunk, emotions):
-    """Cut a voice, as it arrives, into windows: yields (voice, length, stride, emotion).
+def windows(pieces, chunk, overlap, emotions):
+    """Cut a voice, as it arrives, into windows: yields (voice, stride, emotion).
 
-    voice (n, L, A), to be filled up with silence to `length` frames; the next window begins
+    voice (n, L, A), to be filled up with silence to `chunk` frames; the next window begins
     `stride` frames later. emotions: [(label, frames), ...]; a new one begins a new window."""
-    length = first_chunk or chunk
+    if not 0 <= overlap < chunk:
+        raise ValueError(f"overlap={overlap}, chunk={chunk}: should be 0 <= overlap < chunk")
     voice, already_seen = [], 0
-    if not 0 <= overlap < length <= chunk:
-        raise ValueError(f"overlap={overlap}, first_chunk={first_chunk}, chunk={chunk}: should be "
-                         "0 <= overlap < first_chunk <= chunk")
     frames = chain.from_iterable(pieces)
     for emotion, frames_left in emotions:
         while frames_left >= 1:
-            voice.extend(islice(frames, length - len(voice)))
+            voice.extend(islice(frames, chunk - len(voice)))
             if len(voice) <= already_seen:         # nothing new is left
                 return
-            stride = int(min(length - overlap, frames_left))
-            yield torch.stack(voice), length, stride, emotion
+            stride = int(min(chunk - overlap, frames_left))
+            yield torch.stack(voice), stride, emotion
             voice = voice[stride:]
             frames_left -= stride
-            length, already_seen = chunk, overlap
+            already_seen = overlap
 
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidance=None,
-           chunk=100, overlap=16, seed=0, noise=(), smooth=False, first_chunk=0):
+           chunk=100, overlap=16, seed=0, noise=(), smooth=False):
     """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
 
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
@@ -532,15 +534,12 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     overlap  so many of them fade into the next chunk
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks, as released
-    first_chunk  frames of the first chunk, for an earlier start; 0: as many as the others
     Yields (n, 70) as soon as no later sound can change it. ValueError: what cannot be followed."""
     if steps is None:
         steps = 2 if model.cfg.straight else 10
     if guidance is None:
         guidance = {} if model.cfg.straight else {"audio": 0.2}
     times = euler_times(steps).to(model.mean)
-    if not len(times):
-        raise ValueError(f"steps={steps} should be 1 or more")
     for condition in guidance:
         if not {"audio", "emotion"}.issuperset(condition.split("+")):
             raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
@@ -555,19 +554,18 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     identity, prev = identity.flatten(), prev.flatten()
     eps = before = tail = torch.empty(0, M)        # there is no window before the first
 
-    for voice, length, stride, label in windows(pieces, chunk, overlap, first_chunk, emotions):
-        padded = F.pad(voice, (0, 0, 0, 0, 0, length - len(voice)))    # with silence
+    for voice, stride, label in windows(pieces, chunk, overlap, emotions):
+        padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # with silence
         velocity = partial(guided_velocity, network, audio=padded[None],
                            emotion=torch.tensor([label], device=times.device),
                            identity=identity[None], prev=prev[None], guidance=guidance)
-        fresh = torch.randn(length - len(eps), M, generator=generator)
+        fresh = torch.randn(chunk - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
         z = next(noises, eps)[None].to(times.device)
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             smooth_pose(motion)
-        n = len(tail)
-        motion[:n].lerp_(tail, fade[:n])
+        motion[:len(tail)].lerp_(tail, fade[:len(tail)])
         ready = motion[:len(voice)]
         if smooth:                                 # again, with the neighbour of its first frame
             ready = torch.cat([before, ready])

@@ -61,7 +61,6 @@ class Settings:
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
     overlap: int = 16            # so many of them fade into the next chunk
-    first_chunk: int = 0         # frames of the first chunk, for an earlier start
     pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
     exp_scale: float = 1.0       # the same for the expression
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
@@ -121,7 +120,7 @@ def sampling(settings):
     """What the settings say to moda.stream."""
     guidance = {"audio": settings.cfg_audio, "emotion": settings.cfg_emotion,
                 "audio+emotion": settings.cfg_both}
-    names = "seed steps chunk overlap first_chunk smooth".split()
+    names = "seed steps chunk overlap smooth".split()
     return {name: getattr(settings, name) for name in names} | {"guidance": guidance}
 
 

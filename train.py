@@ -77,10 +77,8 @@ REFLOW = dict(steps=300, learning_rate=3e-4)       # begins with a teacher's wei
 def read_settings(argv):
     """Settings of the run and Config of the network: a preset's, and what the flags say."""
     preset = "moda" if "--preset=moda" in argv else "toy"
-    training = TRAINING[preset]
-    if any(arg.startswith("--reflow=") for arg in argv):
-        training = training | REFLOW
-    settings, cfg = Settings(**training), Config(**PRESETS[preset])
+    start = REFLOW if "--reflow=" in " ".join(argv) else {}
+    settings, cfg = Settings(**TRAINING[preset] | start), Config(**PRESETS[preset])
     parse_flags(argv, __doc__, settings, cfg)
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
@@ -189,26 +187,26 @@ def loss_terms(net, model, batch, expert=None, tau=0.4):
     return losses(net, **batch, expert=expert, tau=tau)
 
 
-def open_teacher(path):
-    """The model whose guided paths are to be made straight -> it, its student, options of reflow."""
-    told = sample.Settings(ckpt=path)
-    teacher = sample.open_model(told, {}).requires_grad_(False)
+def open_teacher(settings, device):
+    """The model whose guided paths are to be made straight: a student with its weights, and what
+    gives a batch the teacher's motion in place of the recorded one."""
+    told = sample.Settings(ckpt=settings.reflow, stats=settings.stats)
+    teacher = sample.open_model(told, {}).to(device)
     options = sample.sampling(told)
-    student = copy.deepcopy(teacher).requires_grad_()
+    student = copy.deepcopy(teacher)
     student.cfg = replace(teacher.cfg, straight=True, p_drop_audio=0.0, p_drop_emotion=0.0)
-    return teacher, student, dict(steps=options["steps"], guidance=options["guidance"])
+    return student, partial(reflow_batch, teacher, options["steps"], options["guidance"])
 
 
-def reflow_batch(teacher, options, batch):
-    """The batch with the teacher's motion in place of the recorded one, from the same noise.
-
-    Each pair comes twice, at its time and at t = 1, where one step has to go all the way."""
-    conditions = {name: batch[name] for name in ("audio", "emotion", "identity")}
+def reflow_batch(teacher, steps, guidance, batch):
+    """A batch with the teacher's motion, from the same noise: at its times, and at t = 1 again,
+    where a single step goes all the way."""
     prev = teacher.normalise(batch["prev"])
-    z0 = reflow(teacher, batch["eps"], prev=prev, **conditions, **options)
-    pairs = batch | dict(motion=teacher.denormalise(z0))
-    begin = pairs | dict(t=torch.ones_like(batch["t"]))
-    return {name: torch.cat([pairs[name], begin[name]]) for name in pairs}
+    z0 = reflow(teacher, batch["eps"], steps, guidance, prev=prev, audio=batch["audio"],
+                emotion=batch["emotion"], identity=batch["identity"])
+    batch = batch | dict(motion=teacher.denormalise(z0))
+    begin = batch | dict(t=torch.ones_like(batch["t"]))
+    return {name: torch.cat([x, begin[name]]) for name, x in batch.items()}
 
 
 def rate_of(settings, step):
@@ -300,8 +298,7 @@ def main(argv):
 
     # model and optimizer
     if settings.reflow:
-        teacher, model, options = open_teacher(settings.reflow)
-        teacher.to(device)
+        model, reflowed = open_teacher(settings, device)
     elif settings.init_from in ("scratch", "resume"):
         model = kind(cfg)
     else:
@@ -351,7 +348,7 @@ def main(argv):
             net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                 if settings.reflow:
-                    part = reflow_batch(teacher, options, part)
+                    part = reflowed(part)
                 terms = loss_terms(net, model, part, expert, settings.tau)
             terms = torch.stack(terms) / settings.passes
             terms.sum().backward()

@@ -123,11 +123,9 @@ def test_a_training_below_a_file(refused, out):
 @pytest.mark.parametrize("flag, words", [
     ("--steps=0", "steps=0 should be 1 or more"),
     ("--steps=-3", "steps=-3 should be 1 or more"),
-    ("--chunk=0", "chunk=0: should be 0 <= overlap < first_chunk <= chunk"),
-    ("--overlap=20", "overlap=20, first_chunk=0, chunk=20: should be 0 <= overlap"),
-    ("--overlap=-1", "overlap=-1, first_chunk=0, chunk=20: should be 0 <= overlap"),
-    ("--first_chunk=30", "first_chunk=30, chunk=20: should be 0 <= overlap"),
-    ("--first_chunk=4", "overlap=4, first_chunk=4, chunk=20: should be 0 <= overlap")])
+    ("--chunk=0", "chunk=0: should be 0 <= overlap < chunk"),
+    ("--overlap=20", "overlap=20, chunk=20: should be 0 <= overlap"),
+    ("--overlap=-1", "overlap=-1, chunk=20: should be 0 <= overlap")])
 def test_a_request_that_no_sampler_can_answer(refused, flag, words):
     refused(f"sample {flag}", words)
 

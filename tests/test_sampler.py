@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import build
 import moda
-from moda import NO_EMOTION, M, euler, generate, guided_velocity, stream
+import sample
+from moda import NO_EMOTION, M, euler, generate, guided_velocity, losses, reflow, stream
 
 
 def voice(T):
@@ -158,7 +159,7 @@ def test_the_next_chunk_sees_the_frame_before_it(tiny, monkeypatch):
 
 
 def test_bad_requests_are_refused(tiny):
-    for bad in dict(overlap=100), dict(chunk=0), dict(steps=0), dict(first_chunk=101):
+    for bad in dict(overlap=100), dict(chunk=0), dict(steps=0):
         with pytest.raises(ValueError, match="should be"):
             generate(tiny, **voice(20), **bad)
     with pytest.raises(ValueError, match="identity.*: should be of audio, emotion, audio.emotion"):
@@ -169,7 +170,7 @@ def test_bad_requests_are_refused(tiny):
         generate(tiny, **voice(0))
 
 
-def test_a_new_emotion_begins_a_chunk_and_a_first_chunk_may_be_short(tiny):
+def test_a_new_emotion_begins_a_chunk(tiny):
     x = voice(100)
     options = dict(x, steps=2, chunk=40, overlap=8)
     plain = generate(tiny, emotion=5, **options)
@@ -178,5 +179,45 @@ def test_a_new_emotion_begins_a_chunk_and_a_first_chunk_may_be_short(tiny):
     changed = torch.cat(pieces)
     assert torch.allclose(changed[:50], plain[:50], atol=1e-5)
     assert not torch.allclose(changed[58:], plain[58:], atol=1e-2)
-    early = stream(tiny, first_chunk=20, **options)
-    assert [len(piece) for piece in early] == [12, 32, 32, 24]
+
+
+# ---------------------------------------------------------------------------------- straight models
+def test_reflow_makes_paths_straight():
+    """After some steps on its teacher's pairs, a student's two steps end where its eight do, and
+    where the teacher's guided eight do."""
+    teacher, student = build.model(), build.model()
+    student.load_state_dict(teacher.state_dict())
+    given = dict(audio=torch.randn(4, 12, 1, 160), emotion=torch.arange(4),
+                 identity=torch.randn(4, 63), prev=torch.randn(4, M))
+    eps, kept = torch.randn(4, 12, M), torch.zeros(4).bool()
+    z0 = reflow(teacher, eps, 8, {"audio": 1.0}, **given)
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+
+    def apart(model):
+        """Two steps from eight, and from the teacher's."""
+        two, eight = [reflow(model, eps, steps, {}, **given) for steps in (2, 8)]
+        return (two - eight).norm(), (two - z0).norm()
+    before = apart(student)
+    for _ in range(30):
+        terms = losses(student, z0, t=torch.rand(4), eps=eps, drop_audio=kept, drop_emotion=kept,
+                       **given)
+        sum(terms).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = apart(student)
+    assert after[0] < 0.6 * before[0] and after[1] < 0.9 * before[1], (before, after)
+
+
+def test_a_straight_model_takes_two_steps_without_guidance(monkeypatch, capsys):
+    model, x = build.model(straight=True), voice(30)
+    two = generate(model, **x, steps=2, guidance={})
+    assert torch.equal(generate(model, **x), two)
+    assert not torch.equal(generate(model, **x, guidance={"audio": 1.0}), two)
+    monkeypatch.setattr(sample.MoDA, "from_pretrained", lambda path: model)
+    for given, lines in ({}, 0), ({"steps": 4}, 0), ({"cfg_audio": 1.0}, 1):
+        settings = sample.Settings(stats="", **given)
+        model.std += 1                             # it has statistics
+        sample.open_model(settings, given)
+        expected = {"steps": 2, "cfg_audio": 0.0} | given
+        assert expected.items() <= vars(settings).items()
+        assert capsys.readouterr().err.count("warning") == lines

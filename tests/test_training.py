@@ -355,6 +355,22 @@ def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model):
     assert read_checkpoint(tmp_path / "second/ckpt.pt")["config"]["width"] == 32
 
 
+def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(tmp_path):
+    teacher = build.model()
+    teacher.mean[:], teacher.std[:] = toy("train", 4).moments
+    state = dict(kind="MoDA", config=vars(teacher.cfg), model=teacher.state_dict())
+    torch.save(state, tmp_path / "teacher.pt")
+    flags = f"--reflow={tmp_path}/teacher.pt --steps=4 --batch_size=2 --save_every=2".split()
+    whole = train_here(tmp_path, *flags)
+    last = tmp_path / "last.pt"
+    (tmp_path / "ckpt.pt").rename(last)
+    assert train_here(tmp_path, *flags, "--init_from=resume") == whole
+    assert_same(tmp_path / "ckpt.pt", last)
+    student = MoDA.from_pretrained(last)
+    assert student.cfg.straight and student.cfg.p_drop_audio == student.cfg.p_drop_emotion == 0
+    assert torch.equal(student.std, teacher.std)
+
+
 def test_the_rate_rises_stays_and_falls_to_zero():
     settings = train.Settings(steps=100, warmup=10, cooldown=0.5, learning_rate=1.0)
     rates = [train.rate_of(settings, step) for step in range(100)]
