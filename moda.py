@@ -457,6 +457,12 @@ class ALSE(MotionModel):
 
 
 # ------------------------------------------------------------------------------------- the sampler
+def guidance_of(settings):
+    """A sampler's settings, or a Config, as {condition: lambda} of Eq. 8."""
+    return {"audio": settings.cfg_audio, "emotion": settings.cfg_emotion,
+            "audio+emotion": settings.cfg_both}
+
+
 def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
     """Eq. 8: (1 + sum of lambda_c) v - sum over conditions c of lambda_c v with c dropped.
 
@@ -481,14 +487,11 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps):
-    """When steps of Euler begin: a number of equal ones from 1, noise, or their times -> (steps,).
-
-    ValueError if there are none."""
-    if not steps:
+    """When steps begin: so many equal ones from 1, noise, or a list as it is; ValueError if none."""
+    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else steps
+    if not times:
         raise ValueError(f"steps={steps} should be 1 or more")
-    if isinstance(steps, int):
-        return 1 - torch.arange(steps) / steps
-    return torch.tensor(steps)
+    return torch.tensor(times)
 
 
 def euler(velocity, z, times):
@@ -528,8 +531,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, the portrait's own
     emotion  0..8, or a list of (emotion, frames), one after the other, the last for math.inf
-    steps    number of equal Euler steps, or a list of times from 1 down; else 10, straight 2
-    guidance {condition: lambda} of Eq. 8; else by audio, 0.2, straight none
+    steps    number of equal Euler steps, or a list of times from 1 down; else 10, or 2 if straight
+    guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once, the last filled up with silence
     overlap  so many of them fade into the next chunk
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
@@ -538,7 +541,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     if steps is None:
         steps = 2 if model.cfg.straight else 10
     if guidance is None:
-        guidance = {} if model.cfg.straight else {"audio": 0.2}
+        guidance = guidance_of(model.cfg)
     times = euler_times(steps).to(model.mean)
     for condition in guidance:
         if not {"audio", "emotion"}.issuperset(condition.split("+")):

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from data import (CONTROLS, HELD, LABELS, MANNERS, RATE, ToyTalker, UsageError, audio_blocks,
                   expression, feature_blocks, ffmpeg, find_device, parse_flags, read_rows, run,
                   write_npy)
-from moda import ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, load_statistics, save, stream
+from moda import (ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, guidance_of, load_statistics,
+                  save, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
                       relative, write_template)
 
@@ -89,7 +90,7 @@ def open_model(settings, given):
         settings.motion = settings.motion or "absolute"
     if model.cfg.straight and "steps" not in given:
         settings.steps = 2
-    if model.cfg.straight and any(sampling(settings)["guidance"].values()):
+    if model.cfg.straight and any(guidance_of(settings).values()):
         tqdm.write(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates",
                    sys.stderr)
     if model.std.eq(1).all():
@@ -118,10 +119,8 @@ def open_face(settings, device):
 
 def sampling(settings):
     """What the settings say to moda.stream."""
-    guidance = {"audio": settings.cfg_audio, "emotion": settings.cfg_emotion,
-                "audio+emotion": settings.cfg_both}
     names = "seed steps chunk overlap smooth".split()
-    return {name: getattr(settings, name) for name in names} | {"guidance": guidance}
+    return {name: getattr(settings, name) for name in names} | {"guidance": guidance_of(settings)}
 
 
 def amounts(flag, text, known, default):

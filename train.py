@@ -194,7 +194,8 @@ def open_teacher(settings, device):
     teacher = sample.open_model(told, {}).to(device)
     options = sample.sampling(told)
     student = copy.deepcopy(teacher)
-    student.cfg = replace(teacher.cfg, straight=True, p_drop_audio=0.0, p_drop_emotion=0.0)
+    none = dict.fromkeys("p_drop_audio p_drop_emotion cfg_audio cfg_emotion cfg_both".split(), 0.0)
+    student.cfg = replace(teacher.cfg, straight=True, **none)
     return student, partial(reflow_batch, teacher, options["steps"], options["guidance"])
 
 

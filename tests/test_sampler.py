@@ -209,7 +209,7 @@ def test_reflow_makes_paths_straight():
 
 
 def test_a_straight_model_takes_two_steps_without_guidance(monkeypatch, capsys):
-    model, x = build.model(straight=True), voice(30)
+    model, x = build.model(straight=True, cfg_both=0.0), voice(30)
     two = generate(model, **x, steps=2, guidance={})
     assert torch.equal(generate(model, **x), two)
     assert not torch.equal(generate(model, **x, guidance={"audio": 1.0}), two)
