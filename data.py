@@ -574,24 +574,24 @@ def encoder_tensors(file):
 # By how many thousandths a channel, 3 point + axis, moves per unit of a control: LivePortrait's own
 # numbers. Point and axis stand behind them.
 MOVES = table("""
-    channel  aaa  eee  woo  brow  smile  frown  blink
-    58       1    0    0    0     0      0      0        # 19 y
-    59       .1   0    0    0     0      0      0        # 19 z
-    61       0    -1   0    0     -10    0      0        # 20 y
-    62       0    -1   0    0     0      0      0        # 20 z
-    43       0    -1   1    0     -20    0      0        # 14 y
-    52       -.1  0    0    0     6.5    0      0        # 17 y
-    53       0    0    -.5  0     3      0      0        # 17 z
-    10       0    0    -.5  0     -3.5   0      0        # 3 y
-    22       0    0    -.5  0     -3.5   0      0        # 7 y
-    3        0    0    0    0     0      -1     0        # 1 x
-    6        0    0    0    0     0      1      0        # 2 x
-    4        0    0    0    1     0      .3     0        # 1 y
-    7        0    0    0    -1    0      -.3    0        # 2 y
-    34       0    0    0    0     0      0      -1       # 11 y
-    46       0    0    0    0     0      0      -1       # 15 y
-    40       0    0    0    0     -2.75  0      .3       # 13 y
-    49       0    0    0    0     -2.75  0      .3       # 16 y""")
+    channel  aaa  eee  woo  brow  smile  frown  blink  sneer  smirk
+    58       1    0    0    0     0      0      0      0      0        # 19 y
+    59       .1   0    0    0     0      0      0      0      0        # 19 z
+    61       0    -1   0    0     -10    0      0      0      -1       # 20 y
+    62       0    -1   0    0     0      0      0      0      0        # 20 z
+    43       0    -1   1    0     -20    0      0      0      0        # 14 y
+    52       -.1  0    0    0     6.5    0      0      -1     0        # 17 y
+    53       0    0    -.5  0     3      0      0      0      0        # 17 z
+    10       0    0    -.5  0     -3.5   0      0      -.4    0        # 3 y
+    22       0    0    -.5  0     -3.5   0      0      -.4    -.4      # 7 y
+    3        0    0    0    0     0      -1     0      0      0        # 1 x
+    6        0    0    0    0     0      1      0      0      0        # 2 x
+    4        0    0    0    1     0      .3     0      0      0        # 1 y
+    7        0    0    0    -1    0      -.3    0      0      -1       # 2 y
+    34       0    0    0    0     0      0      -1     0      0        # 11 y
+    46       0    0    0    0     0      0      -1     0      0        # 15 y
+    40       0    0    0    0     -2.75  0      .3     -.4    0        # 13 y
+    49       0    0    0    0     -2.75  0      .3     -.4    0        # 16 y""")
 CONTROLS = {}
 for name in MOVES.dtype.names[1:]:
     CONTROLS[name] = np.zeros(63)
@@ -631,16 +631,16 @@ SYLLABLE = table("""
     pause      .17     .3        1.8""")
 # of each emotion: controls that it holds, and factors on the voice
 MANNERS = table("""
-    emotion    aaa  smile  brow  frown  blink  pitch  range  loudness  rate
-    anger      4    -.2    0     -9     -6     1.15   1.3    1.6       1.15
-    contempt   -4   .25    2     0      -10    .9     .7     .8        .9
-    disgust    -2   -.3    0     -5     -12    .85    .9     .9        .85
-    fear       2    -.25   10    -4     4      1.3    1      .8        1.2
-    happiness  3    1      4     0      -2     1.2    1.5    1.2       1.1
-    neutral    0    0      0     0      0      1      1      1         1
-    sadness    -3   -.3    5     -2     -9     .9     .6     .6        .8
-    surprise   10   .1     14    0      5      1.3    1.6    1.1       1""")
-HELD = MANNERS.dtype.names[1:6]
+    emotion    aaa  eee  woo  smile  brow  frown  blink  sneer  smirk  pitch  range  loudness  rate
+    anger      3    0    0    -.2    -2    -9     1.5    0      0      1.15   1.3    1.6       1.15
+    contempt   -3   0    0    .05    0     0      -4     0      8      .9     .7     .8        .9
+    disgust    -2   0    0    -.15   0     -6     -2.5   6      0      .85    .9     .9        .85
+    fear       2    5    0    -.25   11    -7     4      0      0      1.3    1      .8        1.2
+    happiness  3    0    0    .9     3     0      -2     0      0      1.2    1.5    1.2       1.1
+    neutral    0    0    0    0      0     0      0      0      0      1      1      1         1
+    sadness    -3   0    0    -.3    6     -5     -5     0      0      .9     .6     .6        .8
+    surprise   9    0    5    0      14    0      5      0      0      1.3    1.6    1.1       1""")
+HELD = MANNERS.dtype.names[1:10]
 # a head's rest, mean and standard deviation over clips; how far it drifts, trembles, and nods with
 # the voice
 HEAD = table("""
