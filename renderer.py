@@ -650,9 +650,9 @@ FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
 # What the drawing makes of the 63 offsets. A row is a name and a sum of terms "name,right,down": a
-# place and so many % from it or, if the name is in capitals, so many times a signal. Signals, 0 to 1,
-# are what expressions are made of: how far points move (D and number) times gains right, down, in.
-# All is said of the picture's left half; the right half is mirrored, with its own points
+# place and so many % from it or, if the name is in capitals, so many times a signal. Signals, 0 to
+# 1, are what expressions are made of: how far points move (D and number) times gains right, down,
+# in. All is said of the picture's left half; the right half is mirrored, with its own points
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
     MILD      D1,0,100 D2,0,40
@@ -679,17 +679,17 @@ PLACES = """\
     brow_out  1,-10,2      RAISE,0,-6 KNIT,0,7.5 SCOWL,0,-11
     lid_out   13,-8.5,.8   KNIT,0,1.2 SCOWL,0,-1.7
     lid_in    13,7.5,2
-    lid_a     13,-5,-5.4   DROOP,0,9.7 WIDE,0,-2.4 RAISE,0,-1.5 UP,0,1.8 KNIT,0,3 SCOWL,0,-4.5
-    lid_b     13,3.5,-5.4  DROOP,0,9.3 WIDE,0,-2.4 RAISE,0,-1.5 UP,0,1.8 KNIT,0,-2 SCOWL,0,5.3
+    lid_a     13,-5,-5.4   DROOP,0,9.7 WIDE,0,-2.4 RAISE,0,-1.5 UP,0,1.2 KNIT,0,3 SCOWL,0,-4.5
+    lid_b     13,3.5,-5.4  DROOP,0,9.3 WIDE,0,-2.4 RAISE,0,-1.5 UP,0,1.2 KNIT,0,-2 SCOWL,0,5.3
     crease_a  13,-5,-8.2   DROOP,0,3 WIDE,0,-2.7 RAISE,0,-1.6 KNIT,0,2 SCOWL,0,-1.4
     crease_b  13,4,-7.8    DROOP,0,3 WIDE,0,-2.7 RAISE,0,-1.6 KNIT,0,-2 SCOWL,0,4.2
-    low_a     13,-5,4.3    SAG,0,1.4 TENSE,0,-2.3 UP,0,-2.8 SNEER,0,-2 SCOWL,0,-.7
-    low_b     13,3.5,4.3   SAG,0,1.4 TENSE,0,-2.3 UP,0,-2.8 SNEER,0,-2 SCOWL,0,-.7
+    low_a     13,-5,4.3    SAG,0,1.4 TENSE,0,-2.3 UP,0,-2.4 SNEER,0,-2 SCOWL,0,-.7
+    low_b     13,3.5,4.3   SAG,0,1.4 TENSE,0,-2.3 UP,0,-2.4 SNEER,0,-2 SCOWL,0,-.7
     iris      13,-.3,-.6   INWARD,3 OUTWARD,-3 DROOP,0,2
     wing      9,-5,4.5     SNEER,-1,-2 UP,-.7,-.5
     fold      14,-3,-6     UP,-2.9,-2.9 SNEER,-.8,-2
     fold_in   fold         UP,1.9,.7 SNEER,2.4,1.2
-    forehead  0,0,7        RAISE,0,-1.6
+    forehead  0,0,9        RAISE,0,-1.6
     line      forehead     RAISE,0,1.9 MILD,0,-.8
     glabella  1,11.6,1     SCOWL,-2.6
     wrinkle   9,-4,-6      SNEER,.4,2.8
@@ -745,9 +745,9 @@ PARTS = """\
                               bottom,0,3.3
     lip_light   #ffffff14  4 bottom,-4,-.4 bottom,4,-.4 bottom,4,1.2 bottom,-4,1.2
     lip_under   #b860400c  5 bottom,-5,4.6 bottom,5,4.6 bottom,2,7 bottom,-2,7
-    line        #deae94    1 forehead forehead forehead,-3 forehead,-9,-1.5 forehead,-9,-1.5 \
+    line        #a0604438  1 forehead forehead forehead,-3 forehead,-9,-1.5 forehead,-9,-1.5 \
                               line,-3 line line
-    line_2      #deae94    1 forehead,0,-4 forehead,0,-4 forehead,-3,-4 forehead,-9,-5.5 \
+    line_2      #a0604438  1 forehead,0,-4 forehead,0,-4 forehead,-3,-4 forehead,-9,-5.5 \
                               forehead,-9,-5.5 line,-3,-4 line,0,-4 line,0,-4
     glabella    #a0604430  2 1,11.5,-2.5 1,12,1 1,12.4,4.5 glabella
     wrinkle     #a0604428  2 9,-1,-8 9,-4,-6.5 9,-5.5,-3 wrinkle
@@ -758,11 +758,15 @@ PARTS = """\
     nose_under  #dfa98e    1 9,0,4 9,0,4 9,-2,4 9,-3.5,3 wing,0,-2.5 wing,-.8 wing,1,1.4 9,-2,6 \
                               9,0,6 9,0,6
     nostril     #7c3c30    1 9,-3.4,4 9,-1.6,4.2 9,-1.8,5 9,-3.4,5
-    hair_shade  #dba98c    1 0,0,4 0,0,4 0,-6,5 0,-18,3 4,6,-28 4,3,-14 4,0,6 4,2,6 4,6,-12 \
-                              4,9,-26 0,-17,5 0,-5,9 0,0,9 0,0,9
-    hair        #3e2b26    1 0,0,-20 0,0,-20 0,-9,-20 0,-21,-15.5 4,-4,-29 4,-7,-14 4,-5,2 4,-1,9 \
-                              4,1.5,9 4,2.5 4,3.5,-14 4,8,-28 0,-17,2 0,-6,6 0,0,6 0,0,6
-    hair_light  #8a68540c  9 0,-22,-9 0,-12,-15 0,12,-15 0,22,-9 0,14,-8 0,-14,-8"""
+    hair_shade  #dba98c    1 0,0,2 0,0,2 0,-8,4 0,-19,2 4,6,-26 4,3,-14 4,0,6 4,2,6 4,6,-12 \
+                              4,9,-24 0,-17,4 0,-7,7 0,0,5.5 0,0,5.5
+    hair        #3e2b26    1 0,0,-17.5 0,0,-17.5 0,-14,-17.5 0,-25,-12 0,-32,-1 4,-6.5,-16 4,-6,-4 \
+                              4,-4.5,4 4,-1,9 4,1.5,9 4,2.5 4,3.5,-14 4,8,-26 0,-17,1 0,-7,4 \
+                              0,0,2 0,0,2
+    strand      #6a4e4050  3 0,-2,-14 0,-2,-14 0,-16,-13 0,-27,-4 4,-3,-10 4,-3,-10 0,-26,-2 \
+                              0,-14,-10
+    strand_2    #6a4e4050  3 0,0,-10 0,0,-10 0,-14,-8 0,-24,0 4,0,-10 4,0,-10 0,-22,2 0,-12,-5
+    hair_light  #8a685410  9 0,-17,-9 0,-10,-14 0,10,-14 0,17,-9 0,9,-8 0,-9,-8"""
 
 # behind them, at twice the size: a wall with some light on it, shoulders, collar, neck
 SCENE = Image.new("RGB", (2 * SIZE, 2 * SIZE), "#b4ced2")
