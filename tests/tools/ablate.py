@@ -3,8 +3,8 @@ clips it never saw.
 
     python tests/tools/ablate.py     half an hour on two cores; what is trained already is not again
 
-Prints one table for each claim, mean ± standard deviation over seeds; where two spreads meet, the
-variants do not separate. Plots need matplotlib. Flags:
+Prints a table, mean ± standard deviation over seeds; where two spreads meet, the variants do not
+separate. Flags:
 """
 import contextlib
 import csv
@@ -35,7 +35,6 @@ class Settings:
     seeds: int = 3               # trainings of each variant
     eval_clips: int = 6          # unseen clips per table: sampling them costs as much as training
     out: str = "out/ablate"      # checkpoints, logs and rows.json
-    plots: str = "assets"        # where plots go
 
 
 # ---------------------------------------------------------------------------------- cross-attention
@@ -89,13 +88,13 @@ STREAM_ONLY = Variant("--emotion_adaln=False")
 GATED = Variant("--alse={out}/expert/ckpt.pt --tau=0.4")
 UNGATED = Variant("--alse={out}/expert/ckpt.pt --tau=99")
 CLAIMS = {
-    "fusion, Table 3": {"c2f": BASE, "four-stream only": FOUR, "cross-attention": CROSS},
+    "fusion": {"c2f": BASE, "four-stream only": FOUR, "cross-attention": CROSS},
     "Euler steps": {
         str(n): Variant(sampling=f"--steps={n}") for n in (1, 2, 5, 10, 20, 40)},
-    "audio guidance, Eq. 8": {
-        str(x): Variant(sampling=f"--cfg_audio={x}") for x in (0, 0.2, 0.5, 1, 2)},
+    "audio guidance": {
+        str(x): Variant(sampling=f"--cfg_both=0 --cfg_audio={x}") for x in (0, 0.2, 0.5, 1, 2)},
     "emotion": {"in AdaLN and as a stream": BASE, "as a stream only": STREAM_ONLY},
-    "sync loss, Eq. 7": {"without ALSE": BASE, "tau 0.4": GATED, "no gate": UNGATED}}
+    "sync loss": {"without ALSE": BASE, "tau 0.4": GATED, "no gate": UNGATED}}
 
 
 @functools.cache
@@ -144,7 +143,7 @@ def row_of(settings, seed, variant):
     return row
 
 
-# --------------------------------------------------------------------------------- tables and plots
+# ---------------------------------------------------------------------------------------- the table
 def cell(name, values):
     mean = statistics.mean(values)
     if name == "M parameters":
@@ -153,37 +152,16 @@ def cell(name, values):
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
-def show(claim, variants):
-    """A table in Markdown."""
-    columns = list(next(iter(variants.values()))[0])
-    print(f"\n| {claim} | {' | '.join(columns)} |")
-    print("|---" + "|---:" * len(columns) + "|")
-    for variant, rows in variants.items():
-        cells = [cell(name, [row[name] for row in rows]) for name in columns]
-        print(f"| {variant} | {' | '.join(cells)} |")
-
-
-def plot(path, claim, variants):
-    """A small panel for each quantity: a dot for each seed, a bar at their mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    columns = list(next(iter(variants.values()))[0])
-    columns.remove("M parameters")
-    figure, panels = plt.subplots(1, len(columns), figsize=(2.1 * len(columns), 2.8),
-                                  layout="constrained")
-    for panel, name in zip(panels, columns):
-        for x, rows in enumerate(variants.values()):
-            values = [row[name] for row in rows]
-            mean = statistics.mean(values)
-            panel.plot([x] * len(values), values, "o", color="#c83c3c", alpha=0.6, markersize=4)
-            panel.plot([x - 0.3, x + 0.3], [mean, mean], color="#505050")
-        panel.set_title(name, fontsize=9)
-        panel.set_xticks(range(len(variants)), list(variants), rotation=60, ha="right", fontsize=7)
-        panel.tick_params(axis="y", labelsize=7)
-    figure.suptitle(claim, fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def show(results):
+    """A table in Markdown, the one of tests/tools/README.md, which pictures.py reads."""
+    first = next(iter(results["fusion"].values()))
+    columns = list(first[0])
+    print(f"| | {' | '.join(columns)} |")
+    print("|---" * (1 + len(columns)) + "|")
+    for claim, variants in results.items():
+        for variant, rows in variants.items():
+            cells = [cell(name, [row[name] for row in rows]) for name in columns]
+            print(f"| {claim}: {variant} | {' | '.join(cells)} |")
 
 
 def main(argv):
@@ -199,11 +177,7 @@ def main(argv):
         for name, variant in variants.items():
             results[claim][name] = [row_of(settings, seed, variant) for seed in seeds]
     (Path(settings.out) / "rows.json").write_text(json.dumps(results, indent=1))
-    for number, (claim, variants) in enumerate(results.items(), 1):
-        show(claim, variants)
-        with contextlib.suppress(ImportError):
-            Path(settings.plots).mkdir(exist_ok=True)
-            plot(Path(settings.plots) / f"claim{number}.png", claim, variants)
+    show(results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The README's pictures, from a trained toy: moda.png, curve.png, attention.png, emotions.png and
-talk.gif; pip install matplotlib, then
+"""The README's pictures, from a trained toy; pip install matplotlib, then
 
-    python tests/tools/pictures.py
+    python tests/tools/pictures.py                   all of them
+    python tests/tools/pictures.py --only=flow       one: talk, strip, emotions, keypoints, flow,
+                                                     network, attention or claims
 
-Prints how much of the attention from motion to audio lies near the diagonal. Flags:
+claims takes its numbers from the table of tests/tools/README.md. Flags:
 """
 import sys
 import tempfile
@@ -16,189 +17,395 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sample
-from data import RATE, ToyTalker, load_audio, parse_flags, run, toy_clip
-from moda import EMOTIONS, M, MoDA, generate
+from data import HOP, RATE, ToyTalker, expression, load_audio, parse_flags, run, toy_clip
+from moda import EMOTIONS, EXP, MOUTH, M, MoDA, euler_times, generate, guided_velocity
+from renderer import FACE, Sketch, keypoints
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SHOWN = [name for name in EMOTIONS if name != "none"]
-HEAD = 106, 120, 406, 420        # pixels of a frame that the head fills
+INK, GREY, RED, TEAL = "#404858", "#969696", "#c83c3c", "#407688"
+HEAD = 66, 66, 446, 446          # pixels of a frame that the head fills
+EIGHT = [name for name in EMOTIONS if name != "none"]
 
 
 @dataclass
 class Settings:
-    ckpt: str = "out/toy/ckpt.pt"  # a trained toy, and the log.csv beside it
+    ckpt: str = "out/toy/ckpt.pt"  # a trained toy, with sample.png beside it
     out: str = "assets"          # where the pictures go
-    voice: str = ""              # any sound; else a made-up one
+    only: str = ""               # the name of one picture; else all
+    voice: str = ""              # any sound for talk and emotions; else a made-up one
 
 
-def talking(settings, folder, emotion):
-    """The frames of the video that sample.py makes of the voice."""
+# ------------------------------------------------------------------------------------ shared parts
+def label(image, text, x, y, size=22, colour=INK):
+    """Text centred at x, y."""
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(image).text((x, y), text, colour, font, anchor="mm")
+
+
+def voice_of(settings, frames=80):
     if settings.voice:
-        wav = load_audio(settings.voice)
-    else:
-        wav, *_ = toy_clip(7, 125)
-    soundfile.write(folder / "voice.wav", wav[:5 * RATE], RATE)
-    sample.main([f"--ckpt={settings.ckpt}", f"--audio_path={folder}/voice.wav",
-                 f"--output_path={folder}/video.mp4", f"--emotion={emotion}"])
-    video = imageio_ffmpeg.read_frames(folder / "video.mp4")
-    next(video)                                    # what it is: size, rate ..
-    return [Image.frombytes("RGB", (512, 512), frame) for frame in video]
+        return load_audio(settings.voice)[:frames * HOP]
+    wav, *_ = toy_clip(7, frames)
+    return wav
 
 
-# --------------------------------------------------------------------------------------- the losses
-def curve(settings, path):
-    """Losses of every step, and their running mean."""
-    log = Path(settings.ckpt).with_name("log.csv")
-    rows = np.genfromtxt(log, delimiter=",", names=True)
-    width = min(41, len(rows) // 2 * 2 - 1)
-    middle = slice(width // 2, len(rows) - width // 2)
-    figure, axes = plt.subplots(figsize=(6.4, 2.6), layout="constrained")
-    losses = [("rf", "L_RF (Eq. 4)", "#407688"), ("vel", "L_vel (Eq. 5)", "#c83c3c")]
-    for name, label, colour in losses:
-        mean = np.convolve(rows[name], np.ones(width) / width, "valid")
-        axes.semilogy(rows["step"], rows[name], color=colour, alpha=0.25, linewidth=0.5)
-        axes.semilogy(rows["step"][middle], mean, color=colour, label=label)
-    axes.set_xlabel("step")
-    axes.legend()
+def talking(settings, wav, emotion):
+    """Frames of the video that sample.py makes of a voice, and its motion."""
+    with tempfile.TemporaryDirectory() as folder:
+        soundfile.write(f"{folder}/voice.wav", wav, RATE)
+        sample.main([f"--ckpt={settings.ckpt}", f"--audio_path={folder}/voice.wav",
+                     f"--output_path={folder}/video.mp4", f"--emotion={emotion}",
+                     f"--save_motion={folder}/motion.npy"])
+        video = imageio_ffmpeg.read_frames(f"{folder}/video.mp4")
+        next(video)                                # what it is: size, rate ..
+        frames = [Image.frombytes("RGB", (512, 512), frame) for frame in video]
+        return frames, np.load(f"{folder}/motion.npy")
+
+
+def save_figure(figure, path, colours=64):
+    """In few colours: a small file."""
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(colours).save(path, optimize=True)
 
 
-# ------------------------------------------------------------------------------------- the emotions
-def emotions(settings, folder, path):
-    """The same voice in eight emotions: a row each, a frame every half second."""
-    rows = []
-    for emotion in SHOWN:
-        frames = talking(settings, folder, emotion)[10::12][:9]
-        heads = [frame.crop(HEAD).resize((112, 112), Image.LANCZOS) for frame in frames]
-        rows.append(np.hstack([np.asarray(head) for head in heads]))
-    figure, axes = plt.subplots(figsize=(9, 7.4), layout="constrained")
-    axes.imshow(np.vstack(rows))
-    axes.set_yticks(56 + 112 * np.arange(len(SHOWN)), SHOWN)
-    axes.set_xticks(56 + 112 * np.arange(9), [f"{(10 + 12 * k) / 25:.1f} s" for k in range(9)])
+def plain(axes):
+    axes.set_xticks([])
+    axes.set_yticks([])
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.tick_params(length=0)
-    figure.savefig(path, dpi=90)
 
 
-def gif(settings, folder, path):
-    """Four emotions side by side, at 12.5 frames per second."""
-    videos = []
-    for emotion in ("neutral", "happiness", "sadness", "surprise"):
-        frames = talking(settings, folder, emotion)[:100:2]
-        videos.append([np.asarray(frame.resize((180, 180), Image.LANCZOS)) for frame in frames])
-    strips = [np.hstack(four) for four in zip(*videos)]
-    palette = Image.fromarray(np.vstack(strips[::10])).quantize(128)
+# --------------------------------------------------------------------------------- the talking face
+def talk(settings, path):
+    """Two emotions of one voice, labelled, with the voice and a playhead, 12.5 frames a second."""
+    wav = voice_of(settings)
+    shown = "happiness", "anger"
+    videos = [talking(settings, wav, emotion)[0] for emotion in shown]
+    loudness = np.abs(wav).reshape(-1, HOP // 4).max(1)
+    heights = 24 * loudness / loudness.max()
     images = []
-    for strip in strips:
-        image = Image.fromarray(strip)
-        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    for k in range(0, len(videos[0]), 2):
+        image = Image.new("RGB", (568, 364), "white")
+        for side, frames in enumerate(videos):
+            face = frames[k].crop(HEAD).resize((280, 280), Image.LANCZOS)
+            image.paste(face, (288 * side, 30))
+            label(image, shown[side], 140 + 288 * side, 14)
+        draw = ImageDraw.Draw(image)
+        now = k / len(videos[0])
+        for bar, height in enumerate(heights):
+            place = bar / len(heights)
+            colour = TEAL if place < now else "#c8d4da"
+            draw.line((568 * place, 337 - height, 568 * place, 337 + height), colour)
+        draw.line((568 * now, 312, 568 * now, 362), RED, 3)
+        images.append(image)
+    palette = Image.fromarray(np.vstack(images[::10])).quantize(64)
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0,
                    optimize=True)
 
 
-# ------------------------------------------------------------------------------------ the attention
+def strip(settings, path):
+    """What a training leaves: a frame a second, the voice, the mouth's opening."""
+    image = Image.open(Path(settings.ckpt).with_name("sample.png")).convert("RGB")
+    image = image.resize((960, 330), Image.LANCZOS)
+    image.quantize(96).save(path, optimize=True)
+
+
+def emotions(settings, path):
+    """Eight faces at one vowel, where the mouth is widest."""
+    wav = voice_of(settings)
+    image = Image.new("RGB", (880, 500), "white")
+    for k, emotion in enumerate(EIGHT):
+        frames, motion = talking(settings, wav, emotion)
+        if k == 0:
+            widest = int(motion[:, MOUTH].argmax())
+        x, y = 220 * (k % 4), 250 * (k // 4)
+        face = frames[widest].crop(HEAD).resize((216, 216), Image.LANCZOS)
+        image.paste(face, (x + 2, y + 30))
+        label(image, emotion, x + 110, y + 15, 20)
+    image.quantize(96).save(path, optimize=True)
+
+
+# ------------------------------------------------------------------------------------- the keypoints
+def keypoints_of_a_face(settings, path):
+    """Eq. 3, term by term: 21 points at rest; turned; with an expression; scaled and moved."""
+    turn = torch.zeros(M)
+    turn[63], turn[67:] = 1, torch.tensor([-8.0, 24, 8])
+    speak = turn.clone()
+    speak[EXP] = torch.tensor(expression(aaa=70, brow=12, smile=0.5))
+    close = speak.clone()
+    close[63], close[64], close[65] = 1.35, 0.12, 0.12
+    rest = torch.zeros(M)
+    rest[63] = 1
+    steps = [
+        (rest, "$x_c$: 21 points, the identity"),
+        (turn, "$x_c R$: the head turns"),
+        (speak, r"$x_c R + \delta$: the expression"),
+        (close, r"$s\,(x_c R + \delta) + t$: nearer, moved")]
+    figure, panels = plt.subplots(1, 4, figsize=(9.6, 2.85), layout="constrained")
+    before = None
+    for panel, (motion, title) in zip(panels, steps):
+        face = Sketch()
+        frame, = face.frames(face.source(), motion[None])
+        panel.imshow(frame, extent=(-1, 1, 1, -1), alpha=0.45)
+        points = keypoints(torch.tensor(FACE).float()[None], motion[None])[0]
+        if before is not None:
+            moved = points - before
+            panel.quiver(*before[:, :2].T, *moved[:, :2].T, angles="xy", scale_units="xy", scale=1,
+                         color=RED, width=0.008)
+        panel.plot(*points[:, :2].T, "o", color=TEAL, markersize=4)
+        if before is None:
+            for number in (0, 1, 2, 3, 4, 5, 7, 9, 10, 12, 19):
+                x, y, _ = points[number]
+                panel.text(x, y - 0.03, number, fontsize=9, color=INK, ha="center", va="bottom")
+        panel.set_xlim(-0.7, 0.7)
+        panel.set_ylim(0.85, -0.55)
+        panel.set_title(title, fontsize=11)
+        plain(panel)
+        before = points
+    save_figure(figure, path, 96)
+
+
+# ------------------------------------------------------------------------------------------ the flow
+@torch.inference_mode()
+def flow(settings, path, steps=10):
+    """Noise becomes motion: the mouth of all frames at some times, and some frames at all times."""
+    model, talker = MoDA.from_pretrained(settings.ckpt), ToyTalker("val", 1)
+    motion, audio, identity = [torch.tensor(x) for x in talker.clips[0]]
+    truth = model.normalise(motion)
+    given = dict(audio=audio[None, 1:81], emotion=torch.tensor([talker.emotion[0]]),
+                 identity=identity[None], prev=truth[:1], guidance={"audio+emotion": 0.7})
+    z = torch.randn(1, 80, M, generator=torch.Generator().manual_seed(1))
+    path_of_z = [z]
+    for t in euler_times(steps):
+        z = z - guided_velocity(model, z, t, **given) / steps
+        path_of_z.append(z)
+    mouth = torch.cat(path_of_z)[..., MOUTH].numpy()                   # (steps + 1, frames)
+    times = np.linspace(1, 0, steps + 1)
+    figure = plt.figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    shown = 0, 2, 5, 8, 10
+    for panel, k in zip(left.subplots(len(shown), sharex=True), shown):
+        if k == steps:
+            panel.plot(truth[1:81, MOUTH], color=GREY, linewidth=3, alpha=0.6)
+        panel.plot(mouth[k], color=RED if k == steps else TEAL)
+        panel.set_ylim(-3.5, 3.5)
+        panel.set_yticks([])
+        panel.set_ylabel(f"t = {times[k]:.1f}", rotation=0, ha="right", va="center")
+    panel.set_xlabel("frame")
+    left.suptitle("the mouth, from noise to motion (grey: the truth)", fontsize=11)
+    axes = right.subplots()
+    for frame in range(4, 80, 9):
+        line, = axes.plot(times, mouth[:, frame], "o-", markersize=3, linewidth=1)
+        axes.plot([1, 0], mouth[[0, -1], frame], "--", color=line.get_color(), linewidth=0.8)
+    axes.set_xlim(1.03, -0.03)
+    axes.set_xlabel("time t of the flow: ten Euler steps")
+    axes.set_title("nine frames of it; dashed: straight lines", fontsize=11)
+    save_figure(figure, path)
+
+
+# ------------------------------------------------------------------------------------- the attention
 def attention_weights(model, audio, identity, emotion):
     """Softmax weights (H, queries, keys) of every block in the last Euler step."""
     seen = []
-    plain = F.scaled_dot_product_attention
+    attend = F.scaled_dot_product_attention
 
     def recorded(q, k, v):
         weights = (q @ k.mT / q.size(-1) ** 0.5).softmax(-1)
         seen.append(weights[0])
-        return plain(q, k, v)
+        return attend(q, k, v)
     F.scaled_dot_product_attention = recorded
     try:
         generate(model, audio, identity, torch.zeros(M), emotion, steps=10, guidance={},
                  chunk=len(audio))
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention = attend
     blocks = len(seen) // 10
     return seen[-blocks:]
 
 
 def attention(settings, path):
-    """How much motion attends to audio in the most diagonal head of each block."""
-    model, talker = MoDA.from_pretrained(settings.ckpt), ToyTalker("val", 1)
-    clip, N = talker.clips[0], 80
-    audio, identity = torch.tensor(clip["audio"][:N]), torch.tensor(clip["identity"])
-    blocks = attention_weights(model, audio, identity, talker.emotion[0])
-    names = ["four streams"] * len(model.four) + ["two streams"] * len(model.two)
-    names += ["one stream"] * len(model.one)
-    figure, panels = plt.subplots(1, len(blocks), figsize=(3.2 * len(blocks), 3.5),
-                                  layout="constrained")
-    for panel, weights, name in zip(panels, blocks, names):
-        to_audio = weights[:, :N, N:2 * N]                             # (H, motion, audio)
-        head = int(to_audio.diagonal(dim1=1, dim2=2).sum(-1).argmax())
-        part = to_audio[head]
-        panel.imshow(part / part.sum(-1, keepdim=True), cmap="magma", origin="lower")
-        panel.set_title(f"{name}, head {head}", fontsize=10)
-        panel.set_xlabel("audio frame")
-        panel.set_ylabel("motion frame")
-        near = sum(part.diagonal(offset=d).sum() for d in range(-2, 3)) / part.sum()
-        print(f"{name}, head {head}: {near:.0%} of what motion gives to audio lies within two "
-              f"frames of the diagonal ({5 / N:.0%} if spread evenly)")
-    figure.savefig(path, dpi=100)
+    """What motion attends to in the last block, before and after training; prints the shares."""
+    trained, talker = MoDA.from_pretrained(settings.ckpt), ToyTalker("val", 1)
+    torch.manual_seed(1)
+    fresh = MoDA(trained.cfg).eval()
+    _, audio, identity = [torch.tensor(x) for x in talker.clips[0]]
+    N = 80
+    weights = {}
+    for name, model in {"before": fresh, "after": trained}.items():
+        blocks = attention_weights(model, audio[1:N + 1], identity, talker.emotion[0])
+        weights[name] = blocks[-1][:, :N]                              # (H, N, 4 N)
+    to_audio = weights["after"][:, :, N:2 * N]
+    head = int(to_audio.diagonal(dim1=1, dim2=2).sum(-1).argmax())
+    figure, panels = plt.subplots(2, figsize=(9.6, 5.4), layout="constrained")
+    for panel, (name, all_heads) in zip(panels, weights.items()):
+        part = all_heads[head]
+        near = sum(part[:, N:2 * N].diagonal(offset=d).sum() for d in range(-2, 3))
+        near = near / part[:, N:2 * N].sum()
+        print(f"{name} training, head {head}: {near:.0%} of what motion gives to audio lies within "
+              f"two frames of its own moment ({5 / N:.0%} if spread evenly)")
+        panel.imshow(part.clamp(max=part.quantile(0.995)) ** 0.5, cmap="magma", aspect="auto",
+                     interpolation="nearest")
+        for k, modality in enumerate(("motion", "audio", "emotion", "identity")):
+            share = part[:, k * N:(k + 1) * N].sum(-1).mean()
+            panel.text((k + 0.5) * N, -3, f"{modality}: {share:.0%}", ha="center", fontsize=11)
+            panel.axvline(k * N - 0.5, color="white")
+        panel.set_ylabel(f"{name} training\nmotion frame", fontsize=11)
+        panel.set_xticks(range(0, 4 * N, 20), [k % N for k in range(0, 4 * N, 20)], fontsize=8)
+        panel.set_yticks([0, 40, 79])
+    panels[1].set_xlabel("frame of the modality that is attended to")
+    save_figure(figure, path, 24)
 
 
-# -------------------------------------------------------------------------------------- the network
-INK = "#404858"
+# ---------------------------------------------------------------------------------------- the claims
+def measured(claim):
+    """Rows "claim: variant" of the table of ablations -> {variant: {column: (mean, deviation)}}."""
+    lines = Path(__file__).with_name("README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header, = [row for row in cells if row[:2] == ["", "mouth corr"]]
+    rows = {}
+    for name, *values in cells:
+        if name.startswith(f"{claim}: "):
+            numbers = [tuple(map(float, value.split(" ± "))) for value in values]
+            rows[name.removeprefix(f"{claim}: ")] = dict(zip(header[1:], numbers))
+    return rows
+
+
+def claims(settings, path):
+    """Steps against jerk; sync against the diversity of heads. Means and deviations over seeds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    rows = measured("Euler steps")
+    steps = [int(name) for name in rows]
+    for column, colour in (("jerk", RED), ("mouth corr", TEAL)):
+        mean, deviation = zip(*[row[column] for row in rows.values()])
+        left.errorbar(steps, mean, deviation, fmt="o-", color=colour, label=column, capsize=3)
+    left.set_xscale("log")
+    left.set_xticks(steps, steps)
+    left.minorticks_off()
+    left.set_xlabel("Euler steps")
+    left.set_title("more steps: the lips stay, the shaking falls", fontsize=11)
+    left.legend()
+    for claim, colour, place in (("audio guidance", TEAL, (-16, -14)), ("sync loss", RED, (6, 5))):
+        rows = measured(claim)
+        x, dx = zip(*[row["pose diversity"] for row in rows.values()])
+        y, dy = zip(*[row["Sync-C"] for row in rows.values()])
+        right.errorbar(x, y, dy, dx, fmt="o", color=colour, capsize=2, label=claim)
+        for name, *point in zip(rows, x, y):
+            right.annotate(name, point, xytext=place, textcoords="offset points", fontsize=9,
+                           color=colour)
+    right.margins(0.1)
+    right.set_xlabel("diversity of heads")
+    right.set_ylabel("Sync-C")
+    right.set_title("better sync costs diversity; the gate keeps it", fontsize=11)
+    right.legend(loc="lower left")
+    save_figure(figure, path)
+
+
+# --------------------------------------------------------------------------------------- the network
 BLUE, SAND, ROSE, GREEN = "#cfe3ea", "#f3d9b8", "#e8cfe0", "#d5e6c8"
 INPUTS = [
-    ("noisy motion z\n+ the frame before", BLUE, "m"),
-    ("audio\n12 x 768 per frame", SAND, "a"),
-    ("emotion\n0..8", ROSE, "e"),
-    ("identity\n21 x 3", GREEN, "i")]
-STAGES = [(267, "3 four-stream blocks"), (437, "6 two-stream blocks"),
-          (607, "12 single-stream blocks")]
+    ("noisy motion and\nthe frame before", BLUE, "motion m"),
+    ("voice\n12 x 768 a frame", SAND, "audio a"),
+    ("emotion\none of 8", ROSE, "emotion e"),
+    ("21 keypoints\nof the portrait", GREEN, "identity i")]
 
 
-def drawing(path):
-    """The network, from left to right."""
-    figure, axes = plt.subplots(figsize=(9.2, 4), layout="constrained")
+class Drawing:
+    """Boxes and arrows on one canvas."""
 
-    def box(x, y, width, height, colour, text):
+    def __init__(self, width, height):
+        self.figure, self.axes = plt.subplots(figsize=(width / 110, height / 110))
+        self.figure.subplots_adjust(0, 0, 1, 1)
+        self.axes.set_xlim(0, width)
+        self.axes.set_ylim(height, 0)
+        self.axes.axis("off")
+
+    def box(self, x, y, width, height, colour, text, size=10):
         patch = plt.Rectangle((x, y), width, height, facecolor=colour, edgecolor=INK)
-        axes.add_patch(patch)
-        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+        self.axes.add_patch(patch)
+        self.text(x + width / 2, y + height / 2, text, size)
 
-    def arrow(x, y, dx, dy=0):
-        style = dict(arrowstyle="->", color=INK)
-        axes.annotate("", (x + dx, y + dy), (x, y), arrowprops=style)
+    def text(self, x, y, text, size=10, **style):
+        style = dict(ha="center", va="center") | style
+        self.axes.text(x, y, text, fontsize=size, color="#202838", **style)
 
+    def arrow(self, *places):
+        """Along the corners (x, y)."""
+        for start, end in zip(places[:-2], places[1:-1]):
+            self.axes.plot(*zip(start, end), color=INK, linewidth=1)
+        style = dict(arrowstyle="->", color=INK, shrinkA=0, shrinkB=0)
+        self.axes.annotate("", places[-1], places[-2], arrowprops=style)
+
+
+def network(settings, path):
+    """The network from left to right; below it, the inside of a block."""
+    d = Drawing(1056, 760)
+    d.text(528, 18, "every token attends to all others; frame n of every modality is turned by the "
+                    "same angle (aligned RoPE)", 11)
     for row, (text, colour, token) in enumerate(INPUTS):
-        y = 240 - 70 * row
-        box(0, y, 125, 48, colour, text)
-        box(145, y, 34, 48, colour, token)
-        box(212, y, 110, 48, colour, "own weights")
-        arrow(125, y + 24, 20)
-        arrow(179, y + 24, 33)
-    box(382, 240, 110, 48, BLUE, "m")
-    box(382, 30, 110, 188, "#ecdccf", "a e i\none stream")
-    box(552, 30, 110, 258, "#e3e1ea", "m a e i\none stream")
-    box(712, 130, 92, 58, BLUE, "velocity v\n70 per frame")
-    for y in (264, 194, 124, 54):
-        arrow(322, y, 60)
-    arrow(492, 264, 60)
-    arrow(492, 124, 60)
-    arrow(662, 159, 50)
-    box(212, -72, 450, 38, "#fdf3d0",
-        "time t + emotion: shift, scale and gate of every block (AdaLN)")
-    for x, text in STAGES:
-        axes.text(x, 10, text, ha="center", fontsize=9, weight="bold")
-        arrow(x, -34, 0, 34)
-    axes.text(437, 306, "every token attends to all others; frame n of every stream is turned by "
-                        "one angle (aligned RoPE)", ha="center", fontsize=9)
-    axes.set_xlim(-5, 812)
-    axes.set_ylim(-80, 325)
-    axes.axis("off")
-    figure.savefig(path, dpi=100)
+        y = 44 + 66 * row
+        d.box(10, y, 150, 50, colour, text)
+        d.box(190, y, 96, 50, colour, token)
+        d.box(330, y, 130, 50, colour, "own weights")
+        d.arrow((160, y + 25), (190, y + 25))
+        d.arrow((286, y + 25), (330, y + 25))
+        d.arrow((460, y + 25), (510, y + 25))
+    d.box(510, 44, 150, 50, BLUE, "motion")
+    d.box(510, 110, 150, 182, "#ecdccf", "audio,\nemotion, identity\nas one stream")
+    d.box(710, 44, 160, 248, "#e3e1ea", "all four\nas one stream")
+    d.box(920, 140, 126, 56, BLUE, "velocity\n70 per frame")
+    d.arrow((660, 69), (710, 69))
+    d.arrow((660, 200), (710, 200))
+    d.arrow((870, 168), (920, 168))
+    for x, text in ((395, "3 x four streams"), (585, "6 x two streams"),
+                    (790, "12 x one stream")):
+        d.text(x, 310, text, 11, weight="bold")
+        d.arrow((x, 344), (x, 324))
+    d.box(330, 344, 540, 32, "#fdf3d0", "time t and emotion: shift, scale and gate of every block")
+
+    d.text(528, 420, "inside a block of two or four streams (Fig. 4): each stream owns all but the "
+                     "attention", 11, weight="bold")
+    for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "audio")):
+        d.text(42, y + 30, name, 11)
+        d.arrow((75, y + 30), (110, y + 30))
+        d.box(110, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
+        d.box(232, y, 92, 60, colour, "q, k, v;\nRoPE on q, k", 9)
+        d.box(560, y, 74, 60, colour, "linear", 9)
+        d.box(654, y, 52, 60, "#fdf3d0", "gate", 9)
+        d.text(740, y + 30, "+", 16)
+        d.box(770, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
+        d.box(882, y, 58, 60, colour, "MLP", 9)
+        d.box(960, y, 46, 60, "#fdf3d0", "gate", 9)
+        d.text(1024, y + 30, "+", 16)
+        for start, end in ((202, 232), (634, 654), (706, 732), (748, 770), (862, 882), (940, 960),
+                           (1006, 1017)):
+            d.arrow((start, y + 30), (end, y + 30))
+        d.arrow((92, y + 30), (92, y + 76), (740, y + 76), (740, y + 40))
+        d.arrow((758, y + 30), (758, y + 76), (1024, y + 76), (1024, y + 40))
+        d.arrow((324, y + 30), (376, y + 30), (376, 544 if y < 500 else 586))
+        d.arrow((508, 544 if y < 500 else 586), (508, y + 30), (560, y + 30))
+    d.box(332, 544, 220, 42, "#e3e1ea", "one softmax over all tokens", 10)
+    d.text(528, 740, "a single-stream block has one path for all tokens, with attention and MLP side "
+                     "by side", 10)
+    save_figure(d.figure, path, 32)
+
+
+PICTURES = {
+    "talk": (talk, "talk.gif"),
+    "strip": (strip, "strip.png"),
+    "emotions": (emotions, "emotions.png"),
+    "keypoints": (keypoints_of_a_face, "keypoints.png"),
+    "flow": (flow, "flow.png"),
+    "network": (network, "moda.png"),
+    "attention": (attention, "attention.png"),
+    "claims": (claims, "claims.png")}
 
 
 def main(argv):
@@ -206,12 +413,10 @@ def main(argv):
     parse_flags(argv, __doc__, settings)
     out = Path(settings.out)
     out.mkdir(exist_ok=True)
-    drawing(out / "moda.png")
-    curve(settings, out / "curve.png")
-    attention(settings, out / "attention.png")
-    with tempfile.TemporaryDirectory() as folder:
-        emotions(settings, Path(folder), out / "emotions.png")
-        gif(settings, Path(folder), out / "talk.gif")
+    for name in [settings.only] if settings.only else PICTURES:
+        draw, file = PICTURES[name]
+        draw(settings, out / file)
+        print(f"{out / file}: {(out / file).stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
