@@ -690,7 +690,7 @@ def articulation(rng, n, rate):
         end = rng.uniform(0, 0.006) * n
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
-        stress = rng.uniform(0.6, 1.4)
+        stress = rng.uniform(0.75, 1.25)
         for kind, chance, shortest, longest in SYLLABLE:
             if rng.random() > chance:
                 continue
@@ -781,7 +781,7 @@ def toy_filter(rng, phones):
 
 
 def toy_room(rng, wav):
-    """A voice with echo, noise, sometimes music or hum, through a microphone; of unit variance."""
+    """A voice of unit variance with echo, sometimes music or hum, and noise."""
     n = len(wav)
     wav = wav / wav.std()
     decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
@@ -794,14 +794,7 @@ def toy_room(rng, wav):
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
         wav += music * swell * tone
-    wav += 10 ** rng.uniform(-3, -0.8) * rng.standard_normal(n)
-    khz = np.fft.rfftfreq(n, 1000 / RATE)
-    octave = np.log2(0.05 + khz)
-    tone = rng.normal(0, 2) * octave + rng.normal(0, 4) * np.sin(octave + rng.uniform(0, 6))
-    low, high = rng.uniform(0.02, 0.3), rng.choice([3.4, 5, 8, 8, 8])
-    band = 1 / (1 + (low / (khz + 0.001)) ** 4 + (khz / high) ** 12)
-    wav = np.fft.irfft(np.fft.rfft(wav) * band * 10 ** (tone / 20), n)
-    return wav / wav.std()
+    return wav + 10 ** rng.uniform(-3, -1) * rng.standard_normal(n)
 
 
 class ToyTalker(Clips):
