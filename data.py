@@ -711,15 +711,14 @@ def toy_expression(rng, manner, phones, reach):
     lips, held = {}, {}
     for name in ("aaa", "eee", "woo"):
         lips[name] = reach * smooth(phones[name], 4)
-    shown = np.ones(n)
-    if rng.random() < 0.5:                         # the emotion comes and goes
-        seconds = np.arange(n) / 100
-        rise = seconds - rng.uniform(-1, 3)
-        fall = rng.uniform(3, 12) - seconds
-        shown = smooth(np.minimum(rise, fall).clip(0, 1), 20)
+    before = manner
+    if rng.random() < 0.5:                         # the face begins with another emotion
+        before = rng.choice(MANNERS)
+    turned = np.arange(n) / 100 - rng.uniform(0, 1.5)
+    turned = smooth(turned.clip(0, 1), 20)
     for name in HELD:                                                  # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
-        held[name] = manner[name] * strength * shown
+        held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)

@@ -44,6 +44,7 @@ class Config:
     emotion_adaln: bool = True   # emotion joins time in AdaLN (Sec. 3.2.1); False: only a stream
     p_drop_audio: float = 0.5    # condition dropout in training (Sec. 4.1.2), for guidance (Eq. 8)
     p_drop_emotion: float = 0.1  # the same for emotion
+    focus: float = 1.0           # weight of lips and head in Eq. 4 and 5; the other channels have 1
     # how it is sampled, unless sample.py is given something else
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
@@ -62,6 +63,7 @@ TOY = dict(
     audio_layers=1,
     audio_dim=160,
     p_drop_audio=0.1,
+    focus=4.0,
     cfg_both=0.7,
     smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
@@ -239,6 +241,9 @@ class MotionModel(nn.Module):
         self.cfg = cfg
         self.register_buffer("mean", torch.zeros(M))
         self.register_buffer("std", torch.ones(M))
+        weight = torch.ones(M)
+        weight[[*LIPS, *range(SCALE.start, M)]] = cfg.focus
+        self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
         """How large a face is against the training data's: (..., 70) -> factors (..., 70)."""
@@ -376,18 +381,20 @@ def draw(cfg, B, N, generator):
 
 
 def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_emotion,
-           expert=None, tau=0.4):
+           weight=1.0, expert=None, tau=0.4):
     """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6.
 
-    z0 (B, N, 70), normalised; t .. drop_emotion from `draw`; expert(audio, z0) -> a, m of ALSE."""
+    z0 (B, N, 70), normalised; t .. drop_emotion from `draw`; weight (70,) of the channels; expert:
+    (audio, z0) -> a, m of ALSE."""
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion)
     t_ = t[:, None, None]
     z_t = (1 - t_) * z0 + t_ * eps                                     # Sec. 3.1: a straight path,
     x = eps - z0                                                       # and its velocity
     m = model(z_t, t, audio, emotion, identity, prev, drop_audio)      # v_theta; m in Eq. 5
-    loss_rf = F.mse_loss(m, x)                                         # Eq. 4
-    loss_vel = F.mse_loss(m.diff(dim=1), x.diff(dim=1))                # Eq. 5: x' - m',
-    loss_acc = F.mse_loss(m.diff(2, dim=1), x.diff(2, dim=1))          # and x'' - m''
+    error = (x - m) * weight ** 0.5
+    loss_rf = error.square().mean()                                    # Eq. 4
+    loss_vel = error.diff(dim=1).square().mean()                       # Eq. 5: x' - m',
+    loss_acc = error.diff(2, dim=1).square().mean()                    # and x'' - m''
     loss_vel = loss_vel + loss_acc
     if expert is None:
         return loss_rf, loss_vel, torch.zeros_like(loss_rf)
@@ -487,7 +494,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps):
-    """When steps begin: so many equal ones from 1, noise, or a list as it is; ValueError if none."""
+    """When steps begin: `steps` equal ones from 1, noise, or a list as it is; ValueError if none."""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else steps
     if not times:
         raise ValueError(f"steps={steps} should be 1 or more")

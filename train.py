@@ -184,7 +184,7 @@ def loss_terms(net, model, batch, expert=None, tau=0.4):
     batch = dict(batch)
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
-    return losses(net, **batch, expert=expert, tau=tau)
+    return losses(net, **batch, weight=model.weight, expert=expert, tau=tau)
 
 
 def open_teacher(settings, device):

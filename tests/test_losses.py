@@ -73,6 +73,21 @@ def test_the_expert_is_gated_clip_by_clip():
     assert losses(model, **b, expert=expert, tau=between)[2] == 0
 
 
+def test_lips_and_head_weigh_more_where_the_config_says_so():
+    """An error in the lips counts `focus` times as much as the same one elsewhere."""
+    weight = MotionModel(Config(focus=4.0)).weight
+    b = batch()
+    error = torch.zeros_like(b["eps"])
+    costs = []
+    for channel in (LIPS[0], 69, 0):
+        off = error.index_fill(-1, torch.tensor([channel]), 1.0)
+        net = Fixed(b["eps"] - b["z0"] + off)
+        costs.append(losses(net, **b, weight=weight)[0])
+    lips, head, other = costs
+    assert torch.allclose(lips, 4 * other)
+    assert torch.allclose(head, 4 * other)
+
+
 def test_the_expert_judges_motion_in_livePortrait_units_by_its_own_statistics(tmp_path):
     """It learned from other data than the model."""
     model, expert = MotionModel(Config()), small_expert()
