@@ -459,7 +459,7 @@ class AudioEncoder(nn.Module):
         self.normalise = True                      # the sound, to mean 0 and variance 1
         self.eval()
 
-    def encode(self, wav):
+    def forward(self, wav):
         """Sound (640 T,) -> the outputs of all L layers, (T, L, A)."""
         x = wav[None, None]
         for _ in range(2):                         # as released, which is other than 40 at once
@@ -486,29 +486,26 @@ class AudioEncoder(nn.Module):
             x = F.pad(x, (0, max(0, FRAME - len(x))))
             if self.normalise:
                 x = F.layer_norm(x, x.shape, eps=1e-7)
-            whole = len(x) // FRAME
-            features = self.encode(x[:whole * FRAME].to(self.norm.weight)).cpu()
-            frames = torch.arange(math.ceil(len(wav) / FRAME))
-            yield features[frames.clamp(max=whole - 1)]
-
-    def forward(self, wav, n_frames=None):
-        """wav (N,) at 16 kHz -> (T, L, A); T is n_frames, repeating the last, or N // 640 or 1."""
-        features = torch.cat(list(self.blocks([np.asarray(wav)])))
-        frames = torch.arange(n_frames or max(1, len(wav) // FRAME))
-        return features[frames.clamp(max=len(features) - 1)]
+            whole = x[:len(x) // FRAME * FRAME]
+            features = self(whole.to(self.norm.weight)).cpu()
+            yield features
+            if len(x) > len(whole):
+                yield features[-1:]
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", **sizes):
+    def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder; ValueError if it is another network or broken."""
+        with torch.device("meta"):
+            model = cls()
+        model.to_empty(device=device)
         path = Path(path)
-        if path.is_dir():
-            safetensors = path / "model.safetensors"
-            path = path / "pytorch_model.bin"
-            if safetensors.exists() and not path.exists():
-                path = safetensors
+        if path.is_dir():                          # the file that is there, or the first
+            path = max(path / "pytorch_model.bin", path / "model.safetensors", key=Path.exists)
         beside = path.with_name("preprocessor_config.json")
         try:
-            about = dict(json.loads(beside.read_text())) if beside.exists() else {}
+            if beside.exists():
+                about = json.loads(beside.read_text())
+                model.normalise = about.get("do_normalize", True)
         except Exception as error:
             raise ValueError(f"{beside}: not readable as JSON ({error})") from None
         try:
@@ -517,17 +514,13 @@ class AudioEncoder(nn.Module):
                 tensors = load_file(path)
             else:
                 tensors = read_checkpoint(path)
-            with torch.device("meta"):
-                model = cls(**sizes)
-            model.to_empty(device="cpu")
             load_strictly(model.state_dict(), encoder_tensors(tensors))
         except Exception as error:
             raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
                              f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
                              "TencentGameMate/chinese-hubert-base; for .safetensors: "
                              "pip install safetensors") from None
-        model.normalise = about.get("do_normalize", True)
-        return model.to(device)
+        return model
 
 
 # parts of public names; ours are those of nn.TransformerEncoderLayer and of weight_norm

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 import torch
 
-from data import FRAME, RATE, toy_clip
+from data import FRAME, RATE, AudioEncoder, toy_clip
 from fill import fill
 from moda import MOUTH, Config, M, MoDA
 from stand_in import brightness
@@ -18,6 +18,11 @@ from stand_in import brightness
 HERE = Path(__file__).parent
 SMALL = dict(width=32, heads=2, n_four=1, n_two=1, n_one=2, audio_layers=1, audio_dim=160)
 SMALL_ENCODER = dict(channels=32, width=48, hidden=96, depth=3, groups=4, heads=4)
+
+
+class SmallEncoder(AudioEncoder):
+    def __init__(self):
+        super().__init__(**SMALL_ENCODER)
 
 
 # ------------------------------------------------------------------------------- networks, weights

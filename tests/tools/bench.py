@@ -198,7 +198,7 @@ def motion_rows(settings, device, turns):
 def audio_row(encoder, turns):
     """Print the row for the audio encoder -> its seconds."""
     wav = np.random.default_rng(0).standard_normal(N * RATE // 25).astype(np.float32)
-    seconds = statistics.median(timed(lambda: encoder(wav))[0] for _ in range(turns + 1))
+    seconds = statistics.median(timed(lambda: list(encoder.blocks([wav])))[0] for _ in range(turns + 1))
     row("audio encoder", seconds, N)
     return seconds
 

@@ -28,7 +28,7 @@ import torch
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import build
-from data import FRAME, RATE, AudioEncoder, audio_blocks, log_mel_blocks, parse_flags, run
+from data import FRAME, RATE, audio_blocks, log_mel_blocks, parse_flags, run
 from moda import EMOTIONS, M, Config, MoDA, stream
 from renderer import Sketch
 from sample import write_video
@@ -64,7 +64,7 @@ def small_models(width, folder):
         cfg = Config(width, heads=2, n_four=1, n_two=1, n_one=2, audio_layers=layers, audio_dim=dim)
         return MoDA(cfg).eval()
     sizes = build.SMALL_ENCODER
-    encoder = AudioEncoder.from_pretrained(build.encoder(folder, "small"), **sizes)
+    encoder = build.SmallEncoder.from_pretrained(build.encoder(folder, "small"))
     return [(log_mel_blocks, model(1, 160)),
             (encoder.blocks, model(sizes["depth"], sizes["width"]))]
 
