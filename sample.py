@@ -6,6 +6,7 @@
         --output_path=- | ffplay -
     python sample.py --pairs=pairs.csv --output_path=FOLDER        a video for each row
     python sample.py --eval                      a table of metrics on toy clips the model never saw
+    python sample.py --eval --data_dir=data/mine          or on the val clips of a data set of yours
 
 The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom: settings, model,
 face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
@@ -25,14 +26,15 @@ from subprocess import PIPE
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from data import (CONTROLS, HELD, LABELS, MANNERS, RATE, ToyTalker, UsageError, audio_blocks,
-                  expression, feature_blocks, ffmpeg, find_device, parse_flags, read_rows, run,
-                  write_npy)
-from moda import (ALSE, EXP, LIPS, MOUTH, ROT, MoDA, generate, guidance_of, load_statistics,
-                  save, stream)
+from data import (CONTROLS, FRAME, HELD, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
+                  audio_blocks, expression, feature_blocks, ffmpeg, find_device, parse_flags,
+                  read_rows, run, write_npy)
+from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate, guidance_of,
+                  load_statistics, save, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
                       relative, write_template)
 
@@ -70,7 +72,8 @@ class Settings:
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
     fast: bool = True            # False: MoDA.forward as written, for experiments
-    eval: bool = False           # a table of metrics, on the CPU in float32
+    eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
+    data_dir: str = ""           # or the val clips of a data set
     alse: str = "out/alse/ckpt.pt"  # lip-sync expert, for the Sync columns of --eval
     device: str = ""             # cuda if there is one
 
@@ -309,7 +312,8 @@ def main(argv):
     device = find_device(settings.device)
     model = open_model(settings, given)
     if settings.eval:
-        return evaluate(settings, model, ToyTalker("val", 16))
+        data = Clips(settings.data_dir, "val") if settings.data_dir else ToyTalker("val", 16)
+        return evaluate(settings, model, data)
     model.to(device)
     if settings.bf16:
         for p in model.parameters():               # the statistics stay float32
@@ -344,93 +348,122 @@ def ahead(motion, clock):
 
 
 # --------------------------------------------------------------------------------------- evaluation
+def beginnings(data, count, model):
+    """Of the longest clips, cut to one length, 7.4 seconds at most: normalised motion (K, T, 70),
+    audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
+    longest = np.argsort(-data.lengths, kind="stable")[:count]
+    frames = min(185, *data.lengths[longest])      # two chunks, and the one before
+    clips = []
+    for k in longest:
+        motion, audio, identity = [torch.tensor(x[:frames]).float() for x in data.arrays(k)]
+        z = model.normalise(motion)
+        clips.append([z[1:], audio[1:], identity, z[0], data.emotion[k]])
+    return torch.utils.data.default_collate(clips)
+
+
+# of which channels and differences from frame to frame the means are compared
+MOVES = {
+    "head motion": (ROT, 0),
+    "jerk, lips": (LIPS, 3),
+    "jerk, rotation": (ROT, 3),
+    "jerk, translation": (TRANS, 3),
+    "jerk, scale": (SCALE, 3)}
+
+
+def compare(z, truth, std):
+    """Metrics of normalised motion beside the true one, (K, T, 70); std (70,) is what 1 stands for.
+
+    Correlation, error and slope are of each clip's mouth; the others of all clips together."""
+    both = torch.stack([truth, z]).double()                            # (2, K, T, 70)
+    moves = both - both.mean(2, keepdim=True)
+    true, ours = moves[..., MOUTH]
+    corr = F.cosine_similarity(true, ours)
+    slope = corr * ours.std(1) / true.std(1)       # of a regression of ours on the true one
+    error = both[..., MOUTH].diff(dim=0).square().mean(2) / true.var(1)
+    row = {"mouth corr": corr.mean(), "mouth error": error.mean()}
+    row["opening, least"], row["opening, most"] = slope.aminmax()
+    for name, (channels, order) in MOVES.items():
+        moved = moves.diff(order, dim=2) * std
+        true, ours = moved[..., channels].abs().mean((1, 2, 3))
+        row[name] = ours / true
+    row["heads apart"] = both[..., ROT].diff(dim=0).std()
+    return row
+
+
 def sync_scores(expert, audio, motion):
     """SyncNet's protocol on motion, for K clips: the mean distance at each of the offsets -15..15.
 
     Sync-D is the best of them; Sync-C, the confidence, how far their median lies above it."""
     a, m = expert(audio, motion)
     middle = a[:, 15:-15]                          # of the voice, (K, n, D)
-    shifted = m.unfold(1, middle.size(1), 1)       # the lips at each offset, (K, 31, D, n)
+    shifted = m.unfold(1, middle.size(1), 1)       # (K, 31, D, n)
     distances = (shifted - middle.mT[:, None]).norm(dim=2).mean(-1)
     best = distances.amin(1)
     confidence = distances.median(1).values - best
-    return {"Sync-C": confidence.mean().item(), "Sync-D": best.mean().item()}
-
-
-def mouth_correlation(z, truth):
-    """Mean over clips of the correlation of two mouths' openings."""
-    both = torch.stack([z, truth], 1)[..., MOUTH]                      # (K, 2, T)
-    return np.mean([np.corrcoef(pair)[0, 1] for pair in both])
+    return {"Sync-C": confidence.mean(), "Sync-D": best.mean()}
 
 
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in HELD}                      # of each of the emotions
+    held = {name: MANNERS[name] for name in HELD}
     prototypes = torch.tensor(expression(**held)).to(motion)
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
-    return (distance.argmin(1) == emotion).float().mean().item()
+    return (distance.argmin(1) == emotion).float().mean()
 
 
 @torch.inference_mode()
-def evaluate(settings, model, talker):
-    """Truth, the model, and the model given another clip's voice, as a table {row: {metric: x}}."""
-    motion, audio, identity = torch.utils.data.default_collate(talker.clips)
-    emotion, audio = torch.tensor(talker.emotion), audio[:, 1:]
-    prev, truth = model.normalise(motion).tensor_split([1], 1)
+def evaluate(settings, model, data):
+    """Print and return a table {row: {metric: x}} on clips of `data`.
 
-    def speak(audio, **other):
+    Beside the truth: the truth; the model; the model given another clip's voice, from a face at
+    rest, emotions in turn. Beside the model: another seed."""
+    truth, *given = beginnings(data, 16, model)
+    audio, identity, prev, emotion = given
+    in_turn = torch.arange(len(audio)) % 8
+    rest = model.mean.clone()
+    rest[EXP] = 0
+    rest = model.normalise(rest).expand_as(prev)
+    foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
+
+    def speak(*given, **other):
+        clips = tqdm([*zip(*given)], "evaluating", leave=False)
         options = sampling(settings) | other
-        given = zip(tqdm(audio, "evaluating", leave=False), identity, prev, emotion)
-        return torch.stack([generate(model, *clip, **options) for clip in given])
-    motions = {"truth": truth, "model": speak(audio), "shuffled audio": speak(audio.roll(1, 0))}
-    expert = None
-    if Path(settings.alse).is_file():
-        expert = ALSE.from_pretrained(settings.alse)
-    rows = {}
-    for name, z in motions.items():
+        return torch.stack([generate(model, *clip, **options) for clip in clips])
+    ours = speak(*given)
+    motions = {
+        "truth": (truth, truth, emotion),
+        "model": (ours, truth, emotion),
+        "other voice": (speak(foreign, identity, rest, in_turn), truth, in_turn),
+        "other seed": (speak(*given, seed=settings.seed + 1), ours, emotion)}
+    table = {}
+    for name, (z, reference, label) in motions.items():
         motion = model.denormalise(z)
-        rows[name] = row = {"mouth corr": mouth_correlation(z, truth)}
-        if expert:
-            row |= sync_scores(expert, audio, motion)
-        row["emotion"] = emotion_accuracy(motion, emotion)
-        row["jerk"] = z.diff(3, dim=1).abs().mean().item()
-        if name == "model":
-            apart = z - speak(audio, seed=settings.seed + 1)
-            row["pose diversity"] = apart[..., ROT].std().item()
-    columns = list(rows["model"])
-    print(" " * 15, *[f"{column:>14}" for column in columns])
-    for name, row in rows.items():
-        print(f"{name:15}", *[f"{row.get(column, '-'):>14.3}" for column in columns])
-    return rows
+        table[name] = row = compare(z, reference, model.std)
+        if Path(settings.alse).is_file():
+            row |= sync_scores(ALSE.from_pretrained(settings.alse), audio, motion)
+        if isinstance(data, ToyTalker):
+            row["emotion"] = emotion_accuracy(motion, label)
+    print(" " * 17, *[f"{name:>14}" for name in table])
+    for metric in row:
+        print(f"{metric:17}", *[f"{row[metric]:14.3}" for row in table.values()])
+    return table
 
 
 def after_training(folder, clips):
-    """The table, a video of an unseen clip, and its strip, in the folder of a checkpoint."""
+    """The table, a video of an unseen clip, and a strip: its true face above the generated one."""
     settings, talker = Settings(ckpt=folder / "ckpt.pt"), ToyTalker("val", clips)
     model = open_model(settings, given={})
     evaluate(settings, model, talker)
-    wav = talker.wavs[0]
-    true, audio, identity = map(torch.tensor, talker.clips[0])
-    prev, emotion = model.normalise(true[0]), talker.emotion[0]
-    z = generate(model, audio, identity, prev, emotion, **sampling(settings))
-    motion = model.denormalise(z)
-    frames = list(Sketch().frames(Sketch().source(x_c=identity), motion))
-    soundfile.write(folder / "sample.wav", wav, RATE)
+    truth, *given = [x[0] for x in beginnings(talker, 1, model)]
+    z = generate(model, *given, **sampling(settings))
+    pictures = []
+    for motion in model.denormalise(torch.stack([truth, z])):
+        frames = [*Sketch().frames(Sketch().source(), motion)]
+        pictures.append(np.hstack(frames[::25]))
+    Image.fromarray(np.vstack(pictures)).reduce(2).save(folder / "sample.png")
+    soundfile.write(folder / "sample.wav", talker.wavs[0][FRAME:185 * FRAME], RATE)
     write_video(folder / "sample.mp4", frames, folder / "sample.wav")
-    # a frame a second; the sound; the mouth's opening, generated (red) over true (grey)
-    strip = Image.new("RGB", (1280, 440), "white")
-    pictures = Image.fromarray(np.hstack(frames[::25]))
-    strip.paste(pictures.resize((1280, 160)))
-    draw_curve(strip, wav[::40] * 55 / np.abs(wav).max(), 220, "#7896aa")
-    draw_curve(strip, true[:, MOUTH] * 2000, 390, "#969696")
-    draw_curve(strip, motion[:, MOUTH] * 2000, 390, "#c83c3c")
-    strip.save(folder / "sample.png")
-
-
-def draw_curve(image, curve, base, colour):
-    x = np.linspace(0, image.width, len(curve))
-    ImageDraw.Draw(image).line(list(zip(x, base - curve)), colour, 2)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def video(path, seed=0, frames=100, rate=25, late=0, sound=()):
     voice.unlink()
 
 
-def data_set(folder, lengths=(200, 90), audio_shape=(1, 160)):
+def data_set(folder, lengths=(200, 90), audio_shape=(1, 160), splits=("train", "train")):
     """A data set of random motion in silence, with a clip of each length."""
     folder, rows = Path(folder), []
     for k, n in enumerate(lengths):
@@ -108,7 +108,7 @@ def data_set(folder, lengths=(200, 90), audio_shape=(1, 160)):
         (folder / f"clips/{k}").mkdir(parents=True)
         for name, array in clip.items():
             np.save(folder / f"clips/{k}/{name}.npy", array)
-        rows.append(dict(clip=str(k), frames=n, emotion=8, split="train"))
+        rows.append(dict(clip=str(k), frames=n, emotion=8, split=splits[k % 2]))
     write_manifest(folder, clips=rows, audio_shape=audio_shape, moments=[[0] * M, [1] * M],
                    x_c_moments=[[0] * 63, [1] * 63])
     return folder

@@ -97,6 +97,18 @@ CLAIMS = {
     "sync loss": {"without ALSE": BASE, "tau 0.4": GATED, "no gate": UNGATED}}
 
 
+# columns of the table, and where sample.py's has them
+COLUMNS = {
+    "mouth corr": ("model", "mouth corr"),
+    "mouth error": ("model", "mouth error"),
+    "Sync-C": ("model", "Sync-C"),
+    "Sync-D": ("model", "Sync-D"),
+    "jerk": ("model", "jerk, rotation"),
+    "pose diversity": ("other seed", "heads apart"),
+    "emotion": ("other voice", "emotion"),
+    "corr, other voice": ("other voice", "mouth corr")}
+
+
 @functools.cache
 def talker(split, clips):
     return ToyTalker(split, clips)                 # clip k is always the same
@@ -136,8 +148,7 @@ def row_of(settings, seed, variant):
     with open(out / "log.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     tensors = read_checkpoint(out / "ckpt.pt")["model"].values()
-    row = dict(table["model"])
-    row["corr, other voice"] = table["shuffled audio"]["mouth corr"]
+    row = {name: float(table[line][metric]) for name, (line, metric) in COLUMNS.items()}
     row["ms per step"] = 1e3 * statistics.median(seconds)
     row["M parameters"] = sum(x.numel() for x in tensors) / 1e6
     return row
@@ -168,7 +179,12 @@ def main(argv):
     settings = Settings()
     parse_flags(argv, __doc__, settings)
     train.ToyTalker = talker
-    sample.ToyTalker = lambda split, clips: talker(split, settings.eval_clips)
+
+    class Shared(ToyTalker):                       # made once for all variants
+        def __init__(self, split, clips):
+            number = settings.eval_clips if split == "val" else clips
+            vars(self).update(vars(talker(split, number)))
+    sample.ToyTalker = Shared
     trained(settings, "expert", "--model=alse")
     seeds = range(1, settings.seeds + 1)
     results = {}
