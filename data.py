@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
+from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import open_memmap
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
@@ -105,7 +106,7 @@ def regroup(pieces, size):
 
 def mel_filters():
     """40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)."""
-    mel = np.log(700 + np.fft.rfftfreq(512, 1 / RATE))
+    mel = np.log(700 + rfftfreq(512, 1 / RATE))
     lowest, highest = np.log([700 + 60, 700 + 7600])
     place = np.interp(mel, [lowest, highest], [0, 41])
     return (1 - np.abs(place[:, None] - np.arange(1, 41))).clip(0)
@@ -129,7 +130,7 @@ def log_mel_blocks(pieces):
         silence = np.zeros(BLOCK * FRAME - len(block))
         wav = np.concatenate([wav[HOP - 400:], block, silence])
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
-        power = np.abs(np.fft.rfft(spans * taper, 512) / taper.sum()) ** 2
+        power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
         second = [*second[1 - 5:], np.mean(block.astype(float) ** 2)]  # of five blocks
         loudest = max(np.mean(second), loudest * 10 ** -0.02)
         features = np.log1p(300 * power @ MEL / max(loudest, SILENCE)) / 4
@@ -567,24 +568,24 @@ def encoder_tensors(file):
 # By how many thousandths a channel, 3 point + axis, moves per unit of a control: LivePortrait's own
 # numbers. Point and axis stand behind them.
 MOVES = table("""
-    channel  aaa  eee  woo  brow  smile  frown  blink  sneer  smirk
-    58       1    0    0    0     0      0      0      0      0        # 19 y
-    59       .1   0    0    0     0      0      0      0      0        # 19 z
-    61       0    -1   0    0     -10    0      0      0      -1       # 20 y
-    62       0    -1   0    0     0      0      0      0      0        # 20 z
-    43       0    -1   1    0     -20    0      0      0      0        # 14 y
-    52       -.1  0    0    0     6.5    0      0      -1     0        # 17 y
-    53       0    0    -.5  0     3      0      0      0      0        # 17 z
-    10       0    0    -.5  0     -3.5   0      0      -.4    0        # 3 y
-    22       0    0    -.5  0     -3.5   0      0      -.4    -.4      # 7 y
-    3        0    0    0    0     0      -1     0      0      0        # 1 x
-    6        0    0    0    0     0      1      0      0      0        # 2 x
-    4        0    0    0    1     0      .3     0      0      0        # 1 y
-    7        0    0    0    -1    0      -.3    0      0      -1       # 2 y
-    34       0    0    0    0     0      0      -1     0      0        # 11 y
-    46       0    0    0    0     0      0      -1     0      0        # 15 y
-    40       0    0    0    0     -2.75  0      .3     -.4    0        # 13 y
-    49       0    0    0    0     -2.75  0      .3     -.4    0        # 16 y""")
+    channel  aaa  eee  woo  smile  brow  frown  blink  sneer  smirk
+    58       1    0    0    0      0     0      0      0      0        # 19 y
+    59       .1   0    0    0      0     0      0      0      0        # 19 z
+    61       0    -1   0    -10    0     0      0      0      -1       # 20 y
+    62       0    -1   0    0      0     0      0      0      0        # 20 z
+    43       0    -1   1    -20    0     0      0      0      0        # 14 y
+    52       -.1  0    0    6.5    0     0      0      -1     0        # 17 y
+    53       0    0    -.5  3      0     0      0      0      0        # 17 z
+    10       0    0    -.5  -3.5   0     0      0      -.4    0        # 3 y
+    22       0    0    -.5  -3.5   0     0      0      -.4    -.4      # 7 y
+    3        0    0    0    0      0     -1     0      0      0        # 1 x
+    6        0    0    0    0      0     1      0      0      0        # 2 x
+    4        0    0    0    0      1     .3     0      0      0        # 1 y
+    7        0    0    0    0      -1    -.3    0      0      -1       # 2 y
+    34       0    0    0    0      0     0      -1     0      0        # 11 y
+    46       0    0    0    0      0     0      -1     0      0        # 15 y
+    40       0    0    0    -2.75  0     0      .3     -.4    0        # 13 y
+    49       0    0    0    -2.75  0     0      .3     -.4    0        # 16 y""")
 CONTROLS = {}
 for name in MOVES.dtype.names[1:]:
     CONTROLS[name] = np.zeros(63)
@@ -633,7 +634,6 @@ MANNERS = table("""
     neutral    0    0    0    0      0     0      0      0      0      1      1      1         1
     sadness    -3   0    0    -.3    6     -5     -5     0      0      .9     .6     .6        .8
     surprise   9    0    5    0      14    0      5      0      0      1.3    1.6    1.1       1""")
-HELD = MANNERS.dtype.names[1:10]
 # a head's rest, mean and standard deviation over clips; how far it drifts, trembles, and nods with
 # the voice
 HEAD = table("""
@@ -709,7 +709,7 @@ def toy_expression(rng, manner, phones, reach):
         before = rng.choice(MANNERS)
     turned = np.arange(n) / 100 - rng.uniform(0, 1.5)
     turned = smooth(turned.clip(0, 1), 20)
-    for name in HELD:                                                  # strong or weak, never still
+    for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
@@ -744,7 +744,7 @@ def toy_voice(rng, manner, phones):
 def upsample(x):
     """From 100 Hz to the sound's rate: (n,) -> (160 (n - 1),)."""
     clock = np.arange(HOP * (len(x) - 1)) / HOP
-    return np.interp(clock, np.arange(len(x)), x)
+    return np.interp(clock, range(len(x)), x)
 
 
 def toy_source(rng, manner, phones):
@@ -762,7 +762,7 @@ def toy_source(rng, manner, phones):
 
 def toy_filter(rng, phones):
     """Frequency response of the vocal tract, or where there is no voice, of the hiss: (n, 321)."""
-    khz = np.fft.rfftfreq(FRAME, 1000 / RATE)
+    khz = rfftfreq(FRAME, 1000 / RATE)
     tract = (0.02 + khz) ** rng.uniform(0.2, 1.0)  # lips radiate what is high
     shorter = rng.uniform(0.85, 1.2)               # and short tracts have higher formants
     for name in ("f1", "f2", "f3"):
@@ -778,7 +778,7 @@ def toy_room(rng, wav):
     wav = wav / wav.std()
     decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
     echo = decay * rng.standard_normal(n)
-    room = np.fft.irfft(np.fft.rfft(wav) * np.fft.rfft(echo))          # its end echoes at the start
+    room = irfft(rfft(wav) * rfft(echo))           # its end echoes at the start
     room *= rng.uniform(0, 0.7) / room.std()
     wav = wav + room
     music = rng.choice([0, 0, 0.25]) * rng.random()
@@ -800,9 +800,8 @@ class ToyTalker(Clips):
             self.wavs.append(wav)
             self.clips.append((motion, log_mel(wav, T).numpy(), identity))
             rows.append(dict(frames=T, emotion=emotion))
-        moments = moments_of(motion for motion, *_ in self.clips)
-        x_c_moments = moments_of([identity] for *_, identity in self.clips)
-        self.index(rows, (1, 160), moments, x_c_moments)
+        motions, _, identities = zip(*self.clips)
+        self.index(rows, (1, 160), moments_of(motions), moments_of([identities]))
 
     def arrays(self, k):
         return self.clips[k]

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (CONTROLS, FRAME, HELD, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
+from data import (CONTROLS, FRAME, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
                   audio_blocks, expression, feature_blocks, ffmpeg, find_device, parse_flags,
                   read_rows, run, write_npy)
 from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate, guidance_of,
@@ -406,7 +406,7 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in HELD}
+    held = {name: MANNERS[name] for name in CONTROLS}
     prototypes = torch.tensor(expression(**held)).to(motion)
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean()

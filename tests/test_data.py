@@ -10,8 +10,8 @@ import torch
 
 import build
 import data
-from data import (HELD, MANNERS, RATE, Clips, ToyTalker, expression, load_audio, log_mel, log_mel_blocks,
-                  toy_clip)
+from data import (CONTROLS, MANNERS, RATE, Clips, ToyTalker, expression, load_audio, log_mel,
+                  log_mel_blocks, toy_clip)
 from moda import EMOTIONS, MOUTH, M
 
 
@@ -99,7 +99,7 @@ def test_toy_motion_is_as_large_as_published_motion():
 
 
 def test_every_emotion_has_its_own_face():
-    held = {name: MANNERS[name] for name in HELD}
+    held = {name: MANNERS[name] for name in CONTROLS}
     faces = expression(**held)
     apart = np.linalg.norm(faces[:, None] - faces, axis=-1) + np.eye(8)
     assert len(faces) == len(EMOTIONS) - 1                     # all but none

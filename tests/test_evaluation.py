@@ -8,7 +8,7 @@ import torch
 
 import build
 import sample
-from data import HELD, MANNERS, expression
+from data import CONTROLS, MANNERS, expression
 from moda import EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, M
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +85,7 @@ def test_heads_apart_is_the_distance_of_independent_heads():
 
 # ------------------------------------------------------------------------------ emotions and voices
 def test_a_held_expression_is_recognised_whatever_the_lips_do():
-    held = {name: MANNERS[name] for name in HELD}
+    held = {name: MANNERS[name] for name in CONTROLS}
     faces = torch.zeros(8, 50, M)
     faces[..., :63] = torch.tensor(expression(**held)).float()[:, None]
     faces[..., LIPS] = 0.1 * torch.randn(8, 50, len(LIPS))

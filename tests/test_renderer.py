@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from conftest import golden
-from data import HELD, MANNERS, expression
+from data import CONTROLS, MANNERS, expression
 from renderer import (FACE, Sketch, angles, keypoints, read_template, rotation,
                       write_template)
 
@@ -59,7 +59,7 @@ def test_every_emotion_is_seen_around_the_eyes_and_at_the_mouth():
     """Any two of the eight, saying the same vowel, differ in three of a hundred pixels there."""
     pictures = []
     for manner in MANNERS:
-        controls = {name: manner[name] for name in HELD}
+        controls = {name: manner[name] for name in CONTROLS}
         controls["aaa"] += 28
         pictures.append(draw(**controls))
     for part in (np.s_[170:300, 140:372], np.s_[310:420, 180:332]):
