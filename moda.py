@@ -67,6 +67,9 @@ TOY = dict(
     cfg_both=0.7,
     smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
+# of a student of guided motion
+STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0.0,
+                cfg_emotion=0.0, cfg_both=0.0)
 
 
 # ----------------------------------------------------------------------------- positions and times
@@ -405,13 +408,18 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
 
 
 @torch.no_grad()
-def reflow(teacher, eps, steps, guidance, **conditions):
-    """The ends z_0 of the teacher's guided paths from noise eps: (B, N, 70); conditions of forward.
+def reflow(teacher, batch, steps=10):
+    """A batch for `losses` in which z0 is where the teacher's guided path from eps ends.
 
-    Learned like data, min |(eps - z_0) - v((1 - t) z_0 + t eps, t)|^2, with the very eps they came
-    from, they make paths straight: fewer steps reach the same ends (arXiv 2209.03003, Alg. 1)."""
-    velocity = partial(guided_velocity, teacher, guidance=guidance, **conditions)
-    return euler(velocity, eps, euler_times(steps).to(eps))
+    Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
+    steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Each pair is learned
+    at its t and at t = 1, where a single step goes all the way."""
+    conditions = {name: batch[name] for name in ("audio", "emotion", "identity", "prev")}
+    velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
+    times = euler_times(steps).to(batch["eps"])
+    ends = batch | dict(z0=euler(velocity, batch["eps"], times))
+    begin = ends | dict(t=torch.ones_like(batch["t"]))
+    return {name: torch.cat([x, begin[name]]) for name, x in ends.items()}
 
 
 def sync_loss(a, m, in_sync=True):

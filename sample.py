@@ -12,6 +12,7 @@ The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom
 face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
 evaluation. Flags:
 """
+import math
 import os
 import sys
 import tempfile
@@ -69,6 +70,7 @@ class Settings:
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file no sooner than it is spoken, and print the delays
+    latency: float = 0.0         # so many seconds from a sound to its motion, by short chunks
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
     fast: bool = True            # False: MoDA.forward as written, for experiments
@@ -89,6 +91,8 @@ def open_model(settings, given):
     model = MoDA.from_pretrained(settings.ckpt)
     for name in vars(settings).keys() & vars(model.cfg).keys() - given.keys():
         setattr(settings, name, getattr(model.cfg, name))
+    if settings.latency:
+        vars(settings).update(short_chunks(settings.latency) | given)
     if model.cfg.rope_streams == 2:                # net-200.pth
         settings.motion = settings.motion or "absolute"
     if model.cfg.straight and "steps" not in given:
@@ -100,6 +104,15 @@ def open_model(settings, given):
         load_statistics(model, settings.stats)
     model.fast, model.compiled = settings.fast, settings.compile
     return model
+
+
+def short_chunks(latency):
+    """chunk and overlap that keep a latency in seconds: when the last frame of a chunk has been
+    heard, in blocks, the sound of its first is chunk - 1 frames old; one more is for the work."""
+    chunk = int(25 * latency) // BLOCK * BLOCK
+    if chunk < 2 * BLOCK:
+        raise UsageError(f"--latency={latency}: should be {2 * BLOCK / 25} or more")
+    return dict(chunk=chunk, overlap=BLOCK)
 
 
 def open_face(settings, device):
@@ -223,10 +236,19 @@ def timed(name, items, clock):
         began = time.perf_counter()
 
 
-def rendered(settings, face, source, motion, clock):
-    """Frames of motion that comes piece by piece."""
+def rendered(settings, face, source, motion, clock, delays):
+    """Frames of motion that comes piece by piece; of a live voice's, seconds since their sound was
+    spoken, until their motion came and until they were drawn, go to the list `delays`."""
+    n = 0
     for piece in motion:
-        yield from timed("render", face.frames(source, piece, stitch=settings.stitch), clock)
+        ready = time.perf_counter()
+        frames = face.frames(source, piece, stitch=settings.stitch)
+        for frame in timed("render", frames, clock):
+            n += 1
+            spoken = clock["began"] + n / 25
+            if "began" in clock:
+                delays.append((ready - spoken, time.perf_counter() - spoken))
+            yield frame
 
 
 STAGES = "loading", "sound", "motion", "render", "encode"
@@ -236,18 +258,18 @@ def make_video(settings, model, began):
     """From the voice to the file: each stage pulls from the one before it."""
     voice = settings.audio_path
     face, source, place = open_face(settings, model.mean.device)
-    clock, saved = Counter(), []
+    clock, saved, delays = Counter(), [], []
     live = not settings.motion_path and (settings.stream or voice == "-")
     sound_pipe, copy = os.pipe() if voice == "-" else (os.devnull, os.devnull)
     sound = audio_blocks(voice)
     if live:
-        sound = microphone(sound, clock, open(copy, "wb"))
+        sound = microphone(sound, clock, open(copy, "wb"), paced=voice != "-")
     features = load_features(settings.audio_encoder, model.mean.device)(sound)
     features = timed("sound", features, clock)
     motion = timed("motion", motion_of(settings, model, source, features, saved), clock)
     if live:
-        motion = ahead(motion, clock)
-    frames = place(rendered(settings, face, source, motion, clock))
+        motion = ahead(motion)
+    frames = place(rendered(settings, face, source, motion, clock, delays))
     started = time.perf_counter()
     bar = tqdm(frames, "frames", unit="")
     write_video(Path(settings.output_path), bar, voice, sound_pipe)
@@ -262,6 +284,9 @@ def make_video(settings, model, began):
     stages = ", ".join(f"{name} {clock[name]:.2f} s" for name in STAGES)
     print(f"{settings.output_path}: {bar.n} frames; {stages}; first frame after {first:.2f} s; "
           f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
+    for name, seconds in zip(("motion", "frame"), np.transpose(delays)):
+        print(f"sound to {name}: median, 95 %, worst",
+              *np.quantile(seconds, [0.5, 0.95, 1]).round(2), "s")
 
 
 def make_videos(settings, model):
@@ -324,25 +349,28 @@ def main(argv):
 
 
 # ------------------------------------------------------------------------------ the live microphone
-def microphone(pieces, clock, pipe):
-    """Sound no sooner than it is spoken, at clock["spoken"]; a copy goes to the video's pipe."""
+def microphone(pieces, clock, pipe, paced):
+    """Sound as it comes, or paced, no sooner than it is spoken; a copy goes to the video's pipe.
+
+    clock["began"] tells when its first sample was spoken, as early as any piece makes certain."""
     writer = ThreadPoolExecutor(1)                 # for the pipe may be full
-    clock["spoken"] = time.perf_counter()
+    heard = 0.0
+    clock["began"] = time.perf_counter() if paced else math.inf
     for piece in pieces:
-        clock["spoken"] += len(piece) / RATE
-        time.sleep(max(0, clock["spoken"] - time.perf_counter()))
+        heard += len(piece) / RATE
+        if paced:
+            time.sleep(max(0, clock["began"] + heard - time.perf_counter()))
+        clock["began"] = min(clock["began"], time.perf_counter() - heard)
         writer.submit(pipe.write, piece.tobytes())
         yield piece
     writer.submit(pipe.close)
 
 
-def ahead(motion, clock):
-    """Pass motion on while a thread generates the next piece; print how late each is."""
+def ahead(motion):
+    """Pass motion on while a thread generates the next piece."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, motion, None)
         while (piece := coming.result()) is not None:
-            late = time.perf_counter() - clock["spoken"]
-            tqdm.write(f"{len(piece)} frames of motion {late:.2f} s after their sound")
             coming = thread.submit(next, motion, None)
             yield piece
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import sample
 from data import Clips, ToyTalker, UsageError, find_device, parse_flags, run
-from moda import (ALSE, PRESETS, Config, JointBlock, MoDA, SingleBlock, draw, load_statistics,
-                  losses, read_checkpoint, reflow, save)
+from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock, draw,
+                  load_statistics, losses, read_checkpoint, reflow, save)
 
 RANK = int(os.environ.get("RANK", 0))              # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -173,41 +173,20 @@ def step_flops(model, batch):
     return 3 * len(batch["motion"]) * forward.get_total_flops()
 
 
-def loss_terms(net, model, batch, expert=None, tau=0.4):
+def loss_terms(net, model, batch, expert=None, tau=0.4, teacher=None):
     """What the loss is the sum of: L_RF, L_vel and L_ALSE of a MoDA (Eq. 6); of an ALSE its own.
 
     net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
-    them; expert: from load_expert."""
+    them; expert: from load_expert; teacher: a MoDA whose paths are to be made straight."""
     if isinstance(model, ALSE):
         late = int(3 + 27 * batch["t"][0])         # frames
         return [ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)]
     batch = dict(batch)
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
+    if teacher:
+        batch = reflow(teacher, batch)
     return losses(net, **batch, weight=model.weight, expert=expert, tau=tau)
-
-
-def open_teacher(settings, device):
-    """The model whose guided paths are to be made straight: a student with its weights, and what
-    gives a batch the teacher's motion in place of the recorded one."""
-    told = sample.Settings(ckpt=settings.reflow, stats=settings.stats)
-    teacher = sample.open_model(told, {}).to(device)
-    options = sample.sampling(told)
-    student = copy.deepcopy(teacher)
-    none = dict.fromkeys("p_drop_audio p_drop_emotion cfg_audio cfg_emotion cfg_both".split(), 0.0)
-    student.cfg = replace(teacher.cfg, straight=True, **none)
-    return student, partial(reflow_batch, teacher, options["steps"], options["guidance"])
-
-
-def reflow_batch(teacher, steps, guidance, batch):
-    """A batch with the teacher's motion, from the same noise: at its times, and at t = 1 again,
-    where a single step goes all the way."""
-    prev = teacher.normalise(batch["prev"])
-    z0 = reflow(teacher, batch["eps"], steps, guidance, prev=prev, audio=batch["audio"],
-                emotion=batch["emotion"], identity=batch["identity"])
-    batch = batch | dict(motion=teacher.denormalise(z0))
-    begin = batch | dict(t=torch.ones_like(batch["t"]))
-    return {name: torch.cat([x, begin[name]]) for name, x in batch.items()}
 
 
 def rate_of(settings, step):
@@ -298,8 +277,11 @@ def main(argv):
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
 
     # model and optimizer
+    teacher = None
     if settings.reflow:
-        model, reflowed = open_teacher(settings, device)
+        teacher = MoDA.from_pretrained(settings.reflow).to(device)
+        model = copy.deepcopy(teacher)
+        model.cfg = replace(model.cfg, **STRAIGHT)
     elif settings.init_from in ("scratch", "resume"):
         model = kind(cfg)
     else:
@@ -348,9 +330,7 @@ def main(argv):
             part = {name: x.chunk(settings.passes)[k].to(device) for name, x in batch.items()}
             net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                if settings.reflow:
-                    part = reflowed(part)
-                terms = loss_terms(net, model, part, expert, settings.tau)
+                terms = loss_terms(net, model, part, expert, settings.tau, teacher)
             terms = torch.stack(terms) / settings.passes
             terms.sum().backward()
             means = means + terms.detach()

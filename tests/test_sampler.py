@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import build
 import moda
 import sample
-from moda import NO_EMOTION, M, euler, generate, guided_velocity, losses, reflow, stream
+from data import BLOCK, UsageError
+from moda import NO_EMOTION, STRAIGHT, M, euler, generate, guided_velocity, losses, reflow, stream
 
 
 def voice(T):
@@ -144,6 +145,28 @@ def test_a_chunk_leaves_as_soon_as_it_is_final(tiny):
     assert (len(next(pieces)), len(asked)) == (84, 184)
 
 
+@pytest.mark.parametrize("latency", [0.4, 0.65, 1.0])
+def test_no_frame_of_a_short_chunk_waits_longer_than_asked(tiny, latency):
+    """With a frame's time left for the work, where sound comes in blocks."""
+    heard, n = 0, 0
+
+    def microphone():
+        nonlocal heard
+        for block in torch.randn(60, 1, 160).split(BLOCK):
+            heard += len(block)
+            yield block
+    x = voice(1)
+    pieces = stream(tiny, microphone(), x["identity"], x["prev"], steps=1,
+                    **sample.short_chunks(latency))
+    for piece in pieces:
+        if heard < 60:                             # the end needs no sound after it
+            assert heard - (n + 1) <= 25 * latency - 1
+        n += len(piece)
+    assert n == 60
+    with pytest.raises(UsageError, match="should be 0.4 or more"):
+        sample.short_chunks(0.39)
+
+
 def test_the_next_chunk_sees_the_frame_before_it(tiny, monkeypatch):
     seen = []
 
@@ -183,33 +206,35 @@ def test_a_new_emotion_begins_a_chunk(tiny):
 
 # ---------------------------------------------------------------------------------- straight models
 def test_reflow_makes_paths_straight():
-    """After some steps on its teacher's pairs, a student's two steps end where its eight do, and
-    where the teacher's guided eight do."""
-    teacher, student = build.model(), build.model()
+    """After some steps on its teacher's pairs, a student's two steps end nearer to where its eight
+    do, and to where the teacher's guided eight do."""
+    teacher, student = build.model(cfg_both=1.0), build.model()
     student.load_state_dict(teacher.state_dict())
-    given = dict(audio=torch.randn(4, 12, 1, 160), emotion=torch.arange(4),
-                 identity=torch.randn(4, 63), prev=torch.randn(4, M))
-    eps, kept = torch.randn(4, 12, M), torch.zeros(4).bool()
-    z0 = reflow(teacher, eps, 8, {"audio": 1.0}, **given)
+    conditions = dict(audio=torch.randn(4, 12, 1, 160), emotion=torch.arange(4),
+                      identity=torch.randn(4, 63), prev=torch.randn(4, M))
+    none = torch.zeros(4, dtype=bool)
+    batch = dict(conditions, t=torch.rand(4), eps=torch.randn(4, 12, M), drop_audio=none,
+                 drop_emotion=none)
+    pairs = reflow(teacher, batch, steps=8)
+    assert torch.equal(pairs["t"], torch.cat([batch["t"], torch.ones(4)]))
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+    student.cfg.cfg_both = 0.0
 
-    def apart(model):
+    def apart():
         """Two steps from eight, and from the teacher's."""
-        two, eight = [reflow(model, eps, steps, {}, **given) for steps in (2, 8)]
-        return (two - eight).norm(), (two - z0).norm()
-    before = apart(student)
+        two, eight = [reflow(student, batch, steps)["z0"] for steps in (2, 8)]
+        return (two - eight).norm(), (two - pairs["z0"]).norm()
+    before = apart()
     for _ in range(30):
-        terms = losses(student, z0, t=torch.rand(4), eps=eps, drop_audio=kept, drop_emotion=kept,
-                       **given)
-        sum(terms).backward()
+        sum(losses(student, **pairs)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = apart(student)
+    after = apart()
     assert after[0] < 0.6 * before[0] and after[1] < 0.9 * before[1], (before, after)
 
 
 def test_a_straight_model_takes_two_steps_without_guidance(monkeypatch, capsys):
-    model, x = build.model(straight=True, cfg_both=0.0), voice(30)
+    model, x = build.model(**STRAIGHT), voice(30)
     two = generate(model, **x, steps=2, guidance={})
     assert torch.equal(generate(model, **x), two)
     assert not torch.equal(generate(model, **x, guidance={"audio": 1.0}), two)
