@@ -502,7 +502,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps):
-    """When steps begin: `steps` equal ones from 1, noise, or a list as it is; ValueError if none."""
+    """When steps begin: `steps` equal ones from 1, noise, or a list as it is."""
     times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else steps
     if not times:
         raise ValueError(f"steps={steps} should be 1 or more")

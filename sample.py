@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (CONTROLS, FRAME, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
+from data import (BLOCK, CONTROLS, FRAME, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
                   audio_blocks, expression, feature_blocks, ffmpeg, find_device, parse_flags,
                   read_rows, run, write_npy)
 from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate, guidance_of,
