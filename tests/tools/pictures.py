@@ -48,7 +48,7 @@ def label(image, text, x, y, size=22, colour=INK):
     ImageDraw.Draw(image).text((x, y), text, colour, font, anchor="mm")
 
 
-def voice_of(settings, frames=80):
+def voice_of(settings, frames=64):
     if settings.voice:
         return load_audio(settings.voice)[:frames * HOP]
     wav, *_ = toy_clip(7, frames)
@@ -92,20 +92,20 @@ def talk(settings, path):
     heights = 24 * loudness / loudness.max()
     images = []
     for k in range(0, len(videos[0]), 2):
-        image = Image.new("RGB", (568, 364), "white")
+        image = Image.new("RGB", (500, 330), "white")
         for side, frames in enumerate(videos):
-            face = frames[k].crop(HEAD).resize((280, 280), Image.LANCZOS)
-            image.paste(face, (288 * side, 30))
-            label(image, shown[side], 140 + 288 * side, 14)
+            face = frames[k].crop(HEAD).resize((246, 246), Image.LANCZOS)
+            image.paste(face, (254 * side, 30))
+            label(image, shown[side], 123 + 254 * side, 14)
         draw = ImageDraw.Draw(image)
         now = k / len(videos[0])
         for bar, height in enumerate(heights):
             place = bar / len(heights)
             colour = TEAL if place < now else "#c8d4da"
-            draw.line((568 * place, 337 - height, 568 * place, 337 + height), colour)
-        draw.line((568 * now, 312, 568 * now, 362), RED, 3)
+            draw.line((500 * place, 303 - height, 500 * place, 303 + height), colour)
+        draw.line((500 * now, 278, 500 * now, 328), RED, 3)
         images.append(image)
-    palette = Image.fromarray(np.vstack(images[::10])).quantize(64)
+    palette = Image.fromarray(np.vstack(images[::10])).quantize(40)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0,
                    optimize=True)
@@ -261,7 +261,7 @@ def attention(settings, path):
         panel.set_xticks(range(0, 4 * N, 20), [k % N for k in range(0, 4 * N, 20)], fontsize=8)
         panel.set_yticks([0, 40, 79])
     panels[1].set_xlabel("frame of the modality that is attended to")
-    save_figure(figure, path, 24)
+    save_figure(figure, path, 48)
 
 
 # ---------------------------------------------------------------------------------------- the claims

@@ -1,0 +1,97 @@
+"""Every command of the README works as it is written; what one downloads has stand-ins."""
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import data
+import moda
+import sample
+import train
+from bad import folder, good, preparable, write
+from data import ToyTalker, log_mel_blocks, parse_flags
+from renderer import LivePortrait, Sketch, write_template
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# of what it says, in blocks and within lines, that a shell would run
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
+LINES = "\n".join(BLOCKS).splitlines() + re.findall(r"`(python [^`\n]+)`", README)
+PARTS = [part.strip() for line in LINES for part in re.split(r" \| | && ", line)]
+RUN = sorted({part for part in PARTS if re.match(r"python \w+\.py", part) and "=-" not in part})
+
+
+@pytest.fixture
+def stand_ins(preparable, monkeypatch):
+    """The files and models that the commands name."""
+    Image.new("RGB", (64, 48), "tan").save("me.jpg")
+    for path in ("out/toy", "out/alse"):
+        Path(path).mkdir(parents=True)
+    shutil.copy("ckpt.pt", "out/toy")
+    shutil.copy("expert.pt", "out/alse/ckpt.pt")
+    write_template(torch.ones(2, 70), "laugh.pkl")
+    soundfile.write("voice.wav", np.ones(1280) / 2, 16000)
+    write("pairs.csv", "portrait,voice,emotion\nme.jpg,voice.wav,anger")
+    if not Path("data").exists():
+        shutil.copytree("set", "data/mine")
+    model = moda.MoDA.from_pretrained("ckpt.pt")
+    monkeypatch.setattr(moda.MoDA, "from_pretrained", lambda path: model)
+    monkeypatch.setattr(LivePortrait, "__init__", lambda face, *args: None)
+    monkeypatch.setattr(LivePortrait, "source", lambda face, image: Sketch().source())
+    monkeypatch.setattr(LivePortrait, "frames", lambda face, *args, **options: Sketch().frames(*args))
+
+    def write_video(path, frames, *sound):
+        path.write_text(f"{len(list(frames))} frames")
+    monkeypatch.setattr(sample, "write_video", write_video)
+
+    class Encoder:
+        blocks = staticmethod(log_mel_blocks)
+    monkeypatch.setattr(data.AudioEncoder, "from_pretrained", lambda *args: Encoder)
+    monkeypatch.setattr(sample, "ToyTalker", lambda split, clips: ToyTalker(split, 1, 90))
+    yield
+    sample.load_face.cache_clear()
+    sample.load_features.cache_clear()
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_the_readmes_command_runs(command, stand_ins):
+    _, script, *flags = shlex.split(command)
+    if script == "sample.py":
+        sample.main([*flags, "--steps=1", "--chunk=20", "--overlap=4"])
+        settings = sample.Settings()
+        parse_flags(flags, "", settings)
+        if settings.pairs:
+            assert Path(settings.output_path, "001.mp4").read_text() == "2 frames"
+        elif not settings.eval:
+            assert Path(settings.output_path).read_text() == "2 frames"
+        assert not settings.save_motion or Path(settings.save_motion).exists()
+    elif script == "data.py":
+        if "--check" not in flags:
+            shutil.rmtree("data/mine")
+        data.main(flags)
+    else:
+        assert script == "train.py"
+        train.read_settings(flags)                 # test_training.py runs them
+
+
+def test_what_the_readme_names_exists():
+    scripts = re.findall(r"(?:tests/)?(?:\w+/)*\w+\.py\b", README)
+    others = {"inference.py"}                      # LivePortrait's
+    for script in set(scripts) - others:
+        assert (ROOT / script).exists(), script
+    for module, name in re.findall(r"`(moda|renderer|data|train|sample)\.(\w+)", README):
+        if name not in ("py", "csv"):
+            assert hasattr(globals().get(module) or __import__(module), name), f"{module}.{name}"
+    for link in re.findall(r"\]\(((?:assets|tests)/[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    known = {"local", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    for owner in (sample.Settings, data.Settings, train.Settings, moda.Config):
+        known |= vars(owner()).keys()
+    assert set(re.findall(r"--(\w+)", README)) <= known
