@@ -66,7 +66,6 @@ class Settings:
     smooth: bool = False         # average the pose over three frames, twice
     overlap: int = 16            # so many of them fade into the next chunk
     pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
-    exp_scale: float = 1.0       # the same for the expression
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file no sooner than it is spoken, and print the delays
@@ -179,7 +178,6 @@ def motion_of(settings, model, source, features, saved):
         neutral[EXP] = 0
         size = 1.0
     gain = torch.ones_like(portrait)
-    gain[EXP] = settings.exp_scale
     gain[ROT] = settings.pose_scale
     controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
     edit = portrait.new_tensor(expression(**controls))
