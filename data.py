@@ -679,7 +679,7 @@ def toy_clip(seed, T):
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
     end = rng.uniform(-1, 0)                       # speech has begun before,
-    if rng.random() < 0.2:                         # or begins later
+    if rng.random() < 0.1:                         # or begins later
         end = rng.uniform(0, 0.006) * n
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
@@ -707,7 +707,7 @@ def toy_expression(rng, manner, phones, reach):
     before = manner
     if rng.random() < 0.5:                         # the face begins with another emotion
         before = rng.choice(MANNERS)
-    turned = np.arange(n) / 100 - rng.uniform(0, 1.5)
+    turned = np.arange(n) / 100 - rng.uniform(0, 1)
     turned = smooth(turned.clip(0, 1), 20)
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))

@@ -64,7 +64,7 @@ TOY = dict(
     audio_dim=160,
     p_drop_audio=0.1,
     focus=4.0,
-    cfg_both=0.7,
+    cfg_both=0.5,
     smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
 # of a student of guided motion

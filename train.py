@@ -49,14 +49,14 @@ class Settings:
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
-    steps: int = 1100            # of training
-    batch_size: int = 8          # windows per step, over all processes
+    steps: int = 2200            # of training
+    batch_size: int = 4          # windows per step, over all processes
     passes: int = 1              # parts of a process's windows, one after the other, to save memory
-    learning_rate: float = 2e-3  # of Adam
+    learning_rate: float = 2.5e-3  # of Adam
     warmup: int = 50             # steps
     cooldown: float = 0.5        # last share of the steps, over which the rate falls to zero
     grad_clip: float = 1.0       # largest norm of the gradients; 0 = any
-    ema: float = 0.0             # decay of a moving average of the weights, for sampling; 0 = none
+    ema: float = 0.99            # decay of a moving average of the weights, for sampling; 0 = none
     bf16: bool = False           # bfloat16 where autocast knows it to be safe
     compile: bool = False        # torch.compile the model
     checkpointing: bool = False  # recompute activations: slower, but ten times as many windows fit
@@ -68,10 +68,10 @@ class Settings:
 
 
 # Sec. 4.1.2: Adam, 1e-4, batch 512
-PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, bf16=True,
-             workers=4, save_every=2500)
+PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
+             bf16=True, workers=4, save_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
-REFLOW = dict(steps=300, learning_rate=3e-4)       # begins with a teacher's weights
+REFLOW = dict(steps=300, batch_size=8, learning_rate=3e-4)       # begins with a teacher's weights
 
 
 def read_settings(argv):
@@ -347,8 +347,9 @@ def main(argv):
         optimizer.step()
         optimizer.zero_grad()
         if settings.ema:
+            decay = min(settings.ema, (1 + step) / (10 + step))        # to forget the random start
             for average, p in zip(parts["ema"].parameters(), model.parameters()):
-                average.lerp_(p.detach(), 1 - settings.ema)
+                average.lerp_(p.detach(), 1 - decay)
 
         # log and save
         seconds = time.perf_counter() - began
