@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (BLOCK, CONTROLS, FRAME, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
+from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
                   audio_blocks, expression, feature_blocks, ffmpeg, find_device, parse_flags,
                   read_rows, run, write_npy)
 from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate, guidance_of,
@@ -413,7 +413,17 @@ def compare(z, truth, std):
         true, ours = moved[..., channels].abs().mean((1, 2, 3))
         row[name] = ours / true
     row["heads apart"] = both[..., ROT].diff(dim=0).std()
+    frames = torch.cat([both[:, :, 1:], both.diff(dim=2)], -1)         # (2, K, T - 1, 140)
+    row["Frechet"] = frechet(*frames.flatten(1, 2))
     return row
+
+
+def frechet(x, y):
+    """Squared Frechet distance of two normal distributions fitted to samples (n, D)."""
+    a, b = x.T.cov(), y.T.cov()
+    shift = x.mean(0) - y.mean(0)
+    common = torch.linalg.eigvals(a @ b).sqrt().real
+    return (shift @ shift + (a + b).trace() - 2 * common.sum()).abs()
 
 
 def sync_scores(expert, audio, motion):
@@ -421,9 +431,9 @@ def sync_scores(expert, audio, motion):
 
     Sync-D is the best of them; Sync-C, the confidence, how far their median lies above it."""
     a, m = expert(audio, motion)
-    middle = a[:, 15:-15]                          # of the voice, (K, n, D)
-    shifted = m.unfold(1, middle.size(1), 1)       # (K, 31, D, n)
-    distances = (shifted - middle.mT[:, None]).norm(dim=2).mean(-1)
+    middle = a[:, None, 15:-15].mT                 # of the voice, (K, 1, D, n)
+    shifted = m.unfold(1, middle.size(3), 1)       # (K, 31, D, n)
+    distances = (shifted - middle).norm(dim=2).mean(-1)
     best = distances.amin(1)
     confidence = distances.median(1).values - best
     return {"Sync-C": confidence.mean(), "Sync-D": best.mean()}
@@ -477,19 +487,15 @@ def evaluate(settings, model, data):
 
 
 def after_training(folder, clips):
-    """The table, a video of an unseen clip, and a strip: its true face above the generated one."""
-    settings, talker = Settings(ckpt=folder / "ckpt.pt"), ToyTalker("val", clips)
+    """The table, and a video of an unseen clip's voice, in the folder of a checkpoint."""
+    talker, voice = ToyTalker("val", clips), str(folder / "sample.wav")
+    soundfile.write(voice, talker.wavs[0], RATE)
+    settings = Settings(ckpt=folder / "ckpt.pt", audio_path=voice)
+    settings.output_path = str(folder / "sample.mp4")
+    settings.emotion = str(talker.emotion[0])
     model = open_model(settings, given={})
     evaluate(settings, model, talker)
-    truth, *given = [x[0] for x in beginnings(talker, 1, model)]
-    z = generate(model, *given, **sampling(settings))
-    pictures = []
-    for motion in model.denormalise(torch.stack([truth, z])):
-        frames = [*Sketch().frames(Sketch().source(), motion)]
-        pictures.append(np.hstack(frames[::25]))
-    Image.fromarray(np.vstack(pictures)).reduce(2).save(folder / "sample.png")
-    soundfile.write(folder / "sample.wav", talker.wavs[0][FRAME:185 * FRAME], RATE)
-    write_video(folder / "sample.mp4", frames, folder / "sample.wav")
+    make_video(settings, model, time.perf_counter())
 
 
 if __name__ == "__main__":

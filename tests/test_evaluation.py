@@ -10,6 +10,7 @@ import build
 import sample
 from data import CONTROLS, MANNERS, expression
 from moda import EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, M
+from tools.linear import linear_baseline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STD = torch.linspace(0.5, 2, M)
@@ -31,7 +32,7 @@ def changed(channels, change, **size):
 
 def test_the_truth_agrees_with_itself():
     row = changed(MOUTH, lambda mouth: mouth)
-    nothing = {"mouth error", "heads apart"}
+    nothing = {"mouth error", "heads apart", "Frechet"}
     for metric, x in row.items():
         assert x == pytest.approx(float(metric not in nothing), abs=1e-5), metric
 
@@ -83,6 +84,24 @@ def test_heads_apart_is_the_distance_of_independent_heads():
     assert row["heads apart"] == pytest.approx(2 ** 0.5, rel=0.05)     # two of variance 1
 
 
+def test_the_frechet_distance_of_a_shifted_copy_is_the_shift_squared():
+    row = changed(slice(0, 5), lambda z: z + 2)
+    assert row["Frechet"] == pytest.approx(5 * 2 ** 2, rel=1e-4)
+
+
+def test_the_frechet_distance_of_wider_motion_is_that_of_the_deviations():
+    x = torch.randn(5000, 8).double() @ torch.randn(8, 8).double()
+    x[:, 3] = 0                                                        # as some channels never move
+    wider = sample.frechet(3 * x - 2 * x.mean(0), x)
+    assert wider == pytest.approx(4 * x.T.cov().trace().item(), rel=1e-4)
+
+
+def test_the_frechet_distance_sees_frames_in_another_order():
+    truth = clips()
+    order = torch.randperm(truth.size(1))
+    assert sample.compare(truth[:, order], truth, STD)["Frechet"] > 1
+
+
 # ------------------------------------------------------------------------------ emotions and voices
 def test_a_held_expression_is_recognised_whatever_the_lips_do():
     held = {name: MANNERS[name] for name in CONTROLS}
@@ -107,7 +126,7 @@ def test_sync_distance_is_zero_for_a_voice_a_few_frames_late_but_not_for_a_forei
     assert foreign["Sync-C"] < 0.2
 
 
-# --------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------- data and linear baseline
 def recorded(lengths, lag, layers=2):
     """A data set whose motion is a linear function of features `lag` frames ago."""
     mixing = torch.randn(5, M, generator=torch.Generator().manual_seed(0))
@@ -119,6 +138,15 @@ def recorded(lengths, lag, layers=2):
     emotion = list(range(len(lengths)))
     return types.SimpleNamespace(lengths=np.array(lengths), emotion=emotion,
                                  arrays=arrays.__getitem__)
+
+
+@pytest.mark.parametrize("lag, found", [(-3, True), (0, True), (3, True), (4, False)])
+def test_the_linear_baseline_looks_three_frames_back_and_ahead(tiny, lag, found):
+    data = recorded([185] * 4, lag)
+    truth, audio, *_ = sample.beginnings(data, 2, tiny)
+    z = linear_baseline(tiny, recorded([200] * 30, lag), audio)
+    explained = 1 - (z - truth)[:, 5:-5].var() / truth.var()
+    assert (explained > 0.95) == found
 
 
 def test_the_longest_clips_are_taken_and_cut_to_one_length(tiny):

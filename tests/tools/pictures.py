@@ -35,7 +35,7 @@ EIGHT = [name for name in EMOTIONS if name != "none"]
 
 @dataclass
 class Settings:
-    ckpt: str = "out/toy/ckpt.pt"  # a trained toy, with sample.png beside it
+    ckpt: str = "out/toy/ckpt.pt"  # a trained toy
     out: str = "assets"          # where the pictures go
     only: str = ""               # the name of one picture; else all
     voice: str = ""              # any sound for talk and emotions; else a made-up one
@@ -112,10 +112,21 @@ def talk(settings, path):
 
 
 def strip(settings, path):
-    """What a training leaves: a frame a second, the voice, the mouth's opening."""
-    image = Image.open(Path(settings.ckpt).with_name("sample.png")).convert("RGB")
-    image = image.resize((960, 330), Image.LANCZOS)
+    """A frame a second, the voice, the mouth's opening: grey in the toy's clip, red generated."""
+    wav, true, emotion, _ = toy_clip((True, 0), 200)
+    frames, motion = talking(settings, wav, EMOTIONS[emotion])
+    image = Image.new("RGB", (960, 330), "white")
+    for second, frame in enumerate(frames[::25]):
+        image.paste(frame.resize((120, 120), Image.LANCZOS), (120 * second, 0))
+    curve(image, wav[::HOP // 2] * 40 / np.abs(wav).max(), 165, "#7896aa")
+    curve(image, true[:, MOUTH] * 1500, 290, GREY)
+    curve(image, motion[:, MOUTH] * 1500, 290, RED)
     image.quantize(96).save(path, optimize=True)
+
+
+def curve(image, heights, base, colour):
+    x = np.linspace(0, image.width, len(heights))
+    ImageDraw.Draw(image).line(list(zip(x, base - heights)), colour, 2)
 
 
 def emotions(settings, path):
