@@ -72,7 +72,6 @@ class Settings:
     latency: float = 0.0         # so many seconds from a sound to its motion, by short chunks
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
-    fast: bool = True            # False: MoDA.forward as written, for experiments
     eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
     data_dir: str = ""           # or the val clips of a data set
     alse: str = "out/alse/ckpt.pt"  # lip-sync expert, for the Sync columns of --eval
@@ -101,7 +100,7 @@ def open_model(settings, given):
                    sys.stderr)
     if model.std.eq(1).all():
         load_statistics(model, settings.stats)
-    model.fast, model.compiled = settings.fast, settings.compile
+    model.compiled = settings.compile
     return model
 
 

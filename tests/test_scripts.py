@@ -121,11 +121,6 @@ def test_bfloat16_gives_nearly_the_same_motion(trained, tmp_path):
     assert 0 < np.square(rounded - exact).mean() < 0.1 ** 2 * exact.var(0).mean()
 
 
-def test_the_plain_model_gives_the_same_motion(trained, tmp_path):
-    fast, plain = [speak(trained, tmp_path, 40_000, *flags) for flags in ([], ["--fast=False"])]
-    assert np.allclose(fast, plain, atol=1e-4)
-
-
 def test_saved_motion_gives_the_same_video_again_and_takes_edits(trained, tmp_path):
     speak(trained, tmp_path, 12_800, "--emotion=sadness")
     first = frames_of(tmp_path / "v.mp4")
