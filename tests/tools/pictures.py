@@ -51,7 +51,7 @@ def label(image, text, x, y, size=22, colour=INK):
 def voice_of(settings, frames=64):
     if settings.voice:
         return load_audio(settings.voice)[:frames * HOP]
-    wav, *_ = toy_clip(7, frames)
+    wav, *_ = toy_clip(3, frames)
     return wav
 
 
@@ -105,7 +105,7 @@ def talk(settings, path):
             draw.line((500 * place, 303 - height, 500 * place, 303 + height), colour)
         draw.line((500 * now, 278, 500 * now, 328), RED, 3)
         images.append(image)
-    palette = Image.fromarray(np.vstack(images[::10])).quantize(40)
+    palette = Image.fromarray(np.vstack(images[::10])).quantize(64)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0,
                    optimize=True)
