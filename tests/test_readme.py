@@ -39,8 +39,9 @@ def stand_ins(preparable, monkeypatch):
     write_template(torch.ones(2, 70), "laugh.pkl")
     soundfile.write("voice.wav", np.ones(1280) / 2, 16000)
     write("pairs.csv", "portrait,voice,emotion\nme.jpg,voice.wav,anger")
-    if not Path("data").exists():
-        shutil.copytree("set", "data/mine")
+    shutil.copytree("set", "data/mine")
+    manifest = Path("data/mine/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"train"', '"val"', 1))
     model = moda.MoDA.from_pretrained("ckpt.pt")
     monkeypatch.setattr(moda.MoDA, "from_pretrained", lambda path: model)
     monkeypatch.setattr(LivePortrait, "__init__", lambda face, *args: None)
