@@ -117,7 +117,8 @@ def strip(settings, path):
     frames, motion = talking(settings, wav, EMOTIONS[emotion])
     image = Image.new("RGB", (960, 330), "white")
     for second, frame in enumerate(frames[::25]):
-        image.paste(frame.resize((120, 120), Image.LANCZOS), (120 * second, 0))
+        face = frame.crop(HEAD).resize((120, 120), Image.LANCZOS)
+        image.paste(face, (120 * second, 0))
     curve(image, wav[::HOP // 2] * 40 / np.abs(wav).max(), 165, "#7896aa")
     curve(image, true[:, MOUTH] * 1500, 290, GREY)
     curve(image, motion[:, MOUTH] * 1500, 290, RED)
