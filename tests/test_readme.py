@@ -99,4 +99,7 @@ def test_what_the_readme_names_exists():
     known = {"local", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     for owner in (sample.Settings, data.Settings, train.Settings, moda.Config):
         known |= vars(owner()).keys()
+    for tool, flag in re.findall(r"(tests/tools/\w+\.py) --(\w+)", README):
+        assert f"    {flag}: " in (ROOT / tool).read_text()
+        known.add(flag)
     assert set(re.findall(r"--(\w+)", README)) <= known
