@@ -8,9 +8,10 @@ import torch
 
 import build
 import sample
-from data import CONTROLS, MANNERS, expression
+from data import CONTROLS, MANNERS, RATE, expression
 from moda import EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, M
 from tools.linear import linear_baseline
+from tools.voices import speech_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STD = torch.linspace(0.5, 2, M)
@@ -214,3 +215,9 @@ def test_the_val_clips_of_a_data_set_are_judged_but_not_their_emotions(tmp_path,
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == "truth model other voice other seed".split()
     assert len(printed) == 1 + len(table["truth"])
+
+
+def test_the_level_of_speech_is_heard_in_the_band_of_a_telephone_only():
+    time = np.arange(RATE) / RATE
+    for hz, level in (100, 0), (1000, 0.5 ** 0.5), (5000, 0):
+        assert np.allclose(speech_level(np.sin(2 * np.pi * hz * time)), level, atol=1e-3)
