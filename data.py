@@ -8,13 +8,20 @@ The first makes a training set of talking videos; the second prints its hours, e
 and clips whose sound is shifted.
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
+import signal
+
+if __name__ == "__main__":                         # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import csv
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import tempfile
+import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +51,32 @@ def table(text):
     return np.genfromtxt(text.splitlines(), names=True, dtype=None, encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------- sound
+# --------------------------------------------------------------------------------- sound and video
+CHILDREN = weakref.WeakSet()     # every ffmpeg that was started
+# a user's file may be one of these, but no script, which would have ffmpeg read other files
+FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ircam,m4v,matroska,"
+           "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
+# what starts late or has gaps is filled with silence, to stay in step
+STEREO = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
+# of other than eight channels nobody knows which are where: every second one goes to the left
+MANY = ("aresample=async=1:first_pts=0,pan=stereo"
+        "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
+        "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
+
+# H.264 and AAC; colours as players take them to be, and tagged
+CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -vf "
+          "scale=out_color_matrix=bt709:out_range=tv,setparams=range=tv:colorspace=bt709:"
+          "color_primaries=bt709:color_trc=bt709 -colorspace bt709 -color_primaries bt709 "
+          "-color_trc bt709 -color_range tv")
+
+
 @contextmanager
 def ffmpeg(complaint, error, *args, **pipes):
     """A running ffmpeg; if it fails, `error` is raised: the complaint and what ffmpeg said."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:        # a full pipe would stop it
         command = [get_ffmpeg_exe(), "-v", "error", *args]
         with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as child:
+            CHILDREN.add(child)
             try:
                 yield child
             except BrokenPipeError:                # it stopped reading, and said why
@@ -61,35 +87,110 @@ def ffmpeg(complaint, error, *args, **pipes):
         log.seek(0)
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        raise error(f"{complaint} ({'; '.join(said[:2])})")
+        raise error(f"{complaint} ({'; '.join(said[:2])!s:.300})")
+
+
+def source(path):
+    """What tells ffmpeg to read a user's file, and no other."""
+    return ["-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", FORMATS,
+            "-i", f"file:{path}"]
 
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes, the last shorter; ValueError if it
     makes nothing of it."""
-    source = ["-nostdin", "-i", f"file:{path}"]
+    given = source(path)
     if path == "-":
-        source = f"-f s16le -ar {RATE} -ac 1 -i -".split()
-    command = ["-abort_on", "empty_output", *source, *options.split(), "-"]
+        given = f"-f s16le -ar {RATE} -ac 1 -i -".split()
+    command = ["-abort_on", "empty_output", *given, *options.split(), "-"]
     with ffmpeg(f"{path}: no {what} could be read", ValueError, *command, stdout=PIPE) as decoder:
         while piece := decoder.stdout.read(size):
             yield piece
 
 
-def audio_blocks(path):
-    """Any sound ffmpeg reads, or a video's, 16 kHz mono, in blocks of float32 (BLOCK * FRAME,)."""
-    # async, first_pts: what starts late or has gaps is filled with silence, to stay in step
-    options = f"-map 0:a:0 -af aresample=async=1:first_pts=0 -ac 1 -ar {RATE} -f f32le"
-    for piece in decoded(path, "sound", options, 4 * BLOCK * FRAME):
-        block = np.frombuffer(piece, np.float32)
-        if not np.isfinite(block).all():
-            raise ValueError(f"{path}: the sound holds NaN or infinite samples")
-        yield block
+class Sound:
+    """Any sound that ffmpeg reads, or a video's: iterate for blocks of float32 (BLOCK * FRAME,), 16
+    kHz, mono.
+
+    Of several tracks it is the default one, or number `track`. A file is read once before, for its
+    length in `frames`, and lest the mean of two channels cancels them: then the louder one is
+    taken. "-" is stdin, mono, of unknown length. ValueError: there is no sound."""
+
+    def __init__(self, path, track=-1):
+        self.path, self.filters = path, STEREO
+        self.frames, self.column = None, 0
+        self.track = f"-map 0:a:{track}" if track >= 0 else ""
+        if path == "-":
+            return
+        try:
+            self.survey()
+        except ValueError:
+            self.filters = MANY
+            self.survey()
+
+    def blocks(self):
+        """Columns (n, 3): the channels' mean, the left one, the right one."""
+        mix = f"{self.filters},pan=3c|c0<c0+c1|c1=c0|c2=c1"
+        options = f"{self.track} -af {mix} -ar {RATE} -f f32le"
+        for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
+            yield np.frombuffer(piece, np.float32).reshape(-1, 3)
+
+    def survey(self):
+        n, power = 0, np.zeros(3)
+        for block in self.blocks():
+            if not np.isfinite(block).all():
+                raise ValueError(f"{self.path}: the sound holds NaN or infinite samples")
+            n += len(block)
+            power += np.square(block, dtype=float).sum(0)
+        self.frames = math.ceil(n / FRAME)
+        if 16 * power[0] < max(power):
+            self.column = power.argmax()
+            tqdm.write(f"{self.path}: its channels cancel; the louder one is taken", sys.stderr)
+
+    def __iter__(self):
+        for block in self.blocks():
+            yield block[:, self.column]
 
 
 def load_audio(path):
     """Any sound, or a video's -> float32 (N,), 16 kHz mono, about -1..1; ValueError if none."""
-    return np.concatenate(list(audio_blocks(path)))
+    return np.concatenate(list(Sound(path)))
+
+
+@contextmanager
+def appearing(path):
+    """A place to write to, in a folder that goes away: what is there when all has succeeded appears
+    at `path`. "-", which is stdout, and "" are left alone."""
+    path = Path(path)
+    if path.name in ("-", ""):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        yield part
+        part.replace(path)
+
+
+def write_video(path, frames, sound, sound_pipe=os.devnull):
+    """Encode a generator of frames (H, W, 3) as they come, with their Sound, at 25 fps.
+
+    "-" is stdout. Live sound is read, as float32, from `sound_pipe`."""
+    target = [f"file:{path}"]
+    if path.name == "-":
+        target = "-tune zerolatency -f mpegts -".split()
+    with open(sound_pipe) as pipe:
+        voice, inherited = ["-vn", "-sn", "-dn", *source(sound.path)], []
+        if sound.path == "-":
+            inherited = [pipe.fileno()]
+            voice = f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
+        options = f"-f ppm_pipe -framerate 25 -i - -af {sound.filters} {CODING}"
+        if sound.track:
+            options += f" -map 1:v {sound.track}"
+        with ffmpeg(f"{path.name}: could not be written", OSError, *voice, *options.split(),
+                    *target, stdin=PIPE, pass_fds=inherited) as encoder:
+            for frame in frames:
+                height, width, _ = frame.shape
+                encoder.stdin.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
 
 
 def regroup(pieces, size):
@@ -859,16 +960,32 @@ def find_device(name):
         raise UsageError(f"--device={name}: no such device here ({error!s:.200})") from None
 
 
+def check_effects(given, settings, effects):
+    """UsageError for a flag given in vain: effects = {"with --flag": "other flags"}, or without."""
+    for condition, names in effects.items():
+        how, flag = condition.split(" --")
+        idle = given.keys() & names.split()
+        if idle and bool(getattr(settings, flag)) != (how == "with"):
+            raise UsageError(f"--{min(idle)} has an effect only {condition}")
+
+
 def run(main):
     """Call a script's main(argv). A mistake of the user is one line on stderr and exit code 1, or 2
     for a flag."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:      # Windows lacks one
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:                 # nohup's
+            signal.signal(number, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")                  # a name may be no UTF-8
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
         return
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError,
             KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        for child in list(CHILDREN):               # one may wait for a stdin that is silent
+            child.kill()
+        if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
             raise                                  # a mistake of ours
         tqdm.write(f"error: {' '.join(str(error).split()) or 'interrupted'}", sys.stderr)
         sys.stdout = None                          # or a closed pipe is reported once more
@@ -891,9 +1008,10 @@ class Settings:
 
 def main(argv):
     settings = Settings()
-    parse_flags(argv, __doc__, settings)
+    given = parse_flags(argv, __doc__, settings)
     if not settings.data_dir or bool(settings.videos) == settings.check:
         raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
+    check_effects(given, settings, {"with --videos": "weights audio_encoder crop labels emotion"})
     if settings.emotion not in ("", "hsemotion"):
         raise UsageError(f"--emotion={settings.emotion}: should be hsemotion")
     if not re.fullmatch(r"(\d+,\d+,\d+)?", settings.crop):

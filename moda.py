@@ -503,9 +503,9 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 def euler_times(steps):
     """When steps begin: `steps` equal ones from 1, noise, or a list as it is."""
-    times = [1 - k / steps for k in range(steps)] if isinstance(steps, int) else steps
-    if not times:
-        raise ValueError(f"steps={steps} should be 1 or more")
+    times = [1 - k / steps for k in range(steps)] if hasattr(steps, "__index__") else [*steps]
+    if not times or not all(1 >= t > end for t, end in pairwise([*times, 0])):
+        raise ValueError(f"steps={steps} should be 1 or more, or times from 1 down")
     return torch.tensor(times)
 
 
@@ -514,6 +514,14 @@ def euler(velocity, z, times):
     for t, end in pairwise([*times, 0.0]):
         z = z - (t - end) * velocity(z, t)         # Eq. 2 prints a plus; with v = eps - z0 only
     return z                                       # the minus leads to data
+
+
+def in_turn(emotion):
+    """0..8, or a list of (0..8, frames) -> the latter, its last emotion to the end; ValueError."""
+    turns = emotion if isinstance(emotion, list) else [(emotion, 0)]
+    if not turns or not {int(label) for label, _ in turns} <= {*range(len(EMOTIONS))}:
+        raise ValueError(f"emotion {emotion}: should be 0 to 8, or such with frames, in a list")
+    return [*turns[:-1], (turns[-1][0], math.inf)]
 
 
 def windows(pieces, chunk, overlap, emotions):
@@ -545,7 +553,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, the portrait's own
-    emotion  0..8, or a list of (emotion, frames), one after the other, the last for math.inf
+    emotion  0..8, or a list of (emotion, frames), one after the other, the last to the end
     steps    number of equal Euler steps, or a list of times from 1 down; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once, the last filled up with silence
@@ -562,7 +570,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         if not {"audio", "emotion"}.issuperset(condition.split("+")):
             raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     pieces = [audio] if torch.is_tensor(audio) else audio
-    emotions = emotion if isinstance(emotion, list) else [(emotion, math.inf)]
+    emotions = in_turn(emotion)
     network = model
     if model.fast:
         network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
@@ -579,7 +587,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
                            identity=identity[None], prev=prev[None], guidance=guidance)
         fresh = torch.randn(chunk - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
-        z = next(noises, eps)[None].to(times.device)
+        z = next(noises, eps).view(1, chunk, M).to(times.device)
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             smooth_pose(motion)

@@ -116,12 +116,16 @@ def read_template(path):
     return checked(np.stack(motion, 1))
 
 
-def read_motion(path):
-    """(T, 70) of a motion template or a .npy file; ValueError if it holds none."""
+def read_motion(path, frames):
+    """(frames, 70) of a motion template or a .npy file; ValueError if it holds no such motion."""
     try:
         if path.endswith(".pkl"):
-            return read_template(path)
-        return checked(np.load(path, allow_pickle=False))
+            motion = read_template(path)
+        else:
+            motion = checked(np.load(path, allow_pickle=False))
+        if len(motion) != frames:
+            raise ValueError(f"its {len(motion)} frames are not the {frames} of the voice")
+        return motion
     except Exception as error:
         raise ValueError(f"{path}: no motion could be read ({error}); should be what --save_motion "
                          "wrote") from None
@@ -466,18 +470,21 @@ class StitchingNetwork(nn.Module):
 # layers are replaced, forward stays as it is. To train a network, take it plain, from `load`.
 
 @torch.no_grad()
-def fold_for_inference(net):
-    """Make spectral norm, BatchNorm and upsampling part of the convolutions beside them."""
+def fold_for_inference(net, device=torch.device("cpu")):
+    """Make spectral norm, BatchNorm and upsampling part of the convolutions beside them; then move
+    to the device. Apple's knows no transposed convolution of volumes: upsampling stays there."""
     for module in [*net.eval().modules()]:
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
         if hasattr(module, "conv"):                # of block2d and block3d
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
-        if hasattr(module, "up"):                  # the layer after it is a convolution
+        if hasattr(module, "up") and device.type != "mps":
+            # the layer after it is a convolution
             transpose_upsampling(module[1], int(module.up.scale_factor[-1]))
             module.up = nn.Identity()
-    if next(net.parameters()).is_cuda:                                 # what tensor cores work on
+    net.to(device)
+    if device.type == "cuda":                                          # what tensor cores work on
         convert_conv2d_weight_memory_format(net, torch.channels_last)
         convert_conv3d_weight_memory_format(net, torch.channels_last_3d)
     return net.requires_grad_(False)
@@ -502,7 +509,7 @@ def keep_memory():
     for their pages anew, costs a sixth of the time on a CPU. Other systems have no mallopt."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):
+    except (AttributeError, OSError, TypeError):
         return
     mallopt(-4, 0)
     mallopt(-1, 2**31 - 1)
@@ -529,10 +536,13 @@ def load(network, path):
 
 class LivePortrait:
     """The five networks with the public weights, from the folder that holds base_models, or the one
-    above; W and G compute in `dtype`, else in float32. ValueError says which file does not fit."""
+    above; W and G compute in `dtype`, else in float32, if `compiled` through torch.compile.
+    ValueError says which file does not fit."""
 
-    def __init__(self, weights_dir, device="cpu", dtype=None):
+    def __init__(self, weights_dir, device="cpu", dtype=None, compiled=False):
         self.device = torch.device(device)
+        if compiled:
+            self.render = torch.compile(self.render, dynamic=False)
         if self.device.type == "cpu":
             keep_memory()
         root = Path(weights_dir)
@@ -542,7 +552,7 @@ class LivePortrait:
             raise ValueError(f"{root}: these networks know animals only; {GET}")
 
         def folded(network, file):
-            return fold_for_inference(load(network, root / file).to(self.device))
+            return fold_for_inference(load(network, root / file), self.device)
         self.F = folded(AppearanceExtractor, "base_models/appearance_feature_extractor.pth")
         self.M = folded(MotionExtractor, "base_models/motion_extractor.pth")
         self.W = folded(WarpingNetwork, "base_models/warping_module.pth").to(dtype=dtype)
@@ -571,25 +581,44 @@ class LivePortrait:
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
         for part in x_d.split(batch):
-            f_s = source.f_s.expand(len(part), -1, -1, -1, -1)
-            frames = self.render(f_s, x_s.expand_as(part), part, stitch)
-            yield from frames.cpu().numpy()
+            full = F.pad(part, (0, 0, 0, 0, 0, batch - len(part)))     # one size, to be compiled
+            f_s = source.f_s.expand(batch, -1, -1, -1, -1)
+            frames = self.render(f_s, x_s.expand_as(full), full, stitch)
+            yield from frames[:len(part)].cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------- pictures
+Image.MAX_IMAGE_PIXELS = None    # read_image has a limit of its own
+
+
 def read_image(path):
-    """Any picture that Pillow reads, upright and on white -> RGB. ValueError if it is none."""
+    """Any picture that Pillow reads, upright and on white -> RGB, and its zoom.
+
+    Where a side is longer than 4096 pixels, the picture is reduced while it is read, to zoom < 1.
+    ValueError: it is no picture, or has more than 250 megapixels."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+        image = Image.open(path)
+        longest = max(image.size)
+        if image.width * image.height > 250e6:
+            raise ValueError("it has over 250 megapixels")
+        if image.mode[0] in "IF":                  # of 16 or 32 bits; white is one of these
+            white = min(x for x in (1, 255, 65535, 2**32) if x >= image.getextrema()[1])
+            image = image.convert("F").point(lambda x: x * 255 / white + 0.5).convert("L")
+        image.thumbnail((4096, 4096), reducing_gap=1)
+        image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:
         raise ValueError(f"{path}: no picture could be read ({error}); take another") from None
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    return image, max(image.size) / longest
 
 
-def crop_box(image, crop=""):
-    """The square to animate, "x,y,size" in pixels or the largest in the centre -> x, y, size."""
-    width, height = image.size
+def crop_box(image, crop="", zoom=1.0):
+    """The square to animate, "x,y,size" in pixels or the largest in the centre -> x, y, size.
+
+    crop counts pixels of the file, of which the image has `zoom` per side; the result the image's.
+    """
+    width, height = [int(n / zoom) for n in image.size]
     size = min(width, height)
     crop = crop or f"{(width - size) // 2},{(height - size) // 2},{size}"
     problem = f"crop {crop}: should be x,y,size, 16 pixels or more, inside {width} x {height}"
@@ -600,7 +629,7 @@ def crop_box(image, crop=""):
     inside = 0 <= x <= width - size and 0 <= y <= height - size
     if size < 16 or not inside:
         raise ValueError(problem)
-    return x, y, size
+    return x * zoom, y * zoom, size * zoom
 
 
 def paste_back(frames, image, box, longest=1280):

@@ -12,17 +12,20 @@ The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom
 face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
 evaluation. Flags:
 """
+import signal
+
+if __name__ == "__main__":                         # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from subprocess import PIPE
 
 import numpy as np
 import soundfile
@@ -31,11 +34,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, ToyTalker, UsageError,
-                  audio_blocks, expression, feature_blocks, ffmpeg, find_device, parse_flags,
-                  read_rows, run, write_npy)
+from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, Sound, ToyTalker, UsageError,
+                  appearing, check_effects, expression, feature_blocks, find_device, parse_flags,
+                  read_rows, run, write_npy, write_video)
 from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate, guidance_of,
-                  load_statistics, save, stream)
+                  load_statistics, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
                       relative, write_template)
 
@@ -43,7 +46,8 @@ from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_ima
 @dataclass
 class Settings:
     audio_path: str = ""         # sound, or a video's; -: 16 kHz PCM, 16 bits, mono, on stdin
-    output_path: str = "out.mp4"  # a video; -: an MPEG transport stream on stdout
+    output_path: str = "out.mp4"  # .mp4 .m4v .mov .mkv .ts; -: an MPEG transport stream, on stdout
+    audio_track: int = -1        # which of a video's sound tracks, from 0; else its default one
     pairs: str = ""              # csv, first line portrait,voice,emotion: a video each, to a folder
     image_path: str = ""         # the portrait
     crop: str = ""               # which square of it: x,y,size; else the largest in the centre
@@ -81,6 +85,19 @@ class Settings:
 # what all of --pairs share
 load_face = cache(LivePortrait)
 load_features = cache(feature_blocks)
+# the endings of what may be written; what is read
+ENDINGS = dict(output_path="- .mp4 .m4v .mov .mkv .ts", save_motion=".npy .pkl")
+INPUTS = "audio_path pairs image_path ckpt stats audio_encoder motion_path alse".split()
+# flags that have an effect only with, or only without, another one
+EFFECTS = {
+    "with --weights": "crop paste_back stitch",
+    "with --eval": "alse data_dir",
+    "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
+                             "chunk overlap smooth latency stream",
+    "without --pairs": "audio_path audio_track image_path emotion save_motion",
+    "without --eval": "audio_path audio_track output_path pairs image_path crop weights paste_back "
+                      "stitch motion audio_encoder emotion edit pose_scale save_motion "
+                      "motion_path stream bf16 device"}
 
 
 # --------------------------------------------------------------------------------- model and face
@@ -100,6 +117,8 @@ def open_model(settings, given):
                    sys.stderr)
     if model.std.eq(1).all():
         load_statistics(model, settings.stats)
+    elif "stats" in given:
+        raise UsageError(f"--stats has no effect: {settings.ckpt} has statistics of its own")
     model.compiled = settings.compile
     return model
 
@@ -114,21 +133,16 @@ def short_chunks(latency):
 
 
 def open_face(settings, device):
-    """The face to animate, its Source, and what puts its frames where they belong."""
+    """The face to animate, its Source, what puts its frames where they belong, and its picture."""
     if not settings.weights:
-        return Sketch(), Sketch().source(), iter
-    image = read_image(settings.image_path)
-    x, y, size = box = crop_box(image, settings.crop)
-    crop = image.crop((x, y, x + size, y + size)).resize((SIZE, SIZE), Image.LANCZOS)
+        return Sketch(), Sketch().source(), iter, None
+    image, zoom = read_image(settings.image_path)
+    x, y, size = box = crop_box(image, settings.crop, zoom)
+    crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
     dtype = torch.bfloat16 if settings.bf16 else None
-    face = load_face(settings.weights, device, dtype)
-    if settings.compile:
-        face.render = torch.compile(face.render, dynamic=False)
-    crop.save(f"{settings.output_path}.crop.png")
-    source = face.source(np.asarray(crop))
-    if not settings.paste_back:
-        return face, source, iter
-    return face, source, partial(paste_back, image=image, box=box)
+    face = load_face(settings.weights, device, dtype, settings.compile)
+    place = partial(paste_back, image=image, box=box) if settings.paste_back else iter
+    return face, face.source(np.asarray(crop)), place, crop
 
 
 def sampling(settings):
@@ -137,37 +151,38 @@ def sampling(settings):
     return {name: getattr(settings, name) for name in names} | {"guidance": guidance_of(settings)}
 
 
-def amounts(flag, text, known, default):
-    """NAME:NUMBER,NAME -> [(NAME, number or default), ...]; UsageError says what is wrong."""
+def amounts(flag, text, known, default, lowest=-1e4):
+    """NAME:NUMBER,NAME -> [(name, number or default), ...]; UsageError says what is wrong."""
     pairs = []
     for word in filter(None, text.split(",")):
-        name, _, number = word.partition(":")
+        name, _, number = word.strip().lower().partition(":")
         try:
-            pairs.append((name, float(number or default)))
+            value = float(number or default)
         except ValueError:
-            name = number
-        if name not in known:
-            raise UsageError(f"--{flag}={text}: {name!r}? known are {', '.join(known)}")
+            value = np.nan
+        if name not in known or not lowest < value < 1e4:
+            raise UsageError(f"--{flag}={text}: {word!r}? known are {', '.join(known)}, with : and "
+                             f"a number above {lowest:g}")
+        pairs.append((name, value))
     return pairs
 
 
 def emotions_in_turn(text):
     """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream, without drift."""
-    pairs = amounts("emotion", text, LABELS, 2)
+    pairs = amounts("emotion", text, LABELS, 2, lowest=0)
     if not pairs:
         raise UsageError("--emotion= is empty: should be none, or another name")
     names, seconds = zip(*pairs)
     ends = np.round(25 * np.cumsum(seconds))       # ends are rounded, not lengths, to keep in time
-    frames = np.diff(ends, prepend=0)
-    frames[-1] = np.inf
-    return list(zip([LABELS[name] for name in names], frames))
+    return list(zip([LABELS[name] for name in names], np.diff(ends, prepend=0)))
 
 
 # --------------------------------------------------------------------- sound -> features -> motion
-def motion_of(settings, model, source, features, saved):
+def motion_of(settings, model, source, features, saved, frames=None):
     """The voice's motion on this portrait, (n, 70) in LivePortrait units at a time.
 
-    What was generated, or comes from --motion_path in its place, goes to the list `saved`."""
+    What was generated, or comes from --motion_path in its place, as long as the voice, which has so
+    many `frames`, goes to the list `saved`."""
     portrait = source.motion[0].to(model.mean.device)
     if settings.motion == "absolute":
         neutral = portrait
@@ -179,9 +194,9 @@ def motion_of(settings, model, source, features, saved):
     gain = torch.ones_like(portrait)
     gain[ROT] = settings.pose_scale
     controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
-    edit = portrait.new_tensor(expression(**controls))
+    edit = torch.tensor(expression(**controls)).float().to(portrait.device)
     if settings.motion_path:
-        motions = [read_motion(settings.motion_path)]
+        motions = [read_motion(settings.motion_path, frames)]
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
             neutral = motions[0][0].to(portrait)   # as LivePortrait plays them
     else:
@@ -199,30 +214,6 @@ def motion_of(settings, model, source, features, saved):
 
 
 # ----------------------------------------------------------------------------------------- video
-def write_video(path, frames, audio_path, sound_pipe=os.devnull):
-    """Encode a generator of frames (H, W, 3) as they come, with their sound: 25 fps, H.264, AAC.
-
-    `path` appears when it is complete; until then the video lies in a folder beside it that always
-    goes away. "-" is stdout. If audio_path is "-", float32 sound is read from `sound_pipe`."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open(sound_pipe) as pipe:
-        part = Path(folder, path.name)
-        sound = ["-i", f"file:{audio_path}"]
-        if audio_path == "-":
-            sound = f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
-        target = [f"file:{part}"]
-        if path.name == "-":
-            target = "-tune zerolatency -c:v libx264 -c:a aac -f mpegts -".split()
-        pictures = "-f ppm_pipe -framerate 25 -i - -map 1:v -map 0:a:0".split()
-        coding = "-preset veryfast -crf 18 -pix_fmt yuv420p".split()
-        with ffmpeg(f"{path}: could not be written", OSError, *sound, *pictures, *coding, *target,
-                    stdin=PIPE, pass_fds=[pipe.fileno()]) as encoder:
-            for frame in frames:
-                height, width, _ = frame.shape
-                encoder.stdin.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
-        if path.name != "-":
-            part.replace(path)
-
-
 def timed(name, items, clock):
     """Pass items on and add the seconds they take to clock[name]."""
     began = time.perf_counter()
@@ -253,27 +244,33 @@ STAGES = "loading", "sound", "motion", "render", "encode"
 
 def make_video(settings, model, began):
     """From the voice to the file: each stage pulls from the one before it."""
-    voice = settings.audio_path
-    face, source, place = open_face(settings, model.mean.device)
+    sound = Sound(settings.audio_path, settings.audio_track)
+    face, source, place, crop = open_face(settings, model.mean.device)
     clock, saved, delays = Counter(), [], []
-    live = not settings.motion_path and (settings.stream or voice == "-")
-    sound_pipe, copy = os.pipe() if voice == "-" else (os.devnull, os.devnull)
-    sound = audio_blocks(voice)
+    live = not settings.motion_path and (settings.stream or sound.path == "-")
+    sound_pipe, copy = os.pipe() if sound.path == "-" else (os.devnull, os.devnull)
+    pieces = sound
     if live:
-        sound = microphone(sound, clock, open(copy, "wb"), paced=voice != "-")
-    features = load_features(settings.audio_encoder, model.mean.device)(sound)
+        pieces = microphone(sound, clock, open(copy, "wb"), paced=sound.path != "-")
+    features = load_features(settings.audio_encoder, model.mean.device)(pieces)
     features = timed("sound", features, clock)
-    motion = timed("motion", motion_of(settings, model, source, features, saved), clock)
+    motion = motion_of(settings, model, source, features, saved, sound.frames)
+    motion = timed("motion", motion, clock)
     if live:
         motion = ahead(motion)
     frames = place(rendered(settings, face, source, motion, clock, delays))
     started = time.perf_counter()
-    bar = tqdm(frames, "frames", unit="")
-    write_video(Path(settings.output_path), bar, voice, sound_pipe)
+    bar = tqdm(frames, "frames", sound.frames, unit="")
+    out, kept = settings.output_path, settings.save_motion
+    square = f"{out}.crop.png" if crop and out != "-" else ""
+    with appearing(out) as video, appearing(kept) as kept, appearing(square) as square:
+        write_video(video, bar, sound, sound_pipe)
+        if saved:
+            write = write_template if kept.suffix == ".pkl" else write_npy
+            write(torch.cat(saved), kept)
+        if square.name:
+            crop.save(square)
     taken = time.perf_counter() - started
-    if settings.save_motion:
-        write = write_template if settings.save_motion.endswith(".pkl") else write_npy
-        save(settings.save_motion, torch.cat(saved), write=write)
     clock["motion"] -= clock["sound"]              # which it pulled from
     busy = clock["motion"] + clock["render"]
     first = clock["first render"] - started
@@ -286,7 +283,7 @@ def make_video(settings, model, began):
               *np.quantile(seconds, [0.5, 0.95, 1]).round(2), "s")
 
 
-def make_videos(settings, model):
+def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
     folder = Path(settings.output_path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -296,16 +293,16 @@ def make_videos(settings, model):
         try:
             one.image_path, one.audio_path = row["portrait"], row["voice"]
             one.emotion = row["emotion"]
-            check(one)
+            check(one, given)
             if not video.exists():
                 make_video(one, model, time.perf_counter())
         except (KeyError, ValueError, OSError) as error:
             tqdm.write(f"passed over: {settings.pairs}, row {number}: {error}", sys.stderr)
 
 
-def check(settings):
+def check(settings, given):
     """UsageError says which settings make no sense."""
-    voice, out = settings.audio_path, Path(settings.output_path)
+    voice = settings.audio_path
     if bool(settings.weights) != bool(settings.image_path):
         raise UsageError("--weights and --image_path go together")
     if settings.motion not in ("", "relative", "absolute"):
@@ -314,13 +311,22 @@ def check(settings):
     amounts("edit", settings.edit, CONTROLS, 1)
     if settings.eval:
         return
-    if not voice or Path(voice).is_fifo() or voice == "-" and settings.motion_path:
-        raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, not "
-                         "with --motion_path")
-    if out.name != "-" and (not out.suffix or not out.parent.is_dir() or str(out) == voice):
-        raise UsageError(f"--output_path={out}: should be a new file in a folder that exists")
-    if not Path(settings.save_motion).parent.is_dir():
-        raise UsageError(f"--save_motion={settings.save_motion}: should be in a folder that exists")
+    stdin = not settings.motion_path and settings.audio_track < 0 and sys.platform != "win32"
+    if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
+        raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
+                         "not with --motion_path or --audio_track, nor on Windows")
+    for flag, endings in ENDINGS.items():
+        path = Path(getattr(settings, flag))
+        fits = (path.suffix.lower() or str(path)) in endings.split() and path.parent.is_dir()
+        if flag in given and not fits:
+            raise UsageError(f"--{flag}={path}: should be in a folder that exists, and one of "
+                             f"{endings}")
+    written = settings.output_path, settings.save_motion, f"{settings.output_path}.crop.png"
+    for name in INPUTS:
+        read = getattr(settings, name)
+        for path in written:
+            if os.path.exists(read) and os.path.exists(path) and os.path.samefile(read, path):
+                raise UsageError(f"--{name}={read}: would be written over, as {path}")
 
 
 def main(argv):
@@ -329,8 +335,9 @@ def main(argv):
     given = parse_flags(argv, __doc__, settings)
     if settings.output_path == "-":
         sys.stdout = sys.stderr                    # stdout is for the video
+    check_effects(given, settings, EFFECTS)
     if not settings.pairs:
-        check(settings)
+        check(settings, given)
     device = find_device(settings.device)
     model = open_model(settings, given)
     if settings.eval:
@@ -341,7 +348,7 @@ def main(argv):
         for p in model.parameters():               # the statistics stay float32
             p.data = p.data.bfloat16()
     if settings.pairs:
-        return make_videos(settings, model)
+        return make_videos(settings, model, given)
     make_video(settings, model, began)
 
 
@@ -365,11 +372,11 @@ def microphone(pieces, clock, pipe, paced):
 
 def ahead(motion):
     """Pass motion on while a thread generates the next piece."""
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)                 # not waited for: stdin may be silent
+    coming = thread.submit(next, motion, None)
+    while (piece := coming.result()) is not None:
         coming = thread.submit(next, motion, None)
-        while (piece := coming.result()) is not None:
-            coming = thread.submit(next, motion, None)
-            yield piece
+        yield piece
 
 
 # --------------------------------------------------------------------------------------- evaluation

@@ -9,10 +9,14 @@ All chance in step k, windows, times, noise and dropped conditions, is drawn for
 from (seed, k): a resumed run equals an uninterrupted one, and any number of processes sees the same
 batch. SIGTERM ends the run with a checkpoint. Flags, with every field of moda.Config among them:
 """
+import signal
+
+if __name__ == "__main__":                         # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import copy
 import math
 import os
-import signal
 import sys
 import time
 import timeit
@@ -28,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, find_device, parse_flags, run
+from data import Clips, ToyTalker, UsageError, check_effects, find_device, parse_flags, run
 from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock, draw,
                   load_statistics, losses, read_checkpoint, reflow, save)
 
@@ -79,7 +83,8 @@ def read_settings(argv):
     preset = "moda" if "--preset=moda" in argv else "toy"
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
     settings, cfg = Settings(**TRAINING[preset] | start), Config(**PRESETS[preset])
-    parse_flags(argv, __doc__, settings, cfg)
+    given = parse_flags(argv, __doc__, settings, cfg)
+    check_effects(given, settings, {"with --alse": "tau", "without --data_dir": "clips"})
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):
@@ -102,7 +107,7 @@ def draw_batch(step, data, cfg, settings):
     """What this process learns from in a step, and lines about windows that cannot be read.
 
     Windows, times, noise and dropped conditions are drawn for all processes alike."""
-    generator = torch.Generator().manual_seed(settings.seed * 10**9 + step)
+    generator = torch.Generator().manual_seed((settings.seed * 10**9 + step) % 2**63)
     index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
     drawn = draw(cfg, settings.batch_size, data.frames, generator)
     damaged = []

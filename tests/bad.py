@@ -26,12 +26,15 @@ import train
 from moda import ALSE, Config, save
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = dict(sample=sample, portrait=sample, train=train, resume=train, prepare=data, check=data)
+SCRIPTS = dict(sample=sample, portrait=sample, play=sample, pairs=sample, train=train, resume=train,
+               prepare=data, check=data)
 # flags that work in the folder `good`; what a test adds comes last and counts
 FLAGS = dict(
     sample="--audio_path=voice.wav --ckpt=ckpt.pt --output_path=video.mp4 --steps=1 --chunk=20 "
            "--overlap=4",
     portrait="--audio_path=voice.wav --ckpt=ckpt.pt --image_path=me.png --weights=.",
+    play="--audio_path=voice.wav --ckpt=ckpt.pt --output_path=video.mp4",
+    pairs="--ckpt=ckpt.pt --steps=1 --chunk=20 --overlap=4",
     train="--data_dir=set --out_dir=old --width=32 --heads=1 --steps=20 --batch_size=2",
     resume="--data_dir=set --out_dir=old --init_from=resume --width=32 --heads=2 --n_one=2 "
            "--steps=2",

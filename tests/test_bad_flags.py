@@ -1,5 +1,6 @@
 """A flag that makes no sense is one line and exit code 2; a request that no sampler can answer, and
 a place that cannot be written to, are one line and exit code 1. No file is harmed."""
+import os
 import pickle
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from bad import Code, folder, good, refused, run, write
+from build import ffmpeg
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,14 +64,45 @@ def test_a_number_out_of_range(refused, command, words):
     ("sample --emotion=glee", "--emotion=glee: 'glee'? known are anger"),
     ("sample --emotion=9", "--emotion=9: '9'? known are anger"),
     ("sample --emotion=", "--emotion= is empty: should be none"),
-    ("sample --emotion=happiness:long", "--emotion=happiness:long: 'long'? known are anger"),
-    ("sample --edit=grin:1", "--edit=grin:1: 'grin'? known are aaa"),
-    ("sample --edit=smile:much", "--edit=smile:much: 'much'? known are aaa"),
+    ("sample --edit=grin", "--edit=grin: 'grin'? known are aaa"),
     ("sample --motion=sideways", "--motion=sideways: should be relative or absolute"),
     ("train --preset=huge", "--preset=huge: known are toy, moda"),
     ("train --model=gan", "--model=gan: known are moda, alse"),
     ("prepare --emotion=happy", "--emotion=happy: should be hsemotion")])
 def test_a_name_that_is_not_known(refused, command, words):
+    refused(command, words, code=2)
+
+
+@pytest.mark.parametrize("number", ["long", "nan", "inf", "-5", "0", "1e9"])
+def test_seconds_of_an_emotion_that_are_none(refused, number):
+    words = f"'happiness:{number}'? known are anger", "a number above 0"
+    refused(f"sample --emotion=neutral,happiness:{number}", *words, code=2)
+
+
+@pytest.mark.parametrize("number", ["much", "nan", "-inf", "1e30", "brow"])
+def test_an_amount_that_is_none(refused, number):
+    words = f"'smile:{number}'? known are aaa", "a number above -10000"
+    refused(f"sample --edit=smile:{number}", *words, code=2)
+
+
+def test_names_are_read_in_any_case(run):
+    assert run("sample --emotion=Neutral:1,HAPPINESS --edit=Smile:0.5,brow:-3") == (0, [])
+
+
+@pytest.mark.parametrize("command, words", [
+    ("sample --crop=0,0,32", "--crop has an effect only with --weights"),
+    ("sample --paste_back", "--paste_back has an effect only with --weights"),
+    ("sample --alse=expert.pt", "--alse has an effect only with --eval"),
+    ("sample --eval", "--audio_path has an effect only without --eval"),
+    ("play --motion_path=m.npy --seed=2", "--seed has an effect only without --motion_path"),
+    ("play --motion_path=m.npy --emotion=fear", "--emotion has an effect only without"),
+    ("play --motion_path=m.npy --cfg_audio=2", "--cfg_audio has an effect only without"),
+    ("pairs --pairs=p.csv --emotion=fear", "--emotion has an effect only without --pairs"),
+    ("sample --stats=ckpt.pt", "--stats has no effect: ckpt.pt has statistics of its own"),
+    ("train --tau=0.3", "--tau has an effect only with --alse"),
+    ("train --clips=5", "--clips has an effect only without --data_dir"),
+    ("check --labels=l.csv", "--labels has an effect only with --videos")])
+def test_a_flag_without_effect(refused, command, words):
     refused(command, words, code=2)
 
 
@@ -82,7 +115,7 @@ def test_a_device_that_is_not_there(refused, command, device):
 
 @pytest.mark.parametrize("command, words", [
     ("sample --audio_path=", "--audio_path=: which voice? a file"),
-    ("sample --audio_path=- --motion_path=m.npy", "not with --motion_path"),
+    ("play --audio_path=- --motion_path=m.npy", "not with --motion_path"),
     ("sample --image_path=me.png", "--weights and --image_path go together"),
     ("sample --weights=videos", "--weights and --image_path go together"),
     ("prepare --check", "needed: --data_dir=FOLDER and either --videos=FOLDER or --check"),
@@ -97,10 +130,13 @@ def test_flags_that_do_not_go_together(refused, command, words):
 # ------------------------------------------------------------------------------ where to write to
 @pytest.mark.parametrize("flag", [
     "--output_path=video", "--output_path=", "--output_path=nowhere/video.mp4",
-    "--output_path=/dev/full", "--output_path=voice.wav", "--save_motion=nowhere/m.npy"])
-def test_a_place_that_no_video_can_have(refused, flag):
+    "--output_path=/dev/full", "--output_path=voice.wav", "--output_path=video.gif",
+    "--output_path=video.avi", "--output_path=video.nonsense", "--save_motion=nowhere/m.npy",
+    "--save_motion=motion", "--save_motion=-"])
+def test_a_place_that_no_video_or_motion_can_have(refused, flag):
     name, place = flag.split("=")
-    refused(f"sample {flag}", f"{name}={place or '.'}: should be", "folder that exists", code=2)
+    words = f"{name}={place or '.'}: should be in a folder that exists, and one of"
+    refused(f"sample {flag}", words, code=2)
 
 
 def test_a_folder_in_the_place_of_the_video(refused):
@@ -109,9 +145,28 @@ def test_a_folder_in_the_place_of_the_video(refused):
     assert Path("new.mp4").is_dir()
 
 
-def test_a_video_of_unknown_kind(refused):
-    words = "video.nonsense: could not be written"
-    refused("sample --output_path=video.nonsense", words)
+@pytest.fixture
+def inputs(folder):
+    """The folder with a voice in a video, under more than one name, and a portrait and motion."""
+    ffmpeg("-i", "voice.wav", "talk.mp4")
+    Path("link.mp4").symlink_to("talk.mp4")
+    os.link("talk.mp4", "hard.mp4")
+    os.rename("me.png", "talk.mp4.crop.png")
+    np.save("m.npy", np.zeros((5, 70), np.float32))
+
+
+@pytest.mark.parametrize("command", [
+    "sample --audio_path=./talk.mp4 --output_path=talk.mp4",
+    "sample --audio_path=talk.mp4 --output_path=../{folder}/talk.mp4",
+    "sample --audio_path=talk.mp4 --output_path={parent}/{folder}/talk.mp4",
+    "sample --audio_path=link.mp4 --output_path=talk.mp4",
+    "sample --audio_path=talk.mp4 --output_path=link.mp4",
+    "sample --audio_path=talk.mp4 --output_path=hard.mp4",
+    "play --motion_path=./m.npy --save_motion=m.npy",
+    "portrait --image_path=./talk.mp4.crop.png --output_path=talk.mp4"])
+def test_no_output_is_an_input_however_it_is_spelled(inputs, refused, tmp_path, command):
+    command = command.format(folder=tmp_path.name, parent=tmp_path.parent)
+    refused(command, "would be written over, as ", code=2)
 
 
 @pytest.mark.parametrize("out", ["text.txt", "text.txt/new"])
@@ -130,9 +185,14 @@ def test_a_request_that_no_sampler_can_answer(refused, flag, words):
     refused(f"sample {flag}", words)
 
 
+def test_motion_of_another_length_than_the_voice(refused):
+    np.save("m.npy", np.zeros((4, 70), np.float32))
+    refused("play --motion_path=m.npy", "m.npy", "its 4 frames are not the 5 of the voice")
+
+
 def test_motion_that_is_none(refused):
     words = "text.txt: no motion could be read"
-    refused("sample --motion_path=text.txt", words, "should be what --save_motion wrote")
+    refused("play --motion_path=text.txt", words, "should be what --save_motion wrote")
 
 
 def template(**changes):
@@ -143,7 +203,7 @@ def template(**changes):
 
 
 def test_no_table_of_pairs(refused):
-    refused("sample --pairs=nowhere.csv --output_path=old", "nowhere.csv", "No such file")
+    refused("pairs --pairs=nowhere.csv --output_path=old", "nowhere.csv", "No such file")
 
 
 class LyingDtype:
@@ -174,7 +234,7 @@ class LyingArray:
     (b"", "m.pkl")])
 def test_a_template_that_holds_code_or_no_motion(refused, content, words):
     write("m.pkl", content)
-    refused("sample --motion_path=m.pkl", "m.pkl: no motion could be read", words)
+    refused("play --motion_path=m.pkl", "m.pkl: no motion could be read", words)
 
 
 @pytest.mark.parametrize("command", ["train --width=1000000000000", "sample --chunk=1000000000000"])

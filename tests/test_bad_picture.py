@@ -24,7 +24,13 @@ def test_a_picture_cut_short(refused):
 
 def test_a_picture_that_would_fill_the_memory(refused):
     Image.new("1", (20000, 20000)).save("me.png")
-    refused("portrait", "me.png: no picture could be read")
+    refused("portrait", "me.png: no picture could be read (it has over 250 megapixels)")
+
+
+def test_a_picture_without_a_white(refused):
+    """Above 32 bits nobody knows what is white."""
+    Image.new("F", (64, 64), 1e20).save("me.tif")
+    refused("portrait --image_path=me.tif", "me.tif: no picture could be read")
 
 
 def test_a_picture_of_one_pixel(refused):

@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
+import data
+import sample
 from bad import cut, folder, good, refused, reported, run, start, write
 from build import ffmpeg
+from data import load_audio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 3000)
@@ -82,7 +86,107 @@ def test_a_pipe_is_refused_and_not_waited_for(refused):
     refused("sample --audio_path=pipe.wav", "pipe.wav: which voice? a file, no pipe", code=2)
 
 
+def test_a_script_makes_ffmpeg_read_no_other_file(refused):
+    shutil.move("voice.wav", "secret.wav")
+    write("voice.wav", "ffconcat version 1.0\nfile secret.wav\n")
+    refused("sample", "voice.wav: no sound")
+    write("voice.wav", "#EXTM3U\n#EXTINF:1,\nsecret.wav\n#EXT-X-ENDLIST\n")
+    refused("sample", "voice.wav: no sound")
+    with pytest.raises(ValueError, match="no picture"):
+        next(data.pictures("voice.wav", ""))
+
+
+def test_a_machine_without_ffmpeg(refused, monkeypatch):
+    def missing():
+        raise RuntimeError("No ffmpeg exe could be found.")
+    monkeypatch.setattr(data, "get_ffmpeg_exe", missing)
+    refused("sample", "No ffmpeg exe could be found.")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(run, monkeypatch):
+    def mistaken(*args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(sample, "make_video", mistaken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run("sample")
+
+
+# -------------------------------------------------------------------------- channels and tracks
+def tone(n, frequency):
+    return 0.3 * np.sin(2 * np.pi * frequency * np.arange(n) / 16000)
+
+
+@pytest.mark.parametrize("channels", [9, 10, 11, 24])
+def test_any_number_of_channels_is_read_and_written(run, channels):
+    sound(np.stack([NOISE] * channels, 1))
+    assert run("sample") == (0, [])
+    heard = load_audio("video.mp4")[:3000]
+    assert np.corrcoef(heard, NOISE[:len(heard)])[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("right", [-1, -0.9])
+def test_channels_that_cancel_are_reported_and_the_louder_one_counts(run, right, capfd):
+    sound(np.stack([NOISE, right * NOISE], 1), subtype="FLOAT")
+    assert np.abs(load_audio("voice.wav") - NOISE).max() < 1e-6
+    assert "cancel" in capfd.readouterr().err
+    code, lines = run("sample")
+    assert code == 0
+    assert lines == ["voice.wav: its channels cancel; the louder one is taken"]
+
+
+def test_channels_that_do_not_cancel_are_averaged(folder, capfd):
+    left, right = np.random.default_rng(1).uniform(-0.5, 0.5, (2, 3000))
+    sound(np.stack([left, right], 1), subtype="FLOAT")
+    assert np.abs(load_audio("voice.wav") - (left + right) / 2).max() < 1e-6
+    assert not capfd.readouterr().err
+
+
+@pytest.fixture
+def two_tracks(folder):
+    """A video with a tone of 440 Hz and, the default, one of 1500 Hz."""
+    sound(tone(16000, 440), name="first.wav")
+    sound(tone(16000, 1500), name="second.wav")
+    tracks = "-map 0:a -map 1:a -disposition:a:0 0 -disposition:a:1 default".split()
+    ffmpeg("-i", "first.wav", "-i", "second.wav", *tracks, "two.mkv")
+
+
+def loudest_frequency(path):
+    return np.abs(np.fft.rfft(load_audio(path), 16000)).argmax()
+
+
+def test_the_default_track_is_taken_or_the_one_asked_for(run, two_tracks):
+    for flags, frequency in ("", 1500), (" --audio_track=0", 440), (" --audio_track=1", 1500):
+        assert run(f"sample --audio_path=two.mkv{flags}") == (0, [])
+        assert abs(loudest_frequency("video.mp4") - frequency) < 5
+
+
+def test_a_track_that_is_not_there(refused, two_tracks):
+    refused("sample --audio_path=two.mkv --audio_track=2", "two.mkv: no sound could be read")
+
+
+def test_gaps_are_filled_in_the_video_too(run):
+    """A sound that begins a second late begins a second late in what is written."""
+    sound(tone(16000, 440))
+    ffmpeg("-f", "lavfi", "-i", "color=s=64x64:d=2", "-itsoffset", "1", "-i", "voice.wav", "late.mkv")
+    assert run("sample --audio_path=late.mkv") == (0, [])
+    heard = load_audio("video.mp4")
+    assert len(heard) > 31000
+    assert np.abs(heard[:14000]).max() < 0.05 < np.abs(heard[18000:30000]).max()
+
+
 # -------------------------------------------------------------------------------- the microphone
+def test_on_windows_a_live_voice_is_refused_and_no_pipe_inherited(run, refused, monkeypatch):
+    """Simulated: CPython asserts there that pass_fds is empty."""
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, pass_fds=(), **options):
+            assert not pass_fds, "pass_fds not supported on Windows."
+            super().__init__(*args, **options)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(data, "Popen", Popen)
+    assert run("sample --stream")[0] == 0
+    refused("sample --audio_path=-", "which voice? a file", "nor on Windows", code=2)
+
+
 @pytest.mark.parametrize("samples, flags, words", [
     (0, [], "-: no sound"),
     (32_000, ["--overlap=500"], "overlap=500")])

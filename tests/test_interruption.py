@@ -5,15 +5,19 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 import data
+import sample
 from bad import FLAGS, SCRIPTS, contents, folder, good, preparable, reported, run, start
+from renderer import Sketch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,13 +51,74 @@ def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
     seen = ""
-    while not re.search(r"frames: [1-9]", seen):
+    while not re.search(r"[| ][1-9]\d*/25000", seen):
         seen += process.stderr.read(1)
     time.sleep(random.random() / 10)
     os.killpg(process.pid, signal.SIGINT)
     rest = process.communicate()[1]
     assert reported(seen + rest) == ["error: interrupted"] and process.returncode == 1
     assert contents() == before
+
+
+def test_ctrl_c_while_the_scripts_are_imported_is_no_traceback(good):
+    for script in ("sample.py", "train.py", "data.py"):
+        process = start(good, script, "--help")
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate()[1]
+        assert process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_every_way_to_be_stopped_cleans_up(folder, number):
+    """Signals to the script alone, as from `kill` or a closed window: its ffmpegs end as well."""
+    silence(1000)
+    before = contents()
+    process = start(folder, "sample.py", *FLAGS["sample"].split())
+    seen = ""
+    while not re.search(r"[| ][1-9]\d*/25000", seen):
+        seen += process.stderr.read(1)
+    began = time.perf_counter()
+    process.send_signal(number)
+    rest = process.communicate()[1]            # ends when no ffmpeg holds stderr any more
+    assert reported(seen + rest) == ["error: interrupted"] and process.returncode == 1
+    assert time.perf_counter() - began < 2
+    assert contents() == before
+
+
+def test_one_ctrl_c_ends_a_run_whose_stdin_is_open_and_silent(folder):
+    before = contents()
+    flags = [*FLAGS["sample"].split(), "--audio_path=-"]
+    process = start(folder, "sample.py", *flags, stdin=subprocess.PIPE)
+    while not list(folder.glob("tmp*")):
+        time.sleep(0.1)
+    time.sleep(0.5)
+    began = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    lines = reported(process.stderr.read())
+    assert process.wait() == 1 and lines == ["error: interrupted"]
+    assert time.perf_counter() - began < 2
+    assert contents() == before
+
+
+def test_a_stream_needs_no_folder_to_write_to(good):
+    flags = [*FLAGS["sample"].split(), "--output_path=-", f"--audio_path={good}/voice.wav",
+             f"--ckpt={good}/ckpt.pt"]
+    process = start("/proc", "sample.py", *flags)
+    assert process.wait() == 0, process.stderr.read()
+
+
+def test_the_square_of_the_portrait_appears_with_the_video_alone(run, folder, monkeypatch):
+    class Face(Sketch):
+        def __init__(self, *args):
+            super().__init__()
+    monkeypatch.setattr(sample, "load_face", Face)
+    run("portrait --overlap=500")
+    run("portrait --save_motion=nowhere.d/m.npy")
+    assert run("portrait --output_path=-")[0] == 0
+    assert not list(folder.glob("*.crop.png"))
+    assert run("portrait") == (0, [])
+    assert Image.open("out.mp4.crop.png").size == (512, 512)
 
 
 def test_ctrl_c_in_a_second_preparation_leaves_the_data_set(run, preparable, monkeypatch):

@@ -272,6 +272,19 @@ def test_kept_memory_is_for_glibc_alone(monkeypatch):
     renderer.keep_memory()
 
 
+@torch.inference_mode()
+def test_on_apples_gpu_no_volume_is_convolved_transposed(plain, monkeypatch):
+    """Simulated: the device is said to be "mps", and nothing is moved."""
+    trained, folded = plain(WarpingNetwork), plain(WarpingNetwork)
+    monkeypatch.setattr(folded, "to", lambda device: folded)
+    folded = renderer.fold_for_inference(folded, torch.device("mps"))
+    kinds = {type(module) for module in folded.modules()}
+    assert torch.nn.ConvTranspose3d not in kinds
+    inputs = enlarged(T["wu_f_small"], 2, 3, 4), T["wu_x_s"], T["wu_x_d"]
+    ours, theirs = folded(*inputs), trained(*inputs)
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.std()
+
+
 # ------------------------------------------------------------------------- portraits, their frames
 def test_a_batch_of_portraits_of_any_size_equals_each_alone(face, source):
     alone = face.source(G["img_u8"][1])
@@ -295,6 +308,19 @@ def test_frames_do_not_depend_on_the_batch(face, portrait, monkeypatch):
     assert frames[0].shape == (512, 512, 3) and frames[0].dtype == np.uint8
     last = next(face.frames(portrait, motion[2:].double(), batch=1)).astype(int)
     assert np.abs(last - frames[2]).max() <= 1 < np.abs(last - frames[0]).max()
+
+
+def test_batches_have_one_size_for_the_compiler(face, portrait, monkeypatch):
+    sizes = set()
+
+    def render(f_s, x_s, x_d, stitch):
+        sizes.update({len(f_s), len(x_s), len(x_d)})
+        return x_d[:, 0]
+    monkeypatch.setattr(face, "render", render)
+    motion = torch.randn(10, 70)
+    frames = np.stack([*face.frames(portrait, motion, batch=4)])
+    assert sizes == {4}
+    assert np.allclose(frames, keypoints(portrait.x_c, motion)[:, 0], atol=1e-5)
 
 
 def test_frames_are_rendered_when_asked_for(face, portrait, monkeypatch):
@@ -325,7 +351,7 @@ GREY = np.repeat(RAMP[..., None].astype(int), 3, 2)
 
 def saved_and_read(image, path, **options):
     image.save(path, **options)
-    return np.asarray(read_image(path)).astype(int)
+    return np.asarray(read_image(path)[0]).astype(int)
 
 
 @pytest.mark.parametrize("mode, file, most", [
@@ -333,6 +359,38 @@ def saved_and_read(image, path, **options):
 def test_pictures_of_every_kind_come_out_in_colour(tmp_path, mode, file, most):
     image = saved_and_read(Image.fromarray(RAMP).convert(mode), tmp_path / file)
     assert np.abs(image - GREY).max() <= most
+
+
+@pytest.mark.parametrize("pixels, file", [
+    (RAMP.astype(np.uint16) * 257, "a.png"), (RAMP.astype(np.uint16) * 257, "a.tif"),
+    (RAMP.astype(np.uint16) * 257, "a.pgm"), (RAMP.astype(np.int32), "a.tif"),
+    (RAMP.astype(np.float32) / 255, "a.tif"), (RAMP.astype(np.float32), "a.tif")])
+def test_pictures_of_16_and_32_bits_show_what_they_show_elsewhere(tmp_path, pixels, file):
+    image = saved_and_read(Image.fromarray(pixels), tmp_path / file)
+    assert np.abs(image - GREY).max() <= 1
+
+
+def test_a_palette_with_transparent_colours_lies_on_white(tmp_path):
+    picture = Image.fromarray(RAMP).convert("P")
+    image = saved_and_read(picture, tmp_path / "a.png", transparency=bytes([0] * 100 + [255] * 156))
+    assert (image[RAMP < 100] == 255).all()
+    assert (image[RAMP >= 100] == GREY[RAMP >= 100]).all()
+
+
+@pytest.mark.parametrize("file", ["a.jpg", "a.png"])
+def test_a_large_picture_is_reduced_and_its_crop_counts_its_own_pixels(tmp_path, file):
+    """As large as Pillow takes for a bomb, on its side; three quarters are dark."""
+    Image.MAX_IMAGE_PIXELS = None
+    picture = Image.new("L", (14000, 12900), 40)
+    picture.paste(200, (10500, 0, 14000, 12900))
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                   # upside down
+    picture.save(tmp_path / file, exif=exif, compress_level=1)
+    image, zoom = read_image(tmp_path / file)
+    assert max(image.size) <= 4096 and abs(zoom - image.width / 14000) < 1e-6
+    x, y, size = crop_box(image, "0,0,3400", zoom)
+    assert np.asarray(image.crop((x, y, x + size, y + size))).min() > 190
+    assert (np.asarray(image)[:, round(3600 * zoom):] < 50).all()
 
 
 def test_the_smallest_picture_is_one(tmp_path):

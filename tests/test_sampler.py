@@ -2,6 +2,7 @@
 once; the faster network computes what the plain model computes."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -181,10 +182,29 @@ def test_the_next_chunk_sees_the_frame_before_it(tiny, monkeypatch):
     assert torch.equal(second[0], motion[83])
 
 
+def test_steps_may_be_an_integer_of_numpy(tiny):
+    x = voice(20)
+    assert torch.equal(generate(tiny, **x, steps=np.int64(3)), generate(tiny, **x, steps=3))
+
+
+def test_the_last_emotion_lasts_to_the_end(tiny):
+    x = voice(60)
+    motion = generate(tiny, **x, emotion=[(5, 10), (4, 10)], chunk=20, overlap=4)
+    assert motion.shape == (60, M)
+
+
 def test_bad_requests_are_refused(tiny):
     for bad in dict(overlap=100), dict(chunk=0), dict(steps=0):
         with pytest.raises(ValueError, match="should be"):
             generate(tiny, **voice(20), **bad)
+    for steps in 0, [], [1.0, 1.0], [0.5, 0.8], [1.0, math.nan], [2.0, 1.0]:
+        with pytest.raises(ValueError, match="steps=.* should be 1 or more"):
+            generate(tiny, **voice(20), steps=steps)
+    for emotion in 9, -1, [], [(9, 10), (4, 10)]:
+        with pytest.raises(ValueError, match="emotion .* should be 0 to 8"):
+            generate(tiny, **voice(20), emotion=emotion)
+    with pytest.raises(RuntimeError, match="shape"):
+        generate(tiny, **voice(20), noise=torch.randn(1, 99, M))
     with pytest.raises(ValueError, match="identity.*: should be of audio, emotion, audio.emotion"):
         generate(tiny, **voice(20), guidance={"identity": 1.0})
     with pytest.raises(ValueError, match=r"takes \(1, 160\) .* not \(12, 160\)"):

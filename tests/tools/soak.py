@@ -28,7 +28,7 @@ import torch
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import build
-from data import FRAME, RATE, audio_blocks, log_mel_blocks, parse_flags, run
+from data import FRAME, RATE, Sound, log_mel_blocks, parse_flags, run
 from moda import EMOTIONS, M, Config, MoDA, stream
 from renderer import Sketch
 from sample import write_video
@@ -88,8 +88,8 @@ def drawn(face, motion, folder):
     source = face.source()
     frames = face.frames(source, source.motion + 0.01 * next(motion)[:50])
     path = folder / "video.mp4"
-    write_video(path, frames, folder / "voice.wav")
-    return sum(map(len, audio_blocks(path))) // FRAME
+    write_video(path, frames, Sound(folder / "voice.wav"))
+    return sum(map(len, Sound(path))) // FRAME
 
 
 def work(rng, width, folder):
