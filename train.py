@@ -220,18 +220,21 @@ def save_run(out, settings, parts, step, stop):
     save(out / "ckpt.pt", state, keep="previous.pt")
 
 
+def ignore_sigterm(worker):
+    """SIGTERM is for the process that trains."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def read_ahead(data, cfg, settings, first_step):
-    """Batches step by step, read by workers, which share the data by fork.
+    """Batches step by step, read by workers, which share the data by fork where there is one.
 
     ValueError if more than 1 % of a process's windows cannot be read; others stand in for them."""
-    def ignore_sigterm(worker):                    # which is for the process that trains
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     loader = torch.utils.data.DataLoader(
         range(first_step, settings.steps),
         batch_size=None,
         collate_fn=partial(draw_batch, data=data, cfg=cfg, settings=settings),
         num_workers=settings.workers,
-        multiprocessing_context="fork" if settings.workers else None,
+        multiprocessing_context="fork" if settings.workers and hasattr(os, "fork") else None,
         worker_init_fn=ignore_sigterm,
         pin_memory=torch.cuda.is_available())
     damaged = 0
@@ -367,7 +370,7 @@ def main(argv):
         save_run(out, settings, parts, step + 1, stop)
         if stop:
             return
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0 and kind is MoDA and settings.eval_clips and not settings.data_dir:

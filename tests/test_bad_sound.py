@@ -167,7 +167,8 @@ def test_a_track_that_is_not_there(refused, two_tracks):
 def test_gaps_are_filled_in_the_video_too(run):
     """A sound that begins a second late begins a second late in what is written."""
     sound(tone(16000, 440))
-    ffmpeg("-f", "lavfi", "-i", "color=s=64x64:d=2", "-itsoffset", "1", "-i", "voice.wav", "late.mkv")
+    pictures = "-f lavfi -i color=s=64x64:d=2 -itsoffset 1".split()
+    ffmpeg(*pictures, "-i", "voice.wav", "late.mkv")
     assert run("sample --audio_path=late.mkv") == (0, [])
     heard = load_audio("video.mp4")
     assert len(heard) > 31000

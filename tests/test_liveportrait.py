@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import build
 import renderer
+import sample
 from conftest import golden
 from renderer import (AppearanceExtractor, LivePortrait, MotionExtractor, Sketch, Source,
                       SpadeGenerator, StitchingNetwork, WarpingNetwork, crop_box,
@@ -273,6 +276,27 @@ def test_kept_memory_is_for_glibc_alone(monkeypatch):
 
 
 @torch.inference_mode()
+class SinglePrecision(TorchDispatchMode):
+    """Fails where anything but a conversion works on float64, of which Apple's GPU has none."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        converts = str(op).split(".")[1] in ("_to_copy", "to", "lift_fresh", "detach", "detach_")
+        dtypes = [x.dtype for x in tree_leaves((args, out)) if torch.is_tensor(x)]
+        assert converts or torch.float64 not in dtypes, op
+        return out
+
+
+@torch.inference_mode()
+def test_sampling_and_rendering_need_no_float64(face, portrait, tiny, monkeypatch):
+    monkeypatch.setattr(face, "W", lambda f_s, x_s, x_d: x_d)
+    monkeypatch.setattr(face, "G", lambda x_d: x_d[:, None].repeat(1, 3, 1, 1) / 8 + 0.5)
+    settings = sample.Settings(steps=1, chunk=20, edit="smile:1", motion="absolute")
+    with SinglePrecision():
+        for motion in sample.motion_of(settings, tiny, portrait, [torch.randn(30, 1, 160)], []):
+            next(face.frames(portrait, motion))
+
+
 def test_on_apples_gpu_no_volume_is_convolved_transposed(plain, monkeypatch):
     """Simulated: the device is said to be "mps", and nothing is moved."""
     trained, folded = plain(WarpingNetwork), plain(WarpingNetwork)

@@ -6,6 +6,7 @@ import csv
 import functools
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -23,7 +24,7 @@ import build
 import moda
 import train
 from data import Clips, ToyTalker, UsageError
-from moda import ALSE, MoDA, read_checkpoint
+from moda import ALSE, Config, MoDA, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = "--width=32 --heads=1 --clips=4 --eval_clips=0 --device=cpu --warmup=5".split()
@@ -346,6 +347,20 @@ def test_workers_share_the_data_however_python_starts_processes(tmp_path, reques
     request.addfinalizer(put_back)
     torch.multiprocessing.set_start_method("spawn", force=True)
     train_here(tmp_path, "--steps=2", "--batch_size=2", "--workers=1")
+
+
+def test_on_windows_workers_start_anew_with_what_can_be_sent_to_them(monkeypatch):
+    """Simulated: Python has no fork there, and pickles what a worker needs."""
+    given = {}
+    monkeypatch.delattr(os, "fork")
+
+    def loader(*args, **options):
+        given.update(options)
+        return []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    list(train.read_ahead(toy("train", 4), Config(), train.Settings(workers=1), 0))
+    assert given["multiprocessing_context"] is None
+    pickle.dumps((given["collate_fn"], given["worker_init_fn"]))
 
 
 @pytest.mark.parametrize("model", ["moda", "alse"])
