@@ -275,7 +275,6 @@ def test_kept_memory_is_for_glibc_alone(monkeypatch):
     renderer.keep_memory()
 
 
-@torch.inference_mode()
 class SinglePrecision(TorchDispatchMode):
     """Fails where anything but a conversion works on float64, of which Apple's GPU has none."""
 
@@ -297,6 +296,7 @@ def test_sampling_and_rendering_need_no_float64(face, portrait, tiny, monkeypatc
             next(face.frames(portrait, motion))
 
 
+@torch.inference_mode()
 def test_on_apples_gpu_no_volume_is_convolved_transposed(plain, monkeypatch):
     """Simulated: the device is said to be "mps", and nothing is moved."""
     trained, folded = plain(WarpingNetwork), plain(WarpingNetwork)
