@@ -116,7 +116,7 @@ def tone(n, frequency):
     return 0.3 * np.sin(2 * np.pi * frequency * np.arange(n) / 16000)
 
 
-@pytest.mark.parametrize("channels", [9, 10, 11, 24])
+@pytest.mark.parametrize("channels", [9, 10])
 def test_any_number_of_channels_is_read_and_written(run, channels):
     sound(np.stack([NOISE] * channels, 1))
     assert run("sample") == (0, [])
