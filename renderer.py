@@ -117,12 +117,11 @@ def read_template(path):
 
 
 def read_motion(path, frames):
-    """(frames, 70) of a motion template or a .npy file; ValueError if it holds no such motion."""
+    """(T, 70) of a motion template, (frames, 70) of a .npy file; ValueError if it holds no such."""
     try:
         if path.endswith(".pkl"):
-            motion = read_template(path)
-        else:
-            motion = checked(np.load(path, allow_pickle=False))
+            return read_template(path)
+        motion = checked(np.load(path, allow_pickle=False))
         if len(motion) != frames:
             raise ValueError(f"its {len(motion)} frames are not the {frames} of the voice")
         return motion

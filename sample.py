@@ -181,8 +181,8 @@ def emotions_in_turn(text):
 def motion_of(settings, model, source, features, saved, frames=None):
     """The voice's motion on this portrait, (n, 70) in LivePortrait units at a time.
 
-    What was generated, or comes from --motion_path in its place, as long as the voice, which has so
-    many `frames`, goes to the list `saved`."""
+    What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
+    of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
     if settings.motion == "absolute":
         neutral = portrait
