@@ -556,7 +556,7 @@ class AudioEncoder(nn.Module):
         self.position = weight_norm(position, dim=2)
         self.norm = nn.LayerNorm(width)
         post_norm = nn.TransformerEncoderLayer(
-            width, heads, hidden, dropout=0, activation="gelu", batch_first=True)
+            width, heads, hidden, activation="gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(post_norm, depth).layers
         self.normalise = True                      # the sound, to mean 0 and variance 1
         self.eval()
@@ -603,14 +603,12 @@ class AudioEncoder(nn.Module):
         path = Path(path)
         if path.is_dir():                          # the file that is there, or the first
             path = max(path / "pytorch_model.bin", path / "model.safetensors", key=Path.exists)
-        beside = path.with_name("preprocessor_config.json")
+        reading = path.with_name("preprocessor_config.json")
         try:
-            if beside.exists():
-                about = json.loads(beside.read_text())
+            if reading.exists():
+                about = json.loads(reading.read_text())
                 model.normalise = about.get("do_normalize", True)
-        except Exception as error:
-            raise ValueError(f"{beside}: not readable as JSON ({error})") from None
-        try:
+            reading = path
             if path.suffix == ".safetensors":
                 from safetensors.torch import load_file                # an optional extra
                 tensors = load_file(path)
@@ -618,7 +616,7 @@ class AudioEncoder(nn.Module):
                 tensors = read_checkpoint(path)
             load_strictly(model.state_dict(), encoder_tensors(tensors))
         except Exception as error:
-            raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
+            raise ValueError(f"{reading}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
                              f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
                              "TencentGameMate/chinese-hubert-base; for .safetensors: "
                              "pip install safetensors") from None

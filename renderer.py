@@ -9,6 +9,7 @@ units: 63 expression offsets, scale, translation, then pitch, yaw and roll in de
 import ctypes
 import pickle
 from collections import OrderedDict, namedtuple
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,11 +32,12 @@ Source = namedtuple("Source", "f_s x_c motion")
 
 
 # --------------------------------------------------------------------------------------- keypoints
-def rotation(pitch, yaw, roll):
-    """Degrees (...) each -> (..., 3, 3), the transpose of Rz Ry Rx: keypoints are rows, x_c R."""
-    angles = torch.deg2rad(torch.stack([pitch, yaw, roll]))
-    cp, cy, cr = angles.cos()
-    sp, sy, sr = angles.sin()
+def rotation(degrees):
+    """Pitch, yaw, roll (..., 3) -> R (..., 3, 3), the transpose of Rz Ry Rx: keypoints are rows,
+    x_c R."""
+    pitch_yaw_roll = degrees.deg2rad().movedim(-1, 0)
+    cp, cy, cr = pitch_yaw_roll.cos()
+    sp, sy, sr = pitch_yaw_roll.sin()
     R = [cy * cr, cy * sr, -sy,
          sp * sy * cr - cp * sr, sp * sy * sr + cp * cr, sp * cy,
          cp * sy * cr + sp * sr, cp * sy * sr - sp * cr, cp * cy]
@@ -46,8 +48,8 @@ def keypoints(x_c, motion):
     """Eq. 3: x = s (x_c R + delta) + t, with t_z = 0 as in LivePortrait.
 
     x_c (B, 21, 3) or (B, 63), motion (B, 70) -> (B, 21, 3)."""
-    R = rotation(*motion[:, ROT].T)
-    delta = motion[:, EXP].unflatten(-1, (21, 3))
+    R = rotation(motion[:, ROT])
+    delta = motion[:, EXP].reshape(-1, 21, 3)
     t = motion[:, TRANS] * motion.new_tensor([1, 1, 0])
     x = x_c.reshape(-1, 21, 3) @ R + delta
     return motion[:, SCALE, None] * x + t[:, None]
@@ -55,8 +57,8 @@ def keypoints(x_c, motion):
 
 def relative(motion, portrait, neutral):
     """Driving motion (T, 70), from its `neutral` (70,), put on the `portrait`'s own (70,)."""
-    driving = rotation(*motion[:, ROT].T)
-    R = driving @ rotation(*neutral[ROT]).mT @ rotation(*portrait[ROT])
+    driving = rotation(motion[:, ROT])
+    R = driving @ rotation(neutral[ROT]).mT @ rotation(portrait[ROT])
     moved = portrait + motion - neutral
     moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
     moved[:, ROT] = angles(R)
@@ -84,13 +86,12 @@ def checked(motion):
 
 # ------------------------------------------------------------------------- LivePortrait's templates
 # A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so here
-# it may name nothing but what an array is made of, and gets numpy's own types of numbers: of a new
+# it may name nothing but what an array is made of, and gets numpy's own types of floats: of a new
 # dtype it could say that any bytes are pointers, which numpy would follow.
-FLOATS = {"f4": np.dtype("f4"), "f8": np.dtype("f8")}
 ARRAY_PARTS = {
     "_reconstruct": lambda *unused: np.empty(0),
     "ndarray": None,
-    "dtype": lambda name, *unused: FLOATS[name]}
+    "dtype": lambda name, *unused: np.finfo(name).dtype}
 
 
 class TemplateReader(pickle.Unpickler):
@@ -104,15 +105,13 @@ def read_template(path):
     """A motion template of LivePortrait -> (T, 70), brought to 25 fps."""
     with open(path, "rb") as file:
         template = TemplateReader(file).load()
-    frames = template["motion"]
-
-    def channels(name):
-        return np.stack([np.ravel(frame[name]) for frame in frames])
-    R = torch.tensor(channels("R" if "R" in frames[0] else "R_d"))
-    degrees = angles(R.view(-1, 3, 3))
-    motion = np.hstack([channels("exp"), channels("scale"), channels("t"), degrees])
+    motion = []
+    for frame in template["motion"]:
+        R = torch.tensor(frame["R"] if "R" in frame else frame["R_d"])
+        parts = frame["exp"], frame["scale"], frame["t"], angles(R.view(1, 3, 3))
+        motion.append(np.concatenate(parts, axis=None))
     times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
-    motion = [np.interp(times, range(len(motion)), channel) for channel in motion.T]
+    motion = [np.interp(times, range(len(motion)), channel) for channel in np.transpose(motion)]
     return checked(np.stack(motion, 1))
 
 
@@ -133,7 +132,7 @@ def read_motion(path, frames):
 def write_template(motion, path):
     """(T, 70) at 25 fps -> a motion template, for LivePortrait's inference.py -d."""
     frames = []
-    for m, R in zip(motion.numpy(), rotation(*motion[:, ROT].T).numpy()):
+    for m, R in zip(motion.numpy(), rotation(motion[:, ROT]).numpy()):
         frames.append(dict(
             exp=m[EXP].reshape(1, 21, 3),
             scale=m[None, SCALE],
@@ -141,7 +140,7 @@ def write_template(motion, path):
             R=R[None]))
     # roughly how open eyes and mouth are, height over width: a lid goes down by 0.013 to shut
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
-    lips = 5 * (motion[:, None, [MOUTH]] - motion[:, None, [52]]).clip(0)
+    lips = 5 * motion[:, None, [52, MOUTH]].diff().clip(0)
     template = dict(
         n_frames=len(motion),
         output_fps=25,
@@ -168,12 +167,9 @@ class Residual(Chain):
         return x + super().forward(x)
 
 
-def conv3x3(n_in, n):
-    return nn.Conv2d(n_in, n, 3, padding=1)
-
-
-def conv3x3x3(n_in, n):
-    return nn.Conv3d(n_in, n, 3, padding=1)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+conv3x3x3 = partial(nn.Conv3d, kernel_size=3, padding=1)
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def block2d(n_in, n, **after):
@@ -257,10 +253,6 @@ class ChannelsLastConv2d(nn.Conv2d):
         return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
-def layer_norm(n):
-    return nn.LayerNorm(n, eps=1e-6)
-
-
 def convnext_block(n):
     """(B, H, W, n) -> the same."""
     return Residual(
@@ -309,14 +301,8 @@ class WarpingNetwork(nn.Module):
         deformation, occlusion = self.dense_motion_network(f, x_s, x_d)
         x = F.grid_sample(f, deformation, align_corners=False)         # (B, 32, 16, 64, 64)
         x = self.third(x.flatten(1, 2).to(occlusion))
-        x = F.leaky_relu(x, 0.01)
+        x = F.leaky_relu(x)
         return self.fourth(x) * occlusion
-
-
-def gaussians(grid, points):
-    """exp(-|grid - x|^2 / 0.02) around each of the points (B, 22, 3): (B, 22, 16, 64, 64)."""
-    distance = torch.cdist(points, grid.flatten(1, 3))
-    return torch.exp(-50 * distance ** 2).unflatten(2, (16, 64, 64))
 
 
 class DenseMotion(nn.Module):
@@ -341,17 +327,19 @@ class DenseMotion(nn.Module):
 
     def forward(self, f, x_s, x_d):
         """f (B, 32, 16, 64, 64), keypoints x_s of the source and x_d, driving, (B, 21, 3)."""
-        x_s, x_d = F.pad(torch.stack([x_s, x_d]), (0, 0, 1, 0))        # (B, 22, 3); 0: background
-        shift = x_s - x_d
+        points = F.pad(torch.stack([x_s, x_d]), (0, 0, 1, 0))          # (2, B, 22, 3)
+        shift = points[0] - points[1]                                  # (B, 22, 3); 0: background
         still = torch.eye(3, 4, device=f.device)[None]
         grid = F.affine_grid(still, f[:1].shape, align_corners=True)   # (1, 16, 64, 64, 3)
-        heat = gaussians(grid, x_d) - gaussians(grid, x_s)             # (B, 22, 16, 64, 64)
+        distance = torch.cdist(points, grid.flatten(1, 3))             # (2, B, 22, 16 * 64 * 64)
+        heat = torch.exp(-50 * distance ** 2).diff(dim=0)              # of x_d, less those of x_s
+        heat = heat.view(-1, 22, 1, 16, 64, 64)
         c = F.relu(self.norm(self.compress(f.to(self.mask.weight))))
         # the grid is made with align_corners and read without: so the weights were trained
         moved = grid[:, None] + shift[:, :, None, None, None]          # (B, 22, 16, 64, 64, 3)
         moved = F.grid_sample(c.float(), moved.flatten(1, 2), align_corners=False)
         moved = moved.unflatten(2, (22, 16)).transpose(1, 2)           # (B, 22, 4, 16, 64, 64);
-        x = torch.cat([heat[:, :, None], moved], 2)                    # 22 x 5 = 110 channels
+        x = torch.cat([heat, moved], 2)                                # 22 x 5 = 110 channels
         x = self.hourglass(x.flatten(1, 2).to(c))                      # (B, 142, 16, 64, 64)
         m = self.mask(x).float().softmax(1)                            # (B, 22, 16, 64, 64)
         # the sum over n of m_n (grid + shift_n), where the m_n add up to 1
@@ -472,7 +460,7 @@ class StitchingNetwork(nn.Module):
 def fold_for_inference(net, device=torch.device("cpu")):
     """Make spectral norm, BatchNorm and upsampling part of the convolutions beside them; then move
     to the device. Apple's knows no transposed convolution of volumes: upsampling stays there."""
-    for module in [*net.eval().modules()]:
+    for module in [*net.modules()]:
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
         if hasattr(module, "conv"):                # of block2d and block3d
@@ -526,7 +514,7 @@ def load(network, path):
     with torch.device("meta"):
         net = network()
     try:
-        net.load_state_dict(state, strict=True, assign=True)
+        net.load_state_dict(state, assign=True)
     except RuntimeError as error:
         wrong = str(error).splitlines()[1].strip()
         raise ValueError(f"{path}: {wrong:.200}; {GET}") from None
@@ -542,6 +530,7 @@ class LivePortrait:
         self.device = torch.device(device)
         if compiled:
             self.render = torch.compile(self.render, dynamic=False)
+        self.batch = 8 if self.device.type == "cuda" else 1            # a CPU gains little
         if self.device.type == "cpu":
             keep_memory()
         root = Path(weights_dir)
@@ -573,15 +562,14 @@ class LivePortrait:
         image = self.G(self.W(f_s, x_s, x_d))
         return (image.float() * 255).byte().movedim(1, -1)             # truncated, as LivePortrait
 
-    def frames(self, source, motion, stitch=True, batch=None):
+    def frames(self, source, motion, stitch=True):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), `batch` at a time."""
-        if not batch:
-            batch = 8 if self.device.type == "cuda" else 1             # a CPU gains little
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
-        for part in x_d.split(batch):
-            full = F.pad(part, (0, 0, 0, 0, 0, batch - len(part)))     # one size, to be compiled
-            f_s = source.f_s.expand(batch, -1, -1, -1, -1)
+        for part in x_d.split(self.batch):
+            # all of one size, to be compiled
+            full = F.pad(part, (0, 0, 0, 0, 0, self.batch - len(part)))
+            f_s = source.f_s.expand(len(full), 32, 16, 64, 64)
             frames = self.render(f_s, x_s.expand_as(full), full, stitch)
             yield from frames[:len(part)].cpu().numpy()
 
@@ -808,14 +796,11 @@ for ellipse in """\
     ImageDraw.Draw(SCENE, "RGBA").ellipse([*map(int, box)], colour)
 
 
-def weighted(terms, known):
-    """Sum of terms, of places and signals that are known -> (2, 3), on the left and mirrored."""
-    total = 0
-    for term in terms:
-        name, *way = f"{term},0,0,0".split(",")[:4]
-        way = MIRROR * np.array(way, float)
-        total = total + (known[name] * way if name.isupper() else known[name] + way)
-    return total
+def weighted(term, known):
+    """A place or signal that is known, and the way from or by it -> (2, 3), left and mirrored."""
+    name, *way = f"{term},0,0,0".split(",")[:4]
+    way = MIRROR * np.array(way, float)
+    return known[name] * way if name.isupper() else known[name] + way
 
 
 def find_places(x):
@@ -827,7 +812,7 @@ def find_places(x):
         known[f"{k}"], known[f"D{k}"] = x[:, [k, twin]]
     for row in PLACES.splitlines():
         name, *terms = row.split()
-        total = weighted(terms, known)
+        total = sum(weighted(term, known) for term in terms)
         if name.isupper():
             total = total.sum(1, keepdims=True).clip(0, 1)
         known[name] = total
@@ -846,23 +831,23 @@ def outline(corners):
 class Sketch:
     """A face drawn for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""
 
-    def source(self, image=None, x_c=FACE):
-        """The face at rest, its motion zero but for scale, t_x, t_y; `image` is not looked at."""
+    def source(self):
+        """The face at rest, its motion zero but for scale, t_x, t_y."""
         motion = F.pad(torch.tensor([[1.3, 0, 0.1]]), (63, 4))
-        return Source(None, torch.as_tensor(x_c).float().reshape(1, 63), motion)
+        return Source(None, torch.tensor(FACE).float().view(1, 63), motion)
 
     def frames(self, source, motion, **unused):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
         for m in checked(motion):
             x = np.stack([100 * source.x_c[0], m[EXP]])
             known = find_places(x.reshape(2, 21, 3))
-            R = (m[SCALE] * rotation(*m[ROT]) / 100).numpy()
+            R = (m[SCALE] * rotation(m[ROT]) / 100).numpy()
             t = m[TRANS].numpy()
             image = SCENE.copy()
             draw = ImageDraw.Draw(image, "RGBA")                       # it blends
             for row in PARTS.splitlines():
                 name, colour, copies, *corners = row.split()
-                corners = [weighted([corner], known) for corner in corners]
+                corners = [weighted(corner, known) for corner in corners]
                 x = outline(np.stack(corners, 1)) @ R + t
                 for _ in range(int(copies)):
                     for side in SIZE * (x + 1):                        # at twice the size

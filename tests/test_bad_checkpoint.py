@@ -179,7 +179,7 @@ def test_an_encoder_without_tensors(refused):
 def test_an_encoder_with_odd_settings(refused, config):
     write("encoder/pytorch_model.bin", {})
     write("encoder/preprocessor_config.json", config)
-    words = "encoder/preprocessor_config.json: not readable as JSON"
+    words = "encoder/preprocessor_config.json: not a base-size"
     refused("sample --audio_encoder=encoder", words)
 
 

@@ -221,11 +221,11 @@ class LyingArray:
 
 
 @pytest.mark.parametrize("content, words", [
-    (template(t=LyingArray()), "('O')"),
+    (template(t=LyingArray()), "not inexact"),
     (pickle.dumps(Code()), "it holds posix.mkdir, which is no array"),
     (pickle.dumps(dict(motion=[], do=eval)), "it holds builtins.eval, which is no array"),
-    (template(exp=np.array([print])), "('O8')"),
-    (template(t=np.array([None] * 3)), "('O8')"),
+    (template(exp=np.array([print])), "not inexact"),
+    (template(t=np.array([None] * 3)), "not inexact"),
     (template(exp=np.zeros((1, 20, 3))), "motion of shape (1, 67)"),
     (template(scale=np.full(1, np.nan)), "should be finite numbers"),
     (template()[:-40], "m.pkl"),

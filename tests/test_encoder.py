@@ -155,5 +155,5 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
 def test_a_broken_config_is_named(tmp_path, text):
     (write(tmp_path, SMALL) / "preprocessor_config.json").write_text(text)
-    with pytest.raises(ValueError, match="preprocessor_config.json: not readable as JSON"):
+    with pytest.raises(ValueError, match="preprocessor_config.json: not a base-size"):
         load(tmp_path)

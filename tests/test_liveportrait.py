@@ -324,11 +324,13 @@ def test_frames_do_not_depend_on_the_batch(face, portrait, monkeypatch):
         return F.interpolate(h.sigmoid(), 512)
     monkeypatch.setattr(face, "W", fast_warp)
     monkeypatch.setattr(face, "G", fast_generator)
+    monkeypatch.setattr(face, "batch", 2)
     motion = portrait.motion + 0.05 * torch.randn(3, 70)
-    frames = list(face.frames(portrait, motion.numpy(), batch=2))
+    frames = list(face.frames(portrait, motion.numpy()))
     assert len(frames) == 3
     assert frames[0].shape == (512, 512, 3) and frames[0].dtype == np.uint8
-    last = next(face.frames(portrait, motion[2:].double(), batch=1)).astype(int)
+    monkeypatch.setattr(face, "batch", 1)
+    last = next(face.frames(portrait, motion[2:].double())).astype(int)
     assert np.abs(last - frames[2]).max() <= 1 < np.abs(last - frames[0]).max()
 
 
@@ -339,8 +341,9 @@ def test_batches_have_one_size_for_the_compiler(face, portrait, monkeypatch):
         sizes.update({len(f_s), len(x_s), len(x_d)})
         return x_d[:, 0]
     monkeypatch.setattr(face, "render", render)
+    monkeypatch.setattr(face, "batch", 4)
     motion = torch.randn(10, 70)
-    frames = np.stack([*face.frames(portrait, motion, batch=4)])
+    frames = np.stack([*face.frames(portrait, motion)])
     assert sizes == {4}
     assert np.allclose(frames, keypoints(portrait.x_c, motion)[:, 0], atol=1e-5)
 
@@ -352,7 +355,8 @@ def test_frames_are_rendered_when_asked_for(face, portrait, monkeypatch):
         rendered.append(len(x_d))
         return torch.zeros(len(x_d), 1)
     monkeypatch.setattr(face, "render", render)
-    frames = face.frames(portrait, torch.zeros(100000, 70), batch=4)
+    monkeypatch.setattr(face, "batch", 4)
+    frames = face.frames(portrait, torch.zeros(100000, 70))
     next(frames)
     next(frames)
     assert rendered == [4]

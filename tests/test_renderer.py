@@ -16,7 +16,7 @@ def agrees(ours, reference, tolerance=1e-5):
 
 def test_rotation_and_keypoints_match_the_reference():
     g = golden("liveportrait")
-    assert agrees(rotation(*torch.from_numpy(g["rot_deg"]).T), g["rot_mat"])
+    assert agrees(rotation(torch.from_numpy(g["rot_deg"])), g["rot_mat"])
     motion = torch.from_numpy(np.concatenate(
         [g["tk_exp"].reshape(3, 63), g["tk_scale"], g["tk_t"], g["tk_pitch"], g["tk_yaw"], g["tk_roll"]], 1))
     assert agrees(keypoints(torch.from_numpy(g["tk_kp"]), motion), g["tk_out"])
@@ -89,7 +89,7 @@ def some_motion(frames):
 
 def test_angles_are_the_inverse_of_rotation():
     degrees = torch.tensor([[10.0, -70, 30], [-80, 85, -170], [0, 0, 0]])
-    assert torch.allclose(angles(rotation(*degrees.T)), degrees, atol=1e-3)
+    assert torch.allclose(angles(rotation(degrees)), degrees, atol=1e-3)
 
 
 def test_motion_survives_a_template(tmp_path):
@@ -121,7 +121,7 @@ def test_a_template_of_another_rate_keeps_its_length_in_seconds(tmp_path):
     """Older templates say R_d; theirs may be stored column by column, and in any precision."""
     motion = some_motion(8)
     frames = []
-    for m, R in zip(motion.numpy(), rotation(*motion[:, 67:].T)):
+    for m, R in zip(motion.numpy(), rotation(motion[:, 67:])):
         R = np.asfortranarray(R[None].double())
         frames.append(dict(exp=m[None, :63].reshape(1, 21, 3), scale=m[None, 63:64],
                            t=m[None, 64:67], R_d=R, kp=np.zeros((1, 63))))
