@@ -23,7 +23,7 @@ import build
 import data
 import sample
 import train
-from moda import ALSE, Config, save
+from moda import ALSE, PRESETS, Config, save
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = dict(sample=sample, portrait=sample, play=sample, pairs=sample, train=train, resume=train,
@@ -72,7 +72,8 @@ def write_checkpoints(folder, tiny):
     model = tiny.state_dict()
     model["mean"] = model["std"] = torch.full((70,), 0.1)
     optimizer = torch.optim.Adam(tiny.parameters()).state_dict()
-    about = dict(kind="MoDA", config=asdict(tiny.cfg), step=1, model=model, optimizer=optimizer)
+    config = asdict(Config(**PRESETS["toy"] | build.SMALL))            # as train.py would make it
+    about = dict(kind="MoDA", config=config, step=1, model=model, optimizer=optimizer)
     save(folder / "ckpt.pt", about)
     save(folder / "old/ckpt.pt", about)
     expert = ALSE(Config(width=32, audio_layers=1, audio_dim=160))
