@@ -58,11 +58,10 @@ FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ir
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
 # what starts late or has gaps is filled with silence, to stay in step
 STEREO = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
-# of other than eight channels nobody knows which are where: every second one goes to the left
+# of 9, say, nobody knows which are where: every second one goes to the left
 MANY = ("aresample=async=1:first_pts=0,pan=stereo"
         "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
         "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
-
 # H.264 and AAC; colours as players take them to be, and tagged
 CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -vf "
           "scale=out_color_matrix=bt709:out_range=tv,setparams=range=tv:colorspace=bt709:"
@@ -87,7 +86,7 @@ def ffmpeg(complaint, error, *args, **pipes):
         log.seek(0)
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        raise error(f"{complaint} ({'; '.join(said[:2])!s:.300})")
+        raise error(f"{complaint} ({'; '.join(said[:2]):.300})")
 
 
 def source(path):
