@@ -102,7 +102,7 @@ def test_what_the_readme_names_exists():
             assert hasattr(globals().get(module) or __import__(module), name), f"{module}.{name}"
     for link in re.findall(r"\]\(((?:assets|tests)/[^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    known = {"local", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    known = {"local", "include", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     for owner in (sample.Settings, data.Settings, train.Settings, moda.Config):
         known |= vars(owner()).keys()
     for tool, flag in re.findall(r"(tests/tools/\w+\.py) --(\w+)", README):
