@@ -37,7 +37,7 @@ from numpy.lib.format import open_memmap
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from moda import EMOTIONS, MOUTH, NO_EMOTION, M, load_strictly, read_checkpoint, save
+from moda import EMOTIONS, MOUTH, NO_EMOTION, M, load_strictly, read_checkpoint
 from renderer import FACE, LivePortrait, to_motion
 
 RATE = 16000                     # samples per second
@@ -416,6 +416,23 @@ def extract(path, face, features, crop, classify):
         if not array.isfinite().all():
             raise ValueError(f"{path}: its {name} holds NaN or infinity")
     return clip
+
+
+def save(path, state, keep=None, write=torch.save):
+    """Write a file so that neither crash nor full disk harms the one there, kept as `keep`."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(state, part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(path.with_name(keep))
+        part.replace(path)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be saved ({error}); an earlier one stays") from None
 
 
 def write_npy(array, path):

@@ -8,12 +8,10 @@ L x A audio layers x channels, M = 70 motion numbers.
 """
 import copy
 import math
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -682,23 +680,6 @@ class LastBlock(SingleBlock):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-def save(path, state, keep=None, write=torch.save):
-    """Write a file so that neither crash nor full disk harms the one there, kept as `keep`."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(state, part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            path.replace(path.with_name(keep))
-        part.replace(path)
-    except Exception as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be saved ({error}); an earlier one stays") from None
-
-
 def read_checkpoint(path, advice="fetch it again, or train it first"):
     """What torch.save wrote, tensors and plain values only: a file that runs code is refused."""
     try:

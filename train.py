@@ -32,9 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, check_effects, find_device, parse_flags, run
+from data import Clips, ToyTalker, UsageError, check_effects, find_device, parse_flags, run, save
 from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock, draw,
-                  load_statistics, losses, read_checkpoint, reflow, save)
+                  load_statistics, losses, read_checkpoint, reflow)
 
 RANK = int(os.environ.get("RANK", 0))              # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))

@@ -23,7 +23,8 @@ import build
 import data
 import sample
 import train
-from moda import ALSE, PRESETS, Config, save
+from data import save
+from moda import ALSE, PRESETS, Config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = dict(sample=sample, portrait=sample, play=sample, pairs=sample, train=train, resume=train,

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import train
-from moda import ALSE, LIPS, NO_EMOTION, Config, M, MotionModel, draw, losses, save, sync_loss
+from data import save
+from moda import ALSE, LIPS, NO_EMOTION, Config, M, MotionModel, draw, losses, sync_loss
 
 
 class Fixed(torch.nn.Module):

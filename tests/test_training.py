@@ -23,7 +23,7 @@ import torch
 import build
 import moda
 import train
-from data import Clips, ToyTalker, UsageError
+from data import Clips, ToyTalker, UsageError, save
 from moda import ALSE, Config, MoDA, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -414,7 +414,7 @@ def old_checkpoint(tmp_path):
     config = vars(moda.Config(**build.SMALL)) | dict(fusion="c2f")
     weights = {"motion_in.0.weight": torch.zeros(32, 140), "mean": torch.zeros(70),
                "std": torch.ones(70), "four.0.qk_gain": torch.ones(4, 2, 16)}
-    moda.save(path, dict(kind="MoDA", config=config, step=9, model=weights, optimizer={}))
+    save(path, dict(kind="MoDA", config=config, step=9, model=weights, optimizer={}))
     return path
 
 
@@ -428,7 +428,7 @@ def test_an_old_checkpoint_is_refused_in_one_line_that_says_to_train_again(old_c
 def test_old_weights_in_new_settings_are_refused_by_name(old_checkpoint):
     state = read_checkpoint(old_checkpoint)
     del state["config"]["fusion"]
-    moda.save(old_checkpoint, state)
+    save(old_checkpoint, state)
     with pytest.raises(ValueError, match="(null_audio is absent|is of shape).*train it again"):
         MoDA.from_pretrained(old_checkpoint)
 
