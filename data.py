@@ -983,13 +983,19 @@ def check_effects(given, settings, effects):
             raise UsageError(f"--{min(idle)} has an effect only {condition}")
 
 
+def interrupt(number, frame):
+    """End as after Ctrl-C; a second one does not disturb the cleaning up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run(main):
     """Call a script's main(argv). A mistake of the user is one line on stderr and exit code 1, or 2
     for a flag."""
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:      # Windows lacks one
         number = getattr(signal, name)
         if signal.getsignal(number) != signal.SIG_IGN:                 # nohup's
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")                  # a name may be no UTF-8
     try:
         main(sys.argv[1:])
