@@ -46,13 +46,21 @@ def test_ctrl_c_at_any_moment_is_one_line_and_no_file(run, ctrl_c, command, mome
     assert contents() == before
 
 
+def first_frames(process):
+    """What a run prints until its bar counts frames."""
+    seen = ""
+    while not re.search(r"[| ][1-9]\d*/25000", seen):
+        character = process.stderr.read(1)
+        assert character, seen                     # it ended before
+        seen += character
+    return seen
+
+
 def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
     silence(1000)
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
-    seen = ""
-    while not re.search(r"[| ][1-9]\d*/25000", seen):
-        seen += process.stderr.read(1)
+    seen = first_frames(process)
     time.sleep(random.random() / 10)
     os.killpg(process.pid, signal.SIGINT)
     rest = process.communicate()[1]
@@ -75,9 +83,7 @@ def test_every_way_to_be_stopped_cleans_up(folder, number):
     silence(1000)
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
-    seen = ""
-    while not re.search(r"[| ][1-9]\d*/25000", seen):
-        seen += process.stderr.read(1)
+    seen = first_frames(process)
     began = time.perf_counter()
     process.send_signal(number)
     time.sleep(0.01)
