@@ -84,7 +84,7 @@ def read_settings(argv):
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
     settings, cfg = Settings(**TRAINING[preset] | start), Config(**PRESETS[preset])
     given = parse_flags(argv, __doc__, settings, cfg)
-    check_effects(given, settings, {"with --alse": "tau", "without --data_dir": "clips"})
+    check_effects(given, settings, {"with --alse": "tau"})
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):

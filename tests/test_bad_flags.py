@@ -100,7 +100,6 @@ def test_names_are_read_in_any_case(run):
     ("pairs --pairs=p.csv --emotion=fear", "--emotion has an effect only without --pairs"),
     ("sample --stats=ckpt.pt", "--stats has no effect: ckpt.pt has statistics of its own"),
     ("train --tau=0.3", "--tau has an effect only with --alse"),
-    ("train --clips=5", "--clips has an effect only without --data_dir"),
     ("check --labels=l.csv", "--labels has an effect only with --videos")])
 def test_a_flag_without_effect(refused, command, words):
     refused(command, words, code=2)
