@@ -22,6 +22,7 @@ import re
 import sys
 import tempfile
 import weakref
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,7 @@ def moments_of(motions):
 
 
 # ------------------------------------------------------------------------------------- preparation
-VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts".split())
+VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts .mts .3gp".split())
 # our names, which are HSEmotion's in lower case, and MEAD's folders where they differ
 FOLDERS = {name: k for k, name in enumerate(EMOTIONS)}
 FOLDERS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
@@ -346,6 +347,7 @@ PUBLISHED = table("""
     yaw    68       -0.2464  23.8553
     roll   69       -0.3269  5.6063
     mouth  58       -0.0056  0.0214""")
+JUMP = 0.06                      # of scale or translation in a frame; talking heads reach 0.02
 
 
 def pictures(path, crop, batch=16):
@@ -356,7 +358,8 @@ def pictures(path, crop, batch=16):
     # a square that leaves the picture gets size 0, which fails; ffmpeg would move it inside
     inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"
     square = f"crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1"
-    filters = f"fps=25:start_time=0,{square},scale=256:256:flags=area"
+    # sar: pixels need not be square
+    filters = f"fps=25:start_time=0,scale=iw*sar:ih,{square},scale=256:256:flags=area"
     options = f"-map 0:V:0 -vf {filters} -pix_fmt rgb24 -f rawvideo -xerror"
     for piece in decoded(path, f"picture with crop {crop}", options, batch * 256 * 256 * 3):
         pixels = torch.tensor(np.frombuffer(piece, np.uint8))
@@ -369,11 +372,17 @@ def read_rows(path):
         return list(csv.DictReader(file, restval=""))
 
 
+def plain(name):
+    """A clip as labels name it: in lower case, without ./ and without a video's suffix."""
+    path = Path(name.strip().lower())
+    return str(path.with_suffix("") if path.suffix in VIDEOS else path)
+
+
 def read_labels(path):
     """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder."""
     try:
         rows = read_rows(path)
-        return {row["clip"]: LABELS[row["emotion"].strip().lower()] for row in rows}
+        return {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
     except Exception as error:
         raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
                          f"names {' '.join(LABELS)}") from None
@@ -405,7 +414,7 @@ def extract(path, face, features, crop, classify):
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     # the sound in one, for features depend on where it is cut; identity is the mean of all frames
-    audio = torch.cat([*features([wav[:T * FRAME]])]).half()
+    audio = torch.cat([block.half() for block in features([wav[:T * FRAME]])])
     clip = dict(
         motion=motion[:T],
         audio=audio,
@@ -446,13 +455,15 @@ def write_manifest(manifest, path):
 
 
 def prepare(settings):
-    """Talking videos -> a data set. A run that was cut off goes on; bad videos are listed."""
+    """Talking videos -> a data set. A run that was cut off goes on; bad videos are listed.
+
+    A speaker is a folder below --videos, or a video there, and keeps the split that he had."""
     root, folder = Path(settings.videos), Path(settings.data_dir)
     videos = sorted(path.relative_to(root) for path in root.rglob("*")
                     if path.suffix.lower() in VIDEOS)
     if not videos:
         raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
-    labels = FOLDERS | (read_labels(settings.labels) if settings.labels else {})
+    labels = read_labels(settings.labels) if settings.labels else {}
     classify = hsemotion() if settings.emotion else lambda image: NO_EMOTION
     face = LivePortrait(settings.weights, settings.device)
     features = feature_blocks(settings.audio_encoder, settings.device)
@@ -460,8 +471,9 @@ def prepare(settings):
     for name in "videos weights audio_encoder crop emotion".split():
         begun[name] = getattr(settings, name)
     path = folder / "manifest.json"
-    begin(path, begun)
+    before = begin(path, begun)
 
+    splits = {row.get("speaker"): row["split"] for row in before}
     rows, left_out = [], []
     for name in tqdm(videos, "preparing", unit="video"):
         clip = folder / "clips" / name
@@ -474,16 +486,21 @@ def prepare(settings):
             left_out.append(error)
             continue
         emotion = label_of(name, labels, int(vote))
-        split = "val" if len(rows) % 20 == 1 else "train"
+        # of the first two speakers one is for training, one for validation; then one in 20
+        speaker = name.parts[0]
+        lot = zlib.crc32(os.fsencode(speaker)) % 20 == 0 if len(splits) > 1 else len(splits)
         rows.append(dict(
             clip=name.as_posix(),
             frames=len(motion),
             emotion=emotion,
-            split=split))
+            speaker=speaker,
+            split=splits.setdefault(speaker, ("train", "val")[lot])))
+    sys.stdout.reconfigure(errors="backslashreplace")                  # names may be no UTF-8
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
-    training = [folder / "clips" / row["clip"] for row in rows if row["split"] == "train"]
+    training = [row for row in rows if row["split"] == "train"] or rows
+    training = [folder / "clips" / row["clip"] for row in training]
     moments = moments_of(opened(clip, "motion")[0] for clip in training)
     x_c_moments = moments_of(opened(clip, "identity") for clip in training)
     manifest = dict(
@@ -496,15 +513,18 @@ def prepare(settings):
 
 
 def begin(path, settings):
-    """Begin a manifest, or go on with one; ValueError if it was begun with other settings."""
+    """Begin a manifest, or go on with one -> its clips; ValueError if it was begun with other
+    settings."""
     if not path.exists():
-        save(path, dict(settings=settings), write=write_manifest)
+        save(path, dict(settings=settings, clips=[]), write=write_manifest)
     try:
-        before = json.loads(path.read_text())["settings"]
+        manifest = json.loads(path.read_text())
+        before = manifest["settings"]
     except Exception as error:
         before = error
     if before != settings:
         raise ValueError(f"{path}: begun with other settings ({before}); use another --data_dir")
+    return manifest.get("clips", [])
 
 
 def write_clip(clip, folder):
@@ -516,11 +536,16 @@ def write_clip(clip, folder):
 
 
 def label_of(name, labels, vote):
-    """The emotion of a video: of its path, name or nearest folder, or what was voted for."""
-    folders = [part.lower() for part in reversed(name.parts[:-1])]
-    for key in (name.as_posix(), name.stem, *folders):
+    """The emotion of a video: of its path, name or nearest folder in `labels`, of a folder that is
+    called so, or what was voted for."""
+    path = Path(plain(str(name)))
+    folders = path.parts[-2::-1]
+    for key in (str(path), path.name, *folders):
         if key in labels:
             return labels[key]
+    for key in folders:
+        if key in FOLDERS:
+            return FOLDERS[key]
     return vote
 
 
@@ -549,6 +574,8 @@ def check(folder):
                if abs(motion[:, channel].mean() - mean) > 4 * std]
         if fit > 0.3 and abs(lag) > 3:
             odd.append("voice")
+        if np.abs(np.diff(motion[:, 63:66], axis=0)).max() > JUMP:
+            odd.append("jump (is the video cut, or the face lost?)")
         looks = "".join(f" LOOK: {name}" for name in odd)
         print(f"{path}: voice {lag:+d} frames after the lips (correlation {fit:.2f}){looks}")
 
