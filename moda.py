@@ -39,7 +39,6 @@ class Config:
     rope_streams: int = 4        # rotated in the four-stream stage: 4, or 2 in the released model
     audio_layers: int = 12       # 12 x 768 for wav2vec 2.0 / HuBERT base, 1 x A for log-mel
     audio_dim: int = 768         # channels of a layer
-    emotion_adaln: bool = True   # emotion joins time in AdaLN (Sec. 3.2.1); False: only a stream
     p_drop_audio: float = 0.5    # condition dropout in training (Sec. 4.1.2), for guidance (Eq. 8)
     p_drop_emotion: float = 0.1  # the same for emotion
     focus: float = 1.0           # weight of lips and head in Eq. 4 and 5; the other channels have 1
@@ -52,18 +51,9 @@ class Config:
     straight: bool = False       # set by train.py --reflow: two steps do
 
 
-TOY = dict(
-    width=128,
-    heads=2,
-    n_four=1,
-    n_two=1,
-    n_one=1,
-    audio_layers=1,
-    audio_dim=160,
-    p_drop_audio=0.1,
-    focus=4.0,
-    cfg_both=0.5,
-    smooth=True)
+TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1,
+           audio_layers=1, audio_dim=160, p_drop_audio=0.1,
+           focus=4.0, cfg_both=0.5, smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
 # of a student of guided motion
 STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0.0,
@@ -170,13 +160,11 @@ class JointBlock(nn.Module):
     def forward(self, xs, c, rope):
         """Streams xs, (B, n, D) each, under the conditioning vector c (B, D) -> the same."""
         modulations = [path.modulation(c) for path in self.paths]
-        qs, ks, vs = [], [], []
+        heads = []
         for path, x, modulation in zip(self.paths, xs, modulations):
-            q, k, v = path.before_attention(x, modulation, rope)
-            qs.append(q)
-            ks.append(k)
-            vs.append(v)
-        y = attention(torch.cat(qs, 2), torch.cat(ks, 2), torch.cat(vs, 2))
+            heads.append(path.before_attention(x, modulation, rope))
+        q, k, v = [torch.cat(parts, 2) for parts in zip(*heads)]       # of all streams
+        y = attention(q, k, v)
         ys = y.split([x.size(1) for x in xs], 1)                       # back to their streams
         out = []
         for path, x, y, modulation in zip(self.paths, xs, ys, modulations):
@@ -195,15 +183,16 @@ class SingleBlock(nn.Module):
         self.heads = Heads(cfg)
         self.out = nn.Linear(5 * D, D)
 
-    def forward(self, x, c, rope):
-        """x (B, n, D) -> the same."""
+    def forward(self, x, c, rope, n=None):
+        """x (B, 4N, D) -> the same, or its first n tokens alone, which still attend to all."""
         D = x.size(-1)
         shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
         x_ = modulate(x, shift, scale)
         qkv, h = self.qkv_mlp(x_).split([3 * D, 4 * D], -1)
-        y = attention(*self.heads(qkv, rope))
-        h = F.gelu(h, approximate="tanh")
-        return x + gate * self.out(torch.cat([y, h], -1))
+        q, k, v = self.heads(qkv, rope)
+        y = attention(q[:, :, :n], k, v)
+        h = F.gelu(h[:, :n], approximate="tanh")
+        return x[:, :n] + gate * self.out(torch.cat([y, h], -1))
 
 
 class Head(nn.Module):
@@ -250,8 +239,7 @@ class MotionModel(nn.Module):
         """How large a face is against the training data's: (..., 70) -> factors (..., 70)."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
-        factors[..., SCALE] = ratio
-        factors[..., TRANS] = ratio
+        factors[..., SCALE.start:TRANS.stop] = ratio
         return factors
 
     def normalise(self, motion, size=1.0):
@@ -365,10 +353,8 @@ class MoDA(MotionModel):
 
     def conditioning(self, t, emotion):
         """What every AdaLN is conditioned on: t (B,), emotion (B,) -> (B, D)."""
-        c = self.time_embedder(timestep_embedding(t).to(self.null_audio.dtype))
-        if self.cfg.emotion_adaln:
-            c = c + self.emotion_embedder(emotion)
-        return F.silu(c)
+        time = timestep_embedding(t).to(self.null_audio.dtype)
+        return F.silu(self.time_embedder(time) + self.emotion_embedder(emotion))   # Sec. 3.2.1
 
 
 # -------------------------------------------------------------------------------------- the losses
@@ -481,22 +467,20 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
     guidance {c: lambda_c}, "audio+emotion" for both together; t (), the rest as in MoDA.forward
     -> (B, N, 70). All passes are one batch."""
-    guidance = {condition: scale for condition, scale in guidance.items() if scale}
-    passes = ["", *guidance]                       # and what each of them drops
-    n = len(passes)
-    drop_audio = torch.tensor(["audio" in dropped for dropped in passes], device=z.device)
-    drop_emotion = torch.tensor(["emotion" in dropped for dropped in passes], device=z.device)
-    drop_audio, drop_emotion = [x.repeat_interleave(len(z)) for x in (drop_audio, drop_emotion)]
+    passes = {"": 1 + sum(guidance.values())}      # what each drops, and how much it counts
+    for condition, scale in guidance.items():
+        if scale:
+            passes[condition] = -scale
+    n, B = len(passes), len(z)
+    dropped = [condition for condition in passes for _ in range(B)]
+    drop_audio = torch.tensor(["audio" in condition for condition in dropped], device=z.device)
+    drop_emotion = torch.tensor(["emotion" in condition for condition in dropped], device=z.device)
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion.repeat(n))
     # with the type and device of the weights, one copy per pass
     z, audio, identity, prev = [torch.cat([x.to(model.null_audio)] * n)
                                 for x in (z, audio, identity, prev)]
-    v = model(z, t.expand(len(z)), audio, emotion, identity, prev, drop_audio).float()
-    v, *without = v.chunk(n)
-    guided = (1 + sum(guidance.values())) * v
-    for scale, v_dropped in zip(guidance.values(), without):
-        guided = guided - scale * v_dropped
-    return guided
+    v = model(z, t.expand(n * B), audio, emotion, identity, prev, drop_audio).float()
+    return sum(scale * v_ for scale, v_ in zip(passes.values(), v.chunk(n)))
 
 
 def euler_times(steps):
@@ -564,9 +548,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     if guidance is None:
         guidance = guidance_of(model.cfg)
     times = euler_times(steps).to(model.mean)
-    for condition in guidance:
-        if not {"audio", "emotion"}.issuperset(condition.split("+")):
-            raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
+    if guidance.keys() - {"audio", "emotion", "audio+emotion"}:
+        raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     pieces = [audio] if torch.is_tensor(audio) else audio
     emotions = in_turn(emotion)
     network = model
@@ -575,14 +558,13 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
-    identity, prev = identity.flatten(), prev.flatten()
     eps = before = tail = torch.empty(0, M)        # there is no window before the first
 
     for voice, stride, label in windows(pieces, chunk, overlap, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # with silence
         velocity = partial(guided_velocity, network, audio=padded[None],
                            emotion=torch.tensor([label], device=times.device),
-                           identity=identity[None], prev=prev[None], guidance=guidance)
+                           identity=identity.view(1, 63), prev=prev.view(1, M), guidance=guidance)
         fresh = torch.randn(chunk - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
         z = next(noises, eps).view(1, chunk, M).to(times.device)
@@ -597,7 +579,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
             ready = ready[len(before):]
         yield ready[:stride]
         before = motion[stride - 1:stride]         # the frame before the next window,
-        prev = before.flatten()
+        prev = before
         tail = motion[stride:stride + overlap]     # the frames that both have, as this one has them
         eps = eps[stride:]                         # and their noise
     if not len(before):
@@ -664,19 +646,10 @@ class OneTokenPath(ModalityPath):
 
 
 class LastBlock(SingleBlock):
-    """(B, 4N, D) -> (B, N, D): every token has a key, only motion a query and a feed-forward."""
+    """(B, 4N, D) -> (B, N, D): of the last block only motion is read."""
 
     def forward(self, x, c, rope):
-        N, D = len(rope), x.size(-1)
-        shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
-        u = modulate(x, shift, scale)
-        weight, mlp_weight = self.qkv_mlp.weight.split([3 * D, 4 * D])
-        bias, mlp_bias = self.qkv_mlp.bias.split([3 * D, 4 * D])
-        q, k, v = self.heads(F.linear(u, weight, bias), rope)
-        y = attention(q[:, :, :N], k, v)
-        h = F.linear(u[:, :N], mlp_weight, mlp_bias)
-        h = F.gelu(h, approximate="tanh")
-        return x[:, :N] + gate * self.out(torch.cat([y, h], -1))
+        return super().forward(x, c, rope, n=len(rope))
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -710,71 +683,59 @@ def load_statistics(model, path):
         raise ValueError(f"{path}: no mean and std of motion ({error}); {advice}") from None
 
 
-# our layers and blocks in net-200.pth, where streams are called xs (motion) and au or audio, with
-# the number of the stream among the four
-RELEASED = dict(row.split() for row in """
-    motion_embedder.0     motion_embedder.mlp.0
-    motion_embedder.2     motion_embedder.mlp.2
-    identity_embedder.0   identity_embedder.mlp.0
-    identity_embedder.2   identity_embedder.mlp.2
-    time_embedder.0       time_embedder.mlp.0
-    time_embedder.2       time_embedder.mlp.2
-    emotion_embedder      emo_embedder.embedding_table
-    audio_embedder.0      audio_embedder.proj1
-    audio_embedder.2      audio_embedder.proj2
-    audio_embedder.4      audio_embedder.proj3
-    audio_embedder.5      audio_embedder.norm
-    head.adaln            final_layer.adaLN_modulation.1
-    head.linear           final_layer.linear
-    four                  blocks4
-    two                   blocks2
-    one                   blocks
-    adaln                 adaLN_modulation_{audio}{n}.1
-    qkv                   attn1.qkv_{au}{n}
-    heads.q_norm          attn1.{au}_q_norm{n}
-    heads.k_norm          attn1.{au}_k_norm{n}
-    proj                  attn1.{au}_proj{n}
-    mlp_in                {audio}_mlp{n}.fc1
-    mlp_out               {audio}_mlp{n}.fc2
-    qkv_mlp               qkv_xs
-    out                   linear2
-    """.strip().splitlines())
-
+# What becomes what, from a parameter's name of ours, four.0.paths.1.qkv.weight, to the one in
+# net-200.pth, blocks4.0.attn1.qkv_au1.weight. Streams are called xs (motion) and au or audio there.
+RELEASED = [row.split() for row in r"""
+    null_audio                          null_audio_feat
+    emotion_embedder                    emo_embedder.embedding_table
+    (motion|identity|time)_embedder     \1_embedder.mlp
+    audio_embedder.0                    audio_embedder.proj1
+    audio_embedder.2                    audio_embedder.proj2
+    audio_embedder.4                    audio_embedder.proj3
+    audio_embedder.5                    audio_embedder.norm
+    head.adaln                          final_layer.adaLN_modulation.1
+    head.linear                         final_layer.linear
+    four.(\d+).paths.0                  blocks4.\1.xs
+    four.(\d+).paths.                   blocks4.\1.au
+    two.(\d+).paths.0                   blocks2.\1.xs
+    two.(\d+).paths.1                   blocks2.\1.au
+    one.(\d+)                           blocks.\1.xs
+    au(\d?).(adaln|mlp)                 audio\1.\2
+    (xs|audio)(\d?).adaln               adaLN_modulation_\1\2.1
+    (xs|audio)(\d?).mlp_in              \1_mlp\2.fc1
+    (xs|audio)(\d?).mlp_out             \1_mlp\2.fc2
+    (xs|au)(\d?).heads.(q|k)_norm       attn1.\1_\3_norm\2
+    (xs|au)(\d?).proj                   attn1.\1_proj\2
+    xs.qkv_mlp                          qkv_xs
+    (xs|au)(\d?).qkv                    attn1.qkv_\1\2
+    xs.out                              linear2
+    """.strip().splitlines()]
 
 RELEASED_CONFIG = dict(rope_streams=2, chunk=80, smooth=True)
 
 
 def released_name(name):
-    """The name in net-200.pth of a parameter of ours, such as four.0.paths.1.qkv.weight."""
-    if name == "null_audio":
-        return "null_audio_feat"
-    layer, _, kind = name.rpartition(".")
-    match = re.fullmatch(r"(four|two|one)\.(\d+)\.(?:paths\.(\d)\.)?(.+)", layer)
-    if not match:
-        return f"{RELEASED[layer]}.{kind}"
-    stage, block, stream, part = match.groups(default="0")
-    au, audio = ("xs", "xs") if stream == "0" else ("au", "audio")
-    n = stream if stage == "four" and stream != "0" else ""
-    return f"{RELEASED[stage]}.{block}.{RELEASED[part].format(au=au, audio=audio, n=n)}.{kind}"
+    """The name in net-200.pth of a parameter of ours."""
+    for ours, theirs in RELEASED:
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def from_released(state, path):
     """The authors' net-200.pth as MoDA; its statistics come from their mean.pt."""
-    unused = sorted({"scheduler.sigmas", "null_motion_feat"} & set(state))
-    state = {key.removeprefix("talking_head_dit."): value for key, value in state.items()
-             if key not in unused}
+    state = {key.removeprefix("talking_head_dit."): x for key, x in state.items()}
+    for unused in "scheduler.sigmas", "null_motion_feat":
+        state.pop(unused, None)
     with torch.device("meta"):
         model = MoDA(Config(**RELEASED_CONFIG))
     model.to_empty(device="cpu")
-    for buffer in (model.mean, model.x_c_mean):
-        buffer.zero_()
-    for buffer in (model.std, model.x_c_std):
-        buffer.fill_(1)
+    for name, buffer in model.named_buffers():     # there are no statistics yet
+        buffer.fill_("mean" not in name)
     if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was no
         generator = torch.Generator().manual_seed(42)                  # parameter: drawn, not saved
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
         print(f"{path}: holds no null_audio_feat, one was drawn")
-    print(f"{path}: the released MoDA; not used: {', '.join(unused) or 'nothing'}")
+    print(f"{path}: the released MoDA")
     places = {released_name(name): value.detach() for name, value in model.named_parameters()}
     load_strictly(places, state)
     return model

@@ -77,8 +77,7 @@ def test_guidance_by_nothing_changes_nothing(tiny):
 NETWORKS = {
     "2 streams rotated": dict(rope_streams=2),
     "4 streams rotated": dict(rope_streams=4),
-    "2 rotated, four-stream blocks only": dict(rope_streams=2, n_four=2, n_two=0, n_one=0),
-    "2 rotated, emotion only a stream": dict(rope_streams=2, emotion_adaln=False)}
+    "2 rotated, four-stream blocks only": dict(rope_streams=2, n_four=2, n_two=0, n_one=0)}
 GUIDANCE = [{}, {"audio": 0.5}, {"emotion": 2.0}, {"audio": 0.5, "emotion": 2.0},
             {"audio+emotion": 0.7}, {"audio": 0.5, "emotion": 2.0, "audio+emotion": 0.7}]
 

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sample
 import train
 from data import ToyTalker, parse_flags, run
-from moda import JointBlock, MoDA, SingleBlock, attention, init_weights, modulate, read_checkpoint
+from moda import (JointBlock, MoDA, SingleBlock, attention, init_weights, modulate, read_checkpoint,
+                  timestep_embedding)
 
 
 @dataclass
@@ -35,6 +36,14 @@ class Settings:
     seeds: int = 3               # trainings of each variant
     eval_clips: int = 6          # unseen clips per table: sampling them costs as much as training
     out: str = "out/ablate"      # checkpoints, logs and rows.json
+
+
+# ------------------------------------------------------------------------------ emotion as a stream
+class StreamMoDA(MoDA):
+    """AdaLN is conditioned on time alone."""
+
+    def conditioning(self, t, emotion):
+        return F.silu(self.time_embedder(timestep_embedding(t)))
 
 
 # ---------------------------------------------------------------------------------- cross-attention
@@ -84,7 +93,7 @@ Variant = namedtuple("Variant", "training sampling network", defaults=("", "", M
 BASE = Variant()
 FOUR = Variant("--n_four=3 --n_two=0 --n_one=0")   # as deep as the toy
 CROSS = Variant(network=CrossMoDA)
-STREAM_ONLY = Variant("--emotion_adaln=False")
+STREAM_ONLY = Variant(network=StreamMoDA)
 GATED = Variant("--alse={out}/expert/ckpt.pt --tau=0.4")
 UNGATED = Variant("--alse={out}/expert/ckpt.pt --tau=99")
 CLAIMS = {
