@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sample
-from data import HOP, RATE, ToyTalker, expression, load_audio, parse_flags, run, toy_clip
+from data import FRAME, RATE, ToyTalker, expression, load_audio, log_mel, parse_flags, run, toy_clip
 from moda import EMOTIONS, EXP, MOUTH, M, MoDA, euler_times, generate, guided_velocity
 from renderer import FACE, Sketch, keypoints
 
@@ -50,7 +50,7 @@ def label(image, text, x, y, size=22, colour=INK):
 
 def voice_of(settings, frames=64):
     if settings.voice:
-        return load_audio(settings.voice)[:frames * HOP]
+        return load_audio(settings.voice)[:frames * FRAME]
     wav, *_ = toy_clip(3, frames)
     return wav
 
@@ -88,7 +88,7 @@ def talk(settings, path):
     wav = voice_of(settings)
     shown = "happiness", "anger"
     videos = [talking(settings, wav, emotion)[0] for emotion in shown]
-    loudness = np.abs(wav).reshape(-1, HOP // 4).max(1)
+    loudness = np.abs(wav).reshape(-1, FRAME // 4).max(1)
     heights = 24 * loudness / loudness.max()
     images = []
     for k in range(0, len(videos[0]), 2):
@@ -119,7 +119,7 @@ def strip(settings, path):
     for second, frame in enumerate(frames[::25]):
         face = frame.crop(HEAD).resize((120, 120), Image.LANCZOS)
         image.paste(face, (120 * second, 0))
-    curve(image, wav[::HOP // 2] * 40 / np.abs(wav).max(), 165, "#7896aa")
+    curve(image, wav[::FRAME // 2] * 40 / np.abs(wav).max(), 165, "#7896aa")
     curve(image, true[:, MOUTH] * 1500, 290, GREY)
     curve(image, motion[:, MOUTH] * 1500, 290, RED)
     image.quantize(96).save(path, optimize=True)
@@ -132,15 +132,23 @@ def curve(image, heights, base, colour):
 
 def emotions(settings, path):
     """Eight faces at one vowel, where the mouth is widest."""
-    wav = voice_of(settings)
+    wav, face = voice_of(settings), Sketch()
+    told = sample.Settings(ckpt=settings.ckpt)
+    model = sample.open_model(told, {})
+    options = sample.sampling(told)
+    rest = model.mean.clone()
+    rest[EXP] = 0
+    audio, x_c = log_mel(wav, len(wav) // FRAME), torch.tensor(FACE).float().flatten()
     image = Image.new("RGB", (880, 500), "white")
     for k, emotion in enumerate(EIGHT):
-        frames, motion = talking(settings, wav, emotion)
+        z = generate(model, audio, x_c, model.normalise(rest), EMOTIONS.index(emotion), **options)
+        motion = model.denormalise(z)
         if k == 0:
             widest = int(motion[:, MOUTH].argmax())
+        frame, = face.frames(face.source(), motion[widest:widest + 1])
         x, y = 220 * (k % 4), 250 * (k // 4)
-        face = frames[widest].crop(HEAD).resize((216, 216), Image.LANCZOS)
-        image.paste(face, (x + 2, y + 30))
+        head = Image.fromarray(frame).crop(HEAD).resize((216, 216), Image.LANCZOS)
+        image.paste(head, (x + 2, y + 30))
         label(image, emotion, x + 110, y + 15, 20)
     image.quantize(96).save(path, optimize=True)
 
