@@ -216,7 +216,7 @@ def flow(settings, path, steps=10):
         if k == steps:
             panel.plot(truth[1:81, MOUTH], color=GREY, linewidth=3, alpha=0.6)
         panel.plot(mouth[k], color=RED if k == steps else TEAL)
-        panel.set_ylim(-3.5, 3.5)
+        panel.set_ylim(-3, 5)
         panel.set_yticks([])
         panel.set_ylabel(f"t = {times[k]:.1f}", rotation=0, ha="right", va="center")
     panel.set_xlabel("frame")
