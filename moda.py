@@ -322,8 +322,8 @@ class MoDA(MotionModel):
         prev = prev[:, None].expand(-1, N, -1)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
-        a = self.embed_audio(audio, drop_audio)
-        e = self.emotion_embedder(emotion)[:, None].expand(-1, N, -1)
+        a = self.embed_audio(audio, drop_audio).type_as(m)             # autocast left it float32
+        e = self.emotion_embedder(emotion)[:, None].expand(-1, N, -1).type_as(m)
         i = self.embed_identity(identity)[:, None].expand(-1, N, -1)
         c = self.conditioning(t, emotion)
         rope = rope_table(N, self.cfg.width // self.cfg.heads, z.device)
@@ -369,7 +369,7 @@ def draw(cfg, B, N, generator):
 
 def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_emotion,
            weight=1.0, expert=None, tau=0.4):
-    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6.
+    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; and the lips' part of L_RF.
 
     z0 (B, N, 70), normalised; t .. drop_emotion from `draw`; weight (70,) of the channels; expert:
     (audio, z0) -> a, m of ALSE."""
@@ -383,12 +383,14 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     loss_vel = error.diff(dim=1).square().mean()                       # Eq. 5: x' - m',
     loss_acc = error.diff(2, dim=1).square().mean()                    # and x'' - m''
     loss_vel = loss_vel + loss_acc
+    lips = F.mse_loss(m[..., LIPS], x[..., LIPS]).detach()
     if expert is None:
-        return loss_rf, loss_vel, torch.zeros_like(loss_rf)
+        return loss_rf, loss_vel, torch.zeros_like(loss_rf), lips
     z0_ = z_t - t_ * m                                                 # the estimate of z0
     sync = sync_loss(*expert(audio, z0_))
     gate = (sync < tau) & ~drop_audio                                  # Eq. 7; a dropped voice has
-    return loss_rf, loss_vel, (sync * gate).mean()                     # nothing to be in sync with
+    loss_sync = (sync * gate).mean()                                   # nothing to be in sync with
+    return loss_rf, loss_vel, loss_sync, lips
 
 
 @torch.no_grad()

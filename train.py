@@ -7,7 +7,8 @@
 
 All chance in step k, windows, times, noise and dropped conditions, is drawn for the whole batch
 from (seed, k): a resumed run equals an uninterrupted one, and any number of processes sees the same
-batch. SIGTERM ends the run with a checkpoint. Flags, with every field of moda.Config among them:
+batch. Ctrl-C and SIGTERM end a run with a checkpoint, from which --init_from=auto goes on.
+Flags, with every field of moda.Config among them:
 """
 import signal
 
@@ -19,7 +20,6 @@ import math
 import os
 import sys
 import time
-import timeit
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
@@ -39,6 +38,7 @@ from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock
 RANK = int(os.environ.get("RANK", 0))              # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+VAL_BATCHES = 8
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Settings:
     data_dir: str = ""           # a data set prepared by data.py; else the toy talker
     clips: int = 300             # how many clips the toy talker makes, 8 s each
     out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
-    init_from: str = "scratch"   # scratch, resume, or a checkpoint to start from; net-200.pth too
+    init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
+    overwrite: bool = False      # begin again in a folder that holds a run
     stats: str = ""              # file of the motion's mean and std, as net-200.pth needs
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
@@ -65,7 +66,9 @@ class Settings:
     compile: bool = False        # torch.compile the model
     checkpointing: bool = False  # recompute activations: slower, but ten times as many windows fit
     save_every: int = 250        # steps; the last two are kept, ckpt.pt and previous.pt
-    eval_clips: int = 12         # unseen toy clips for the table and the video at the end; 0 = none
+    keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
+    eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
+    eval_clips: int = 12         # val clips of the toy, for a table at the end too; 0 = no table
     seed: int = 1                # of the weights and all that is drawn
     device: str = ""             # cuda if there is one
     workers: int = 0             # processes that read windows
@@ -73,7 +76,7 @@ class Settings:
 
 # Sec. 4.1.2: Adam, 1e-4, batch 512
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
-             bf16=True, workers=4, save_every=2500)
+             bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
 REFLOW = dict(steps=300, batch_size=8, learning_rate=3e-4)       # begins with a teacher's weights
 
@@ -103,6 +106,18 @@ def read_settings(argv):
     return settings, cfg
 
 
+def open_data(settings):
+    """The train and val clips of the data set or the toy talker; None if there are no val clips."""
+    if not settings.data_dir:
+        return ToyTalker("train", settings.clips), ToyTalker("val", settings.eval_clips or 1)
+    data = Clips(settings.data_dir)
+    try:
+        return data, Clips(settings.data_dir, "val")
+    except ValueError as error:
+        print(f"no validation: {error}")
+        return data, None
+
+
 def draw_batch(step, data, cfg, settings):
     """What this process learns from in a step, and lines about windows that cannot be read.
 
@@ -117,7 +132,7 @@ def draw_batch(step, data, cfg, settings):
         return None, damaged
     batch = torch.utils.data.default_collate(windows)
     for name, x in drawn.items():
-        batch[name] = x.chunk(WORLD)[RANK]
+        batch[name] = x.chunk(WORLD)[RANK].clone()                     # or a worker passes on all
     return batch, damaged
 
 
@@ -130,63 +145,64 @@ def readable(data, candidates, damaged):
             damaged.append(str(error))
 
 
-def resume(out, parts, model):
-    """Load the last complete checkpoint into the parts of a run -> its step."""
-    path = out / "ckpt.pt"
-    if not path.exists() and (out / "previous.pt").exists():           # killed between two renames
-        path = out / "previous.pt"
-    state = read_checkpoint(path, "nothing to resume")
+def find_run(out, settings):
+    """The last complete checkpoint, or None to begin; ValueError if that would harm a run."""
+    paths = out / "ckpt.pt", out / "previous.pt"   # the second, if killed between two renames
+    saved = [path for path in paths if path.exists()]
+    auto = settings.init_from == "auto"
+    if settings.init_from == "resume" or auto and saved:
+        return read_checkpoint([*saved, *paths][0], "nothing to resume")
+    begun = saved or (out / "log.csv").exists()
+    if begun and not auto and not settings.overwrite:
+        raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
+                         "begins again")
+    for path in saved:
+        path.unlink()
+
+
+def resume(state, parts, settings):
+    """Load a checkpoint into the parts of a run -> its step, the lowest val_loss until then."""
+    before = state.get("settings", {}) | state.get("config", {})
+    now = vars(settings) | asdict(parts["model"].cfg)
+    for name, value in now.items():
+        if before.get(name) != value and name != "init_from" and RANK == 0:
+            print(f"--{name}={before.get(name)} until now; --{name}={value} counts")
     try:
-        about = state["kind"], state["config"]
-        if about != (type(model).__name__, asdict(model.cfg)):
-            raise ValueError(about)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return state["step"]
-    except Exception as error:
-        raise ValueError(f"{path}: was trained with other settings ({error}); use another "
-                         "--out_dir") from None
+        return state["step"], state["best"]
+    except Exception:
+        raise ValueError("ckpt.pt: was trained with other settings, and not all may change; use "
+                         "another --out_dir") from None
 
 
-def open_log(out, first_step, columns):
+def open_log(out, first_step, kind):
     """log.csv, which keeps the rows of the steps before first_step."""
-    path = out / "log.csv"
-    path.touch()
-    rows = path.read_text().splitlines()[1:first_step + 1]
-    log = open(path if RANK == 0 else os.devnull, "w")
-    print(columns, *rows, sep="\n", file=log, flush=True)
+    if RANK > 0:
+        return open(os.devnull, "w")
+    log = open(out / "log.csv", "a+")
+    log.seek(0)
+    rows = log.readlines()[:first_step + 1] if first_step else []
+    log.truncate(len("".join(rows)))
+    terms = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss
+    if not rows:
+        print(f"step,loss,{terms},lips,grad_norm,learning_rate,seconds,waiting,epochs,val_loss,"
+              "val_lips", file=log)
     return log
 
 
-def matmul_speed(device, bf16):
-    """FLOP/s of a large matrix product on this device, which MFU is a share of."""
-    n = 4096 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
-    a = torch.randn(n, n, device=device, dtype=dtype)
-
-    def product():
-        (a @ a)[0, 0].item()                       # waits for the device
-    seconds = timeit.repeat(product, number=1, repeat=10)
-    return 2 * n ** 3 / min(seconds)
-
-
-def step_flops(model, batch):
-    """FLOP of a step: the backward pass takes twice the work of the forward pass."""
-    one = {name: x[:1].to(model.mean.device) for name, x in batch.items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        loss_terms(model, model, one)
-    return 3 * len(batch["motion"]) * forward.get_total_flops()
-
-
 def loss_terms(net, model, batch, expert=None, tau=0.4, teacher=None):
-    """What the loss is the sum of: L_RF, L_vel and L_ALSE of a MoDA (Eq. 6); of an ALSE its own.
+    """What the loss is the sum of: L_RF, L_vel and L_ALSE of a MoDA (Eq. 6), or an ALSE's own; and
+    the lips' part of L_RF, which is not in the sum.
 
     net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
     them; expert: from load_expert; teacher: a MoDA whose paths are to be made straight."""
+    batch = dict(batch)
+    batch["audio"] = batch["audio"].float()
     if isinstance(model, ALSE):
         late = int(3 + 27 * batch["t"][0])         # frames
-        return [ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)]
-    batch = dict(batch)
+        loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
+        return loss, loss.detach()                 # of lips alone
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
     if teacher:
@@ -209,15 +225,39 @@ def mean_over_processes(numbers, device):
     return (numbers / WORLD).tolist()
 
 
-def save_run(out, settings, parts, step, stop):
-    """ckpt.pt, if it is due: kind, config, step, and the state of every part of the run."""
-    due = stop or step % settings.save_every == 0 or step == settings.steps
-    if RANK > 0 or not due:
+@torch.no_grad()
+def validate(model, data, settings, expert, teacher):
+    """val_loss and the lips' part on the same windows, times, noise and dropped conditions each
+    time."""
+    total = 0
+    for batch in read_ahead(data, model, replace(settings, steps=VAL_BATCHES), 0):
+        total = total + torch.stack(loss_terms(model, model, batch, expert, settings.tau, teacher))
+    *terms, lips = mean_over_processes([*total / VAL_BATCHES], total.device)
+    return sum(terms), lips
+
+
+def is_due(step, every, settings):
+    """What happens every so many steps, if any, also happens after the last."""
+    return every and (step % every == 0 or step == settings.steps)
+
+
+def save_run(out, settings, parts, step, stop, best, improved):
+    """The checkpoints that are due: settings, step, and the state of every part of the run."""
+    due = []
+    if improved:
+        due.append("best.pt")
+    if is_due(step, settings.keep_every, settings):
+        due.append(f"ckpt-{step}.pt")
+    if stop or is_due(step, settings.save_every, settings):
+        due.append("ckpt.pt")                      # the last, or a kill might lose the others
+    if not due:
         return
     model = parts["model"]
-    state = dict(kind=type(model).__name__, config=asdict(model.cfg), step=step)
+    state = dict(kind=type(model).__name__, config=asdict(model.cfg), settings=vars(settings))
     state |= {name: part.state_dict() for name, part in parts.items()}
-    save(out / "ckpt.pt", state, keep="previous.pt")
+    for name in due:
+        keep = "previous.pt" if name == "ckpt.pt" else None
+        save(out / name, state | dict(step=step, best=best), keep)
 
 
 def ignore_sigterm(worker):
@@ -225,14 +265,14 @@ def ignore_sigterm(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read_ahead(data, cfg, settings, first_step):
+def read_ahead(data, model, settings, first_step):
     """Batches step by step, read by workers, which share the data by fork where there is one.
 
     ValueError if more than 1 % of a process's windows cannot be read; others stand in for them."""
     loader = torch.utils.data.DataLoader(
         range(first_step, settings.steps),
         batch_size=None,
-        collate_fn=partial(draw_batch, data=data, cfg=cfg, settings=settings),
+        collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
         num_workers=settings.workers,
         multiprocessing_context="fork" if settings.workers and hasattr(os, "fork") else None,
         worker_init_fn=ignore_sigterm,
@@ -244,7 +284,7 @@ def read_ahead(data, cfg, settings, first_step):
         damaged += len(reports)
         if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
             raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
-        yield batch
+        yield {name: x.to(model.mean.device, non_blocking=True) for name, x in batch.items()}
 
 
 def load_expert(path, model):
@@ -258,6 +298,18 @@ def load_expert(path, model):
     return judge
 
 
+def wrapped(model, settings):
+    """The model as it is called in training; it keeps its own name in checkpoints."""
+    for block in model.modules():
+        if settings.checkpointing and isinstance(block, (JointBlock, SingleBlock)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if settings.compile:
+        model.compile()
+    if WORLD > 1:
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    return model
+
+
 def main(argv):
     settings, cfg = read_settings(argv)
     device = find_device(settings.device)
@@ -268,29 +320,27 @@ def main(argv):
     out = Path(settings.out_dir or f"out/{default}")
     out.mkdir(parents=True, exist_ok=True)
 
-    # one process, or one of those that torchrun started
+    # one process, or one of those that torchrun started, the first of which looks for a run
+    found = [find_run(out, settings) if RANK == 0 else None]
     if WORLD > 1:
         dist.init_process_group()
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", device.index or LOCAL_RANK)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                     # TF32
     torch.manual_seed(settings.seed)
     torch.set_flush_denormal(True)                 # Adam's tiny moments are slow on a CPU
 
-    # data
-    if settings.data_dir:
-        data = Clips(settings.data_dir)
-    else:
-        data = ToyTalker("train", settings.clips)
+    # data, model and optimizer
+    data, val = open_data(settings)
     cfg.audio_layers, cfg.audio_dim = data.audio_shape
-
-    # model and optimizer
     teacher = None
     if settings.reflow:
         teacher = MoDA.from_pretrained(settings.reflow).to(device)
         model = copy.deepcopy(teacher)
         model.cfg = replace(model.cfg, **STRAIGHT)
-    elif settings.init_from in ("scratch", "resume"):
+    elif settings.init_from in ("scratch", "resume", "auto"):
         model = kind(cfg)
     else:
         model = kind.from_pretrained(settings.init_from)
@@ -305,75 +355,80 @@ def main(argv):
     parts = dict(model=model, optimizer=optimizer)                     # of a checkpoint
     if settings.ema:
         parts["ema"] = copy.deepcopy(model).requires_grad_(False)
-    first_step = 0
-    if settings.init_from == "resume":
-        first_step = resume(out, parts, model)
+    sampled = parts.get("ema", model)
+    first_step, best = 0, math.inf
+    if state := found.pop():
+        first_step, best = resume(state, parts, settings)
+    del state                                      # a gigabyte or more
+    net = wrapped(model, settings)
 
-    # compile and wrap
-    for block in model.modules():
-        if settings.checkpointing and isinstance(block, (JointBlock, SingleBlock)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if settings.compile:
-        model.compile()                            # in place: names in checkpoints stay
-    net = model
-    if WORLD > 1:
-        net = DistributedDataParallel(model)
-
-    # the loop; SIGTERM ends it after a step
+    # the loop; a signal ends it after a step
     stops = []
-    signal.signal(signal.SIGTERM, lambda *_: stops.append(True))
-    batches = read_ahead(data, model.cfg, settings, first_step)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stops.append(True))
+    batches = read_ahead(data, model, settings, first_step)
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
     expert = load_expert(settings.alse, model)
-    names = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss's terms
-    log = open_log(out, first_step, f"step,loss,{names},grad_norm,learning_rate,seconds,waiting")
-    ideal, began = None, time.perf_counter()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+    log = open_log(out, first_step, kind)
+    began = time.perf_counter()
     for step, batch in enumerate(bar, first_step):
         waiting = time.perf_counter() - began
-        ideal = ideal or step_flops(model, batch) / matmul_speed(device, settings.bf16)
 
         # forward and backward, pass by pass
         means = 0
         for k in range(settings.passes):
-            part = {name: x.chunk(settings.passes)[k].to(device) for name, x in batch.items()}
+            part = {name: x.chunk(settings.passes)[k] for name, x in batch.items()}
             net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            with autocast:
                 terms = loss_terms(net, model, part, expert, settings.tau, teacher)
             terms = torch.stack(terms) / settings.passes
-            terms.sum().backward()
+            terms[:-1].sum().backward()
             means = means + terms.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
 
         # step, if all processes find it sound
-        *terms, norm, stop = mean_over_processes([*means, norm, len(stops)], device)
+        *terms, lips, norm, stop = mean_over_processes([*means, norm, len(stops)], device)
         loss = sum(terms)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradients {norm}; "
                              "the last checkpoint is good")
-        rate = rate_of(settings, step)
-        optimizer.param_groups[0]["lr"] = rate
+        rate = optimizer.param_groups[0]["lr"] = rate_of(settings, step)
         optimizer.step()
         optimizer.zero_grad()
         if settings.ema:
             decay = min(settings.ema, (1 + step) / (10 + step))        # to forget the random start
-            for average, p in zip(parts["ema"].parameters(), model.parameters()):
-                average.lerp_(p.detach(), 1 - decay)
-
-        # log and save
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_([*sampled.parameters()], weights, 1 - decay)
         seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        row = step, loss, *terms, norm, rate, seconds, waiting
+        step += 1
+
+        # validate, log and save
+        val_loss = val_lips = ""
+        if val and is_due(step, settings.eval_every, settings):
+            with autocast:
+                val_loss, val_lips = validate(sampled, val, settings, expert, teacher)
+            best = min(best, val_loss)
+            bar.set_description(f"val_loss {val_loss:.3f}, val_lips {val_lips:.3f}")
+        epochs = step * settings.batch_size * data.frames / data.lengths.sum()
+        row = step - 1, loss, *terms, lips, norm, rate, seconds, waiting, epochs, val_loss, val_lips
         print(*row, sep=",", file=log, flush=True)
-        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, "
+        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, epoch {epochs:.1f}, "
                             f"{settings.batch_size / seconds:.0f} windows/s, "
-                            f"{waiting / seconds:.0%} waiting, MFU {ideal / seconds:.0%}")
-        save_run(out, settings, parts, step + 1, stop)
+                            f"{waiting / seconds:.0%} waiting")
+        if RANK == 0:
+            save_run(out, settings, parts, step, stop, best, val_loss == best)
         if stop:
             return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+        began = time.perf_counter()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0 and kind is MoDA and settings.eval_clips and not settings.data_dir:
+    if RANK > 0:
+        return
+    print(f"{out}: finished, {settings.steps} steps")
+    if kind is MoDA and settings.eval_clips and not settings.data_dir:
         sample.after_training(out, settings.eval_clips)
 
 

@@ -36,13 +36,13 @@ FLAGS = dict(
     portrait="--audio_path=voice.wav --ckpt=ckpt.pt --image_path=me.png --weights=.",
     play="--audio_path=voice.wav --ckpt=ckpt.pt --output_path=video.mp4",
     pairs="--ckpt=ckpt.pt --steps=1 --chunk=20 --overlap=4",
-    train="--data_dir=set --out_dir=old --width=32 --heads=1 --steps=20 --batch_size=2",
+    train="--data_dir=set --out_dir=new_run --width=32 --heads=1 --steps=20 --batch_size=2",
     resume="--data_dir=set --out_dir=old --init_from=resume --width=32 --heads=2 --n_one=2 "
            "--steps=2",
     prepare="--videos=videos --data_dir=new --weights=lp",
     check="--data_dir=set --check")
 # what a run may begin before it fails
-BEGUN = {"old/log.csv", "new/manifest.json", "old/ckpt.pt.tmp"}
+BEGUN = {"new_run/log.csv", "old/log.csv", "new/manifest.json", "new_run/ckpt.pt.tmp"}
 
 
 # -------------------------------------------------------------------------- a folder, and its copy
@@ -74,7 +74,8 @@ def write_checkpoints(folder, tiny):
     model["mean"] = model["std"] = torch.full((70,), 0.1)
     optimizer = torch.optim.Adam(tiny.parameters()).state_dict()
     config = asdict(Config(**PRESETS["toy"] | build.SMALL))            # as train.py would make it
-    about = dict(kind="MoDA", config=config, step=1, model=model, optimizer=optimizer)
+    about = dict(kind="MoDA", config=config, settings={}, step=1, best=9.0, model=model,
+                 optimizer=optimizer)
     save(folder / "ckpt.pt", about)
     save(folder / "old/ckpt.pt", about)
     expert = ALSE(Config(width=32, audio_layers=1, audio_dim=160))

@@ -41,12 +41,13 @@ def test_rectified_flow_and_velocity_loss_are_equations_4_and_5():
     b = batch()
     error = torch.randn(3, 12, M)
     model = Fixed(b["eps"] - b["z0"] + error)
-    rf, vel, sync = losses(model, **b)
+    rf, vel, sync, lips = losses(model, **b)
     first = error[:, 1:] - error[:, :-1]
     second = error[:, 2:] - 2 * error[:, 1:-1] + error[:, :-2]
     assert torch.allclose(rf, error.square().mean())
     assert torch.allclose(vel, first.square().mean() + second.square().mean())
     assert sync == 0
+    assert torch.allclose(lips, error[..., LIPS].square().mean())
     z_t, t = model.args[:2]
     assert torch.allclose(z_t[1], (1 - t[1]) * b["z0"][1] + t[1] * b["eps"][1])    # Sec. 3.1
 
