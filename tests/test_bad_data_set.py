@@ -196,7 +196,7 @@ def test_few_damaged_windows_are_passed_over(run):
 # ------------------------------------------------------------------------------------- preparation
 @pytest.mark.parametrize("root", ["nowhere", "text.txt"])
 def test_no_videos(refused, root):
-    refused(f"prepare --videos={root}", f"{root}: no videos there; looked for .avi")
+    refused(f"prepare --videos={root}", f"{root}: no videos there; looked for .3gp")
 
 
 def test_no_table_of_labels(refused):
