@@ -25,6 +25,7 @@ import weakref
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -38,13 +39,15 @@ from numpy.lib.format import open_memmap
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from moda import EMOTIONS, MOUTH, NO_EMOTION, M, load_strictly, read_checkpoint
+from moda import EMOTIONS, MOUTH, NO_EMOTION, M, draw, load_strictly, read_checkpoint
 from renderer import FACE, LivePortrait, to_motion
 
 RATE = 16000                     # samples per second
 FRAME = 640                      # samples per video frame
 HOP = 160                        # samples from spectrum to spectrum, 10 ms
 BLOCK = 5                        # frames of sound that are read and analysed at once
+RANK = int(os.environ.get("RANK", 0))              # torchrun's number of this process,
+WORLD = int(os.environ.get("WORLD_SIZE", 1))       # and how many there are
 
 
 def table(text):
@@ -336,6 +339,60 @@ class Clips(torch.utils.data.Dataset):
             audio=audio[1:],
             identity=identity,
             emotion=self.emotion[k])
+
+
+def draw_batch(step, data, cfg, settings):
+    """What this process learns from in a step, and lines about windows that cannot be read.
+
+    Windows, times, noise and dropped conditions are drawn for all processes alike."""
+    generator = torch.Generator().manual_seed((settings.seed * 10**9 + step) % 2**63)
+    index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
+    drawn = draw(cfg, settings.batch_size, data.frames, generator)
+    damaged = []
+    mine = index.chunk(WORLD)[RANK]
+    windows = [readable(data, row, damaged) for row in mine.tolist()]
+    if None in windows:
+        return None, damaged
+    batch = torch.utils.data.default_collate(windows)
+    for name, x in drawn.items():
+        batch[name] = x.chunk(WORLD)[RANK].clone()                     # or a worker passes on all
+    return batch, damaged
+
+
+def readable(data, candidates, damaged):
+    """The first window that can be read; a line about each before it to `damaged`."""
+    for i in candidates:
+        try:
+            return data[i]
+        except ValueError as error:
+            damaged.append(str(error))
+
+
+def ignore_sigterm(worker):
+    """SIGTERM is for the process that trains."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def read_ahead(data, model, settings, first_step):
+    """Batches step by step, read by workers, which share the data by fork where there is one.
+
+    ValueError if more than 1 % of a process's windows cannot be read; others stand in for them."""
+    loader = torch.utils.data.DataLoader(
+        range(first_step, settings.steps),
+        batch_size=None,
+        collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
+        num_workers=settings.workers,
+        multiprocessing_context="fork" if settings.workers and hasattr(os, "fork") else None,
+        worker_init_fn=ignore_sigterm,
+        pin_memory=torch.cuda.is_available())
+    damaged = 0
+    for batch, reports in loader:
+        for line in reports:
+            tqdm.write(f"passed over: {line}", sys.stderr)
+        damaged += len(reports)
+        if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
+            raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
+        yield {name: x.to(model.mean.device, non_blocking=True) for name, x in batch.items()}
 
 
 def moments_of(motions):

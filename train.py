@@ -18,7 +18,6 @@ if __name__ == "__main__":                         # Ctrl-C ends the imports wit
 import copy
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,13 +30,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
-from data import Clips, ToyTalker, UsageError, check_effects, find_device, parse_flags, run, save
-from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock, draw,
+from data import (RANK, WORLD, Clips, ToyTalker, UsageError, check_effects, find_device,
+                  parse_flags, read_ahead, run, save)
+from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock,
                   load_statistics, losses, read_checkpoint, reflow)
 
-RANK = int(os.environ.get("RANK", 0))              # set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
 VAL_BATCHES = 8
 
 
@@ -116,33 +114,6 @@ def open_data(settings):
     except ValueError as error:
         print(f"no validation: {error}")
         return data, None
-
-
-def draw_batch(step, data, cfg, settings):
-    """What this process learns from in a step, and lines about windows that cannot be read.
-
-    Windows, times, noise and dropped conditions are drawn for all processes alike."""
-    generator = torch.Generator().manual_seed((settings.seed * 10**9 + step) % 2**63)
-    index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
-    drawn = draw(cfg, settings.batch_size, data.frames, generator)
-    damaged = []
-    mine = index.chunk(WORLD)[RANK]
-    windows = [readable(data, row, damaged) for row in mine.tolist()]
-    if None in windows:
-        return None, damaged
-    batch = torch.utils.data.default_collate(windows)
-    for name, x in drawn.items():
-        batch[name] = x.chunk(WORLD)[RANK].clone()                     # or a worker passes on all
-    return batch, damaged
-
-
-def readable(data, candidates, damaged):
-    """The first window that can be read; a line about each before it to `damaged`."""
-    for i in candidates:
-        try:
-            return data[i]
-        except ValueError as error:
-            damaged.append(str(error))
 
 
 def find_run(out, settings):
@@ -258,33 +229,6 @@ def save_run(out, settings, parts, step, stop, best, improved):
     for name in due:
         keep = "previous.pt" if name == "ckpt.pt" else None
         save(out / name, state | dict(step=step, best=best), keep)
-
-
-def ignore_sigterm(worker):
-    """SIGTERM is for the process that trains."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def read_ahead(data, model, settings, first_step):
-    """Batches step by step, read by workers, which share the data by fork where there is one.
-
-    ValueError if more than 1 % of a process's windows cannot be read; others stand in for them."""
-    loader = torch.utils.data.DataLoader(
-        range(first_step, settings.steps),
-        batch_size=None,
-        collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
-        num_workers=settings.workers,
-        multiprocessing_context="fork" if settings.workers and hasattr(os, "fork") else None,
-        worker_init_fn=ignore_sigterm,
-        pin_memory=torch.cuda.is_available())
-    damaged = 0
-    for batch, reports in loader:
-        for line in reports:
-            tqdm.write(f"passed over: {line}", sys.stderr)
-        damaged += len(reports)
-        if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
-            raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
-        yield {name: x.to(model.mean.device, non_blocking=True) for name, x in batch.items()}
 
 
 def load_expert(path, model):

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import build
+import data
 import moda
 import train
 from data import Clips, ToyTalker, UsageError, save
@@ -271,7 +272,7 @@ def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
         if generator.initial_seed() % 10**9 == 5:              # of step 5
             drawn["eps"] *= math.nan
         return drawn
-    monkeypatch.setattr(train, "draw", draw)
+    monkeypatch.setattr(data, "draw", draw)
     with pytest.raises(ValueError, match="step 5: .* nan; the last checkpoint is good"):
         train_here(tmp_path, "--steps=9", "--batch_size=2", "--save_every=2")
     assert len(curve(tmp_path)) == 5
@@ -284,7 +285,7 @@ def test_another_window_stands_in_for_one_of_a_damaged_clip(tmp_path):
     folder = build.data_set(tmp_path / "set", lengths=(200, 181))
     (folder / "clips/1/audio.npy").write_bytes(b"")
     settings, cfg = train.read_settings(["--batch_size=16"])
-    batch, reports = train.draw_batch(0, Clips(folder), cfg, settings)
+    batch, reports = data.draw_batch(0, Clips(folder), cfg, settings)
     good = torch.from_numpy(np.load(folder / "clips/0/motion.npy"))
     assert batch["motion"].shape == (16, 80, 70)
     assert torch.isin(batch["motion"], good).all()
@@ -437,7 +438,7 @@ def test_on_windows_workers_start_anew_with_what_can_be_sent_to_them(monkeypatch
         return []
     monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
     model = MoDA(Config(**build.SMALL))
-    list(train.read_ahead(toy("train", 4), model, train.Settings(workers=1), 0))
+    list(data.read_ahead(toy("train", 4), model, train.Settings(workers=1), 0))
     assert given["multiprocessing_context"] is None
     pickle.dumps((given["collate_fn"], given["worker_init_fn"]))
 
