@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils import (convert_conv2d_weight_memory_format,
                             convert_conv3d_weight_memory_format, fuse_conv_bn_eval,
@@ -575,37 +575,29 @@ class LivePortrait:
 
 
 # ---------------------------------------------------------------------------------------- pictures
-Image.MAX_IMAGE_PIXELS = None    # read_image has a limit of its own
+Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of over twice as many
 
 
 def read_image(path):
-    """Any picture that Pillow reads, upright and on white -> RGB, and its zoom.
+    """Any picture that Pillow reads, upright and on white -> RGB.
 
-    Where a side is longer than 4096 pixels, the picture is reduced while it is read, to zoom < 1.
     ValueError: it is no picture, or has more than 250 megapixels."""
     try:
         image = Image.open(path)
-        longest = max(image.size)
-        if image.width * image.height > 250e6:
-            raise ValueError("it has over 250 megapixels")
         if image.mode[0] in "IF":                  # of 16 or 32 bits; white is one of these
             white = min(x for x in (1, 255, 65535, 2**32) if x >= image.getextrema()[1])
             image = image.convert("F").point(lambda x: x * 255 / white + 0.5).convert("L")
-        image.thumbnail((4096, 4096), reducing_gap=1)
         image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:
         raise ValueError(f"{path}: no picture could be read ({error}); take another") from None
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    return image, max(image.size) / longest
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(image, mask=image)
+    return opaque
 
 
-def crop_box(image, crop="", zoom=1.0):
-    """The square to animate, "x,y,size" in pixels or the largest in the centre -> x, y, size.
-
-    crop counts pixels of the file, of which the image has `zoom` per side; the result the image's.
-    """
-    width, height = [int(n / zoom) for n in image.size]
+def crop_box(image, crop=""):
+    """The square to animate, "x,y,size" in pixels or the largest in the centre -> x, y, size."""
+    width, height = image.size
     size = min(width, height)
     crop = crop or f"{(width - size) // 2},{(height - size) // 2},{size}"
     problem = f"crop {crop}: should be x,y,size, 16 pixels or more, inside {width} x {height}"
@@ -616,7 +608,7 @@ def crop_box(image, crop="", zoom=1.0):
     inside = 0 <= x <= width - size and 0 <= y <= height - size
     if size < 16 or not inside:
         raise ValueError(problem)
-    return x * zoom, y * zoom, size * zoom
+    return x, y, size
 
 
 def paste_back(frames, image, box, longest=1280):
@@ -624,17 +616,13 @@ def paste_back(frames, image, box, longest=1280):
     zoom = min(1, longest / max(image.size))
     x, y, size = [int(v * zoom) for v in box]
     picture = image.resize([int(v * zoom) // 2 * 2 for v in image.size])
-    beyond = np.abs(np.arange(SIZE) - SIZE / 2).clip(240) - 240        # outside the square 16..496
-    distance = np.hypot(beyond, beyond[:, None])
-    mask = resized(255 * (1 - distance / 16).clip(0), size)            # a feathered edge
+    mask = ImageOps.expand(Image.new("L", (SIZE - 16, SIZE - 16), 255), 8)
+    mask = mask.filter(ImageFilter.BoxBlur(8)).resize((size, size))    # the edge, 16 wide, fades
     for frame in frames:
         whole = picture.copy()
-        whole.paste(resized(frame, size), (x, y), mask)
+        square = Image.fromarray(frame).resize((size, size))
+        whole.paste(square, (x, y), mask)
         yield np.asarray(whole)
-
-
-def resized(array, size):
-    return Image.fromarray(array.astype(np.uint8)).resize((size, size), Image.BILINEAR)
 
 
 # ---------------------------------------------------------------------------------- the drawn face

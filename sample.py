@@ -136,8 +136,8 @@ def open_face(settings, device):
     """The face to animate, its Source, what puts its frames where they belong, and its picture."""
     if not settings.weights:
         return Sketch(), Sketch().source(), iter, None
-    image, zoom = read_image(settings.image_path)
-    x, y, size = box = crop_box(image, settings.crop, zoom)
+    image = read_image(settings.image_path)
+    x, y, size = box = crop_box(image, settings.crop)
     crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
     dtype = torch.bfloat16 if settings.bf16 else None
     face = load_face(settings.weights, device, dtype, settings.compile)
