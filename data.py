@@ -22,7 +22,6 @@ import re
 import sys
 import tempfile
 import weakref
-import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
+from imageio_ffmpeg import get_ffmpeg_exe
 from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import open_memmap
 from torch.nn.utils.parametrizations import weight_norm
@@ -407,7 +406,7 @@ def moments_of(motions):
 
 # ------------------------------------------------------------------------------------- preparation
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts .mts .3gp".split())
-# our names, which are HSEmotion's in lower case, and MEAD's folders where they differ
+# our names, and MEAD's folders where they differ
 FOLDERS = {name: k for k, name in enumerate(EMOTIONS)}
 FOLDERS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 LABELS = FOLDERS | {str(k): k for k in range(len(EMOTIONS))}
@@ -460,27 +459,15 @@ def read_labels(path):
                          f"names {' '.join(LABELS)}") from None
 
 
-def hsemotion():
-    """The classifier that the paper labels with: uint8 (256, 256, 3) -> emotion 0 to 7."""
-    from hsemotion_onnx.facial_emotions import HSEmotionRecognizer     # an optional extra
-    net = HSEmotionRecognizer("enet_b0_8_best_vgaf")
-
-    def classify(image):
-        name, scores = net.predict_emotions(image)
-        return FOLDERS[name.lower()]
-    return classify
-
-
 @torch.inference_mode()
-def extract(path, face, features, crop, classify):
+def extract(path, face, features, crop):
     """One video -> the arrays of its clip; ValueError if it cannot be used."""
     wav = load_audio(path)
-    motion, x_c, votes = [], [], []
+    motion, x_c = [], []
     for images in pictures(path, crop):
         heads = face.M(images.to(face.device).movedim(-1, 1) / 255)
         motion.append(to_motion(heads).cpu())
         x_c.append(heads["kp"].cpu())
-        votes.append(classify(images[0].numpy()))
     motion = torch.cat(motion)
     T = min(len(motion), len(wav) // FRAME)
     if T <= Clips.frames:
@@ -491,8 +478,7 @@ def extract(path, face, features, crop, classify):
         motion=motion[:T],
         audio=audio,
         identity=torch.cat(x_c)[:T].mean(0),
-        loudness=log_mel(wav, T).mean((1, 2)),
-        emotion=torch.tensor(votes).mode().values)
+        loudness=log_mel(wav, T).mean((1, 2)))
     for name, array in clip.items():
         if not array.isfinite().all():
             raise ValueError(f"{path}: its {name} holds NaN or infinity")
@@ -526,21 +512,26 @@ def write_manifest(manifest, path):
     path.write_text(json.dumps(manifest, indent=1))
 
 
+def find_videos(root):
+    """Every video below a folder, by its path from there; ValueError if there are none."""
+    videos = [path.relative_to(root) for path in Path(root).rglob("*")
+              if path.suffix.lower() in VIDEOS]
+    if not videos:
+        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    return sorted(videos)
+
+
 def prepare(settings):
     """Talking videos -> a data set. A run that was cut off goes on; bad videos are listed.
 
     A speaker is a folder below --videos, or a video there, and keeps the split that he had."""
     root, folder = Path(settings.videos), Path(settings.data_dir)
-    videos = sorted(path.relative_to(root) for path in root.rglob("*")
-                    if path.suffix.lower() in VIDEOS)
-    if not videos:
-        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
+    videos = find_videos(root)
     labels = read_labels(settings.labels) if settings.labels else {}
-    classify = hsemotion() if settings.emotion else lambda image: NO_EMOTION
     face = LivePortrait(settings.weights, settings.device)
     features = feature_blocks(settings.audio_encoder, settings.device)
-    begun = dict(torch=str(torch.__version__), ffmpeg=get_ffmpeg_version())
-    for name in "videos weights audio_encoder crop emotion".split():
+    begun = {}
+    for name in "videos weights audio_encoder crop".split():
         begun[name] = getattr(settings, name)
     path = folder / "manifest.json"
     before = begin(path, begun)
@@ -551,22 +542,21 @@ def prepare(settings):
         clip = folder / "clips" / name
         try:
             if not clip.exists():
-                arrays = extract(root / name, face, features, settings.crop, classify)
+                arrays = extract(root / name, face, features, settings.crop)
                 write_clip(arrays, clip)
-            motion, audio, vote = opened(clip, "motion", "audio", "emotion")
+            motion, audio = opened(clip, "motion", "audio")
         except ValueError as error:
             left_out.append(error)
             continue
-        emotion = label_of(name, labels, int(vote))
-        # of the first two speakers one is for training, one for validation; then one in 20
         speaker = name.parts[0]
-        lot = zlib.crc32(os.fsencode(speaker)) % 20 == 0 if len(splits) > 1 else len(splits)
+        if speaker not in splits:                  # the second of every twenty is for validation
+            splits[speaker] = "val" if len(splits) % 20 == 1 else "train"
         rows.append(dict(
             clip=name.as_posix(),
             frames=len(motion),
-            emotion=emotion,
+            emotion=label_of(name, labels),
             speaker=speaker,
-            split=splits.setdefault(speaker, ("train", "val")[lot])))
+            split=splits[speaker]))
     sys.stdout.reconfigure(errors="backslashreplace")                  # names may be no UTF-8
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
     if not rows:
@@ -607,9 +597,9 @@ def write_clip(clip, folder):
     part.rename(folder)
 
 
-def label_of(name, labels, vote):
+def label_of(name, labels):
     """The emotion of a video: of its path, name or nearest folder in `labels`, of a folder that is
-    called so, or what was voted for."""
+    called so, or none."""
     path = Path(plain(str(name)))
     folders = path.parts[-2::-1]
     for key in (str(path), path.name, *folders):
@@ -618,7 +608,7 @@ def label_of(name, labels, vote):
     for key in folders:
         if key in FOLDERS:
             return FOLDERS[key]
-    return vote
+    return NO_EMOTION
 
 
 def voice_lag(mouth, loud, reach=15):
@@ -1122,7 +1112,6 @@ class Settings:
     audio_encoder: str = ""      # file or folder of wav2vec 2.0 or HuBERT; else log-mel features
     crop: str = ""               # x,y,size: the square around the face; else the central one
     labels: str = ""             # csv that begins clip,emotion; a clip is a path, name or folder
-    emotion: str = ""            # hsemotion (pip install hsemotion-onnx) labels what else has none
     check: bool = False          # look at the data set
     device: str = ""             # cuda if there is one
 
@@ -1132,9 +1121,7 @@ def main(argv):
     given = parse_flags(argv, __doc__, settings)
     if not settings.data_dir or bool(settings.videos) == settings.check:
         raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
-    check_effects(given, settings, {"with --videos": "weights audio_encoder crop labels emotion"})
-    if settings.emotion not in ("", "hsemotion"):
-        raise UsageError(f"--emotion={settings.emotion}: should be hsemotion")
+    check_effects(given, settings, {"with --videos": "weights audio_encoder crop labels"})
     if not re.fullmatch(r"(\d+,\d+,\d+)?", settings.crop):
         raise UsageError(f"--crop={settings.crop}: should be --crop=x,y,size in pixels")
     settings.device = find_device(settings.device)

@@ -89,7 +89,7 @@ def preparable(folder, monkeypatch):
     def extract(*args):
         n = 90
         return dict(motion=torch.zeros(n, 70), audio=torch.zeros(n, 1, 160),
-                    identity=torch.zeros(63), loudness=torch.zeros(n), emotion=torch.tensor(8))
+                    identity=torch.zeros(63), loudness=torch.zeros(n))
     monkeypatch.setattr(data, "LivePortrait", lambda *args: None)
     monkeypatch.setattr(data, "extract", extract)
 

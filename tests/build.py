@@ -103,8 +103,7 @@ def data_set(folder, lengths=(200, 90), audio_shape=(1, 160), splits=("train", "
         clip = dict(motion=np.random.default_rng(k).standard_normal((n, M)).astype(np.float32),
                     audio=np.zeros((n, *audio_shape), np.float16),
                     identity=np.zeros(63, np.float32),
-                    loudness=np.zeros(n, np.float32),
-                    emotion=np.array(8))
+                    loudness=np.zeros(n, np.float32))
         (folder / f"clips/{k}").mkdir(parents=True)
         for name, array in clip.items():
             np.save(folder / f"clips/{k}/{name}.npy", array)

@@ -67,8 +67,7 @@ def test_a_number_out_of_range(refused, command, words):
     ("sample --edit=grin", "--edit=grin: 'grin'? known are aaa"),
     ("sample --motion=sideways", "--motion=sideways: should be relative or absolute"),
     ("train --preset=huge", "--preset=huge: known are toy, moda"),
-    ("train --model=gan", "--model=gan: known are moda, alse"),
-    ("prepare --emotion=happy", "--emotion=happy: should be hsemotion")])
+    ("train --model=gan", "--model=gan: known are moda, alse")])
 def test_a_name_that_is_not_known(refused, command, words):
     refused(command, words, code=2)
 
