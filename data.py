@@ -60,11 +60,7 @@ CHILDREN = weakref.WeakSet()     # every ffmpeg that was started
 FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ircam,m4v,matroska,"
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
 # what starts late or has gaps is filled with silence, to stay in step
-STEREO = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
-# of 9, say, nobody knows which are where: every second one goes to the left
-MANY = ("aresample=async=1:first_pts=0,pan=stereo"
-        "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
-        "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
+FILTERS = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
 # H.264 and AAC; colours as players take them to be, and tagged
 CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -vf "
           "scale=out_color_matrix=bt709:out_range=tv,setparams=range=tv:colorspace=bt709:"
@@ -119,20 +115,14 @@ class Sound:
     taken. "-" is stdin, mono, of unknown length. ValueError: there is no sound."""
 
     def __init__(self, path, track=-1):
-        self.path, self.filters = path, STEREO
-        self.frames, self.column = None, 0
+        self.path, self.frames, self.column = path, None, 0
         self.track = f"-map 0:a:{track}" if track >= 0 else ""
-        if path == "-":
-            return
-        try:
-            self.survey()
-        except ValueError:
-            self.filters = MANY
+        if path != "-":
             self.survey()
 
     def blocks(self):
         """Columns (n, 3): the channels' mean, the left one, the right one."""
-        mix = f"{self.filters},pan=3c|c0<c0+c1|c1=c0|c2=c1"
+        mix = f"{FILTERS},pan=3c|c0<c0+c1|c1=c0|c2=c1"
         options = f"{self.track} -af {mix} -ar {RATE} -f f32le"
         for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
             yield np.frombuffer(piece, np.float32).reshape(-1, 3)
@@ -185,7 +175,7 @@ def write_video(path, frames, sound, sound_pipe=os.devnull):
         if sound.path == "-":
             inherited = [pipe.fileno()]
             voice = f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
-        options = f"-f ppm_pipe -framerate 25 -i - -af {sound.filters} {CODING}"
+        options = f"-f ppm_pipe -framerate 25 -i - -af {FILTERS} {CODING}"
         if sound.track:
             options += f" -map 1:v {sound.track}"
         with ffmpeg(f"{path.name}: could not be written", OSError, *voice, *options.split(),
@@ -557,7 +547,6 @@ def prepare(settings):
             emotion=label_of(name, labels),
             speaker=speaker,
             split=splits[speaker]))
-    sys.stdout.reconfigure(errors="backslashreplace")                  # names may be no UTF-8
     print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
     if not rows:
         raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
@@ -632,14 +621,10 @@ def check(folder):
     for path in data.names:
         motion, loudness, *_ = opened(path, "motion", "loudness", "audio", "identity")
         lag, fit = voice_lag(motion[:, MOUTH], loudness)
-        odd = [name for name, channel, mean, std in PUBLISHED
-               if abs(motion[:, channel].mean() - mean) > 4 * std]
         if fit > 0.3 and abs(lag) > 3:
-            odd.append("voice")
+            print(f"{path}: voice {lag:+d} frames after the lips (correlation {fit:.2f})")
         if np.abs(np.diff(motion[:, 63:66], axis=0)).max() > JUMP:
-            odd.append("jump (is the video cut, or the face lost?)")
-        looks = "".join(f" LOOK: {name}" for name in odd)
-        print(f"{path}: voice {lag:+d} frames after the lips (correlation {fit:.2f}){looks}")
+            print(f"{path}: jumps; is the video cut, or the face lost?")
 
 
 # ------------------------------------------------------------------------------- the audio encoder
@@ -663,7 +648,6 @@ class AudioEncoder(nn.Module):
         post_norm = nn.TransformerEncoderLayer(
             width, heads, hidden, activation="gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(post_norm, depth).layers
-        self.normalise = True                      # the sound, to mean 0 and variance 1
         self.eval()
 
     def forward(self, wav):
@@ -685,19 +669,12 @@ class AudioEncoder(nn.Module):
 
     @torch.inference_mode()
     def blocks(self, pieces):
-        """Sound in pieces of any length -> features (n, L, A) of a minute at a time.
-
-        A last frame that is not whole has the features of the one before."""
+        """Sound in pieces of any length -> features (n, L, A) of a minute at a time."""
         for wav in regroup(pieces, 60 * RATE):
             x = torch.tensor(wav)
-            x = F.pad(x, (0, max(0, FRAME - len(x))))
-            if self.normalise:
-                x = F.layer_norm(x, x.shape, eps=1e-7)
-            whole = x[:len(x) // FRAME * FRAME]
-            features = self(whole.to(self.norm.weight)).cpu()
-            yield features
-            if len(x) > len(whole):
-                yield features[-1:]
+            x = F.layer_norm(x, x.shape, eps=1e-7)                     # loudness does not matter
+            x = F.pad(x, (0, -len(x) % FRAME))                         # silence to a whole frame
+            yield self(x.to(self.norm.weight)).cpu()
 
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
@@ -708,12 +685,7 @@ class AudioEncoder(nn.Module):
         path = Path(path)
         if path.is_dir():                          # the file that is there, or the first
             path = max(path / "pytorch_model.bin", path / "model.safetensors", key=Path.exists)
-        reading = path.with_name("preprocessor_config.json")
         try:
-            if reading.exists():
-                about = json.loads(reading.read_text())
-                model.normalise = about.get("do_normalize", True)
-            reading = path
             if path.suffix == ".safetensors":
                 from safetensors.torch import load_file                # an optional extra
                 tensors = load_file(path)
@@ -721,7 +693,7 @@ class AudioEncoder(nn.Module):
                 tensors = read_checkpoint(path)
             load_strictly(model.state_dict(), encoder_tensors(tensors))
         except Exception as error:
-            raise ValueError(f"{reading}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
+            raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
                              f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
                              "TencentGameMate/chinese-hubert-base; for .safetensors: "
                              "pip install safetensors") from None

@@ -45,16 +45,18 @@ def features(encoder, *pieces):
 
 
 def error(encoder, wav, reference):
-    whole = features(encoder, wav)[:len(wav) // 640].numpy()
+    """Of a sound that is normalised already."""
+    with torch.inference_mode():
+        whole = encoder(torch.tensor(wav)).numpy()
     assert whole.shape == reference.shape
     return np.abs(whole - reference).max() / reference.std()
 
 
 def test_small_features_match_the_reference(tmp_path):
     g = golden("wav2vec2")
-    assert error(load(write(tmp_path, SMALL)), g["wave"], g["stack"]) < 1e-4
-    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": false}')
-    assert error(load(tmp_path), g["wave"], g["stack_unnormalised"]) < 1e-4
+    encoder = load(write(tmp_path, SMALL))
+    assert error(encoder, g["normalised"], g["stack"]) < 1e-4
+    assert error(encoder, g["wave"][:26880], g["stack_unnormalised"]) < 1e-4
 
 
 def test_base_size_matches_the_reference(tmp_path):
@@ -80,17 +82,17 @@ def test_every_spelling_of_a_public_file_is_the_same_encoder(tmp_path, file, pre
     g = golden("wav2vec2")
     tensors = {prefix + key: x for key, x in spelling(SMALL).items()}
     tensors |= {"lm_head.weight": torch.zeros(3, 3), "quantizer.codevectors": torch.zeros(2)}
-    assert error(load(write(tmp_path, tensors, file)), g["wave"], g["stack"]) < 1e-4
+    assert error(load(write(tmp_path, tensors, file)), g["normalised"], g["stack"]) < 1e-4
     half = {key: x.half() for key, x in tensors.items()}
-    assert error(load(write(tmp_path, half, file)), g["wave"], g["stack"]) < 0.05
+    assert error(load(write(tmp_path, half, file)), g["normalised"], g["stack"]) < 0.05
 
 
 def test_any_length_of_sound_has_its_frames(tmp_path):
     encoder, wav = load(write(tmp_path, SMALL)), golden("wav2vec2")["wave"]
     for n, frames in (1, 1), (640, 1), (641, 2), (1280, 2):
         assert len(features(encoder, wav[:n])) == frames
-    last, again = features(encoder, wav[:1279])
-    assert torch.equal(last, again)
+    padded = np.append(wav[:1270] - wav[:1270].mean(), np.zeros(10, np.float32))
+    assert torch.allclose(features(encoder, wav[:1270]), features(encoder, padded), atol=0.02)
 
 
 def test_a_long_sound_is_encoded_by_the_minute_however_it_is_cut(tmp_path):
@@ -150,10 +152,3 @@ def test_a_truncated_file_is_refused(tmp_path, file, size):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
         load(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]"])
-def test_a_broken_config_is_named(tmp_path, text):
-    (write(tmp_path, SMALL) / "preprocessor_config.json").write_text(text)
-    with pytest.raises(ValueError, match="preprocessor_config.json: not a base-size"):
-        load(tmp_path)

@@ -320,6 +320,7 @@ def test_bad_videos_are_named_and_harm_no_other(stand_in, tmp_path, capsys):
     (root / "empty.mp4").write_bytes(b"")
     (root / "text.avi").write_text("no video at all")
     (root / os.fsdecode(b"\xff.mp4")).write_text("a name that is no UTF-8")
+    sys.stdout.reconfigure(errors="backslashreplace")          # as data.run does
     prepare(root, tmp_path / "set")
     first, *lines = capsys.readouterr().out.splitlines()
     assert "4 clips; 9 videos left out" in first
@@ -422,10 +423,9 @@ def test_the_check_finds_the_shifted_soundtrack(prepared, capsys):
     out = capsys.readouterr().out
     for words in "5 clips", "anger 1, ", "none 4", "-2.3407 +-  8.8819":
         assert words in out
-    odd = [line for line in out.splitlines() if "LOOK: voice" in line]
+    odd = [line for line in out.splitlines() if ".mp4" in line or ".mkv" in line]
     assert len(odd) == 1
     assert "voice.mp4: voice +8 frames after the lips" in odd[0]
-    assert "LOOK: pitch" not in out
 
 
 def test_training_takes_the_prepared_set(prepared, tmp_path):
