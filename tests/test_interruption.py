@@ -90,7 +90,7 @@ def test_every_way_to_be_stopped_cleans_up(folder, number):
     process.send_signal(number)                # nor do impatient ones
     rest = process.communicate()[1]            # ends when no ffmpeg holds stderr any more
     assert reported(seen + rest) == ["error: interrupted"] and process.returncode == 1
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 4     # 2 where no training runs beside
     assert contents() == before
 
 
@@ -99,13 +99,14 @@ def test_one_ctrl_c_ends_a_run_whose_stdin_is_open_and_silent(folder):
     flags = [*FLAGS["sample"].split(), "--audio_path=-"]
     process = start(folder, "sample.py", *flags, stdin=subprocess.PIPE)
     while not list(folder.glob("tmp*")):
+        assert process.poll() is None
         time.sleep(0.1)
     time.sleep(0.5)
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)
     lines = reported(process.stderr.read())
     assert process.wait() == 1 and lines == ["error: interrupted"]
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 4     # 2 where no training runs beside
     assert contents() == before
 
 
