@@ -153,9 +153,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, cfg, n_paths, n_rotated):
         super().__init__()
-        self.paths = nn.ModuleList()
-        for s in range(n_paths):
-            self.paths.append(ModalityPath(cfg, s < n_rotated))
+        self.paths = nn.ModuleList(ModalityPath(cfg, s < n_rotated) for s in range(n_paths))
 
     def forward(self, xs, c, rope):
         """Streams xs, (B, n, D) each, under the conditioning vector c (B, D) -> the same."""
@@ -284,8 +282,7 @@ def embedder(n_in, D):
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under conditions."""
 
-    fast = True        # sampled by the faster network below; False: by forward as it stands here
-    compiled = False   # that faster network through torch.compile
+    compiled = False             # torch.compile the faster network below, which samples
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -319,12 +316,12 @@ class MoDA(MotionModel):
         (B, 63); prev (B, 70), the frame before, which guides the window (Sec. 3.2.1), normalised;
         drop_audio (B,) bool -> (B, N, 70)."""
         N = z.size(1)
-        prev = prev[:, None].expand(-1, N, -1)
+        prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
         a = self.embed_audio(audio, drop_audio).type_as(m)             # autocast left it float32
-        e = self.emotion_embedder(emotion)[:, None].expand(-1, N, -1).type_as(m)
-        i = self.embed_identity(identity)[:, None].expand(-1, N, -1)
+        e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
+        i = self.embed_identity(identity)[:, None].expand_as(m)
         c = self.conditioning(t, emotion)
         rope = rope_table(N, self.cfg.width // self.cfg.heads, z.device)
         # coarse to fine (Sec. 3.2.3): four streams, then motion and its conditions, then one
@@ -381,15 +378,14 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     error = (x - m) * weight ** 0.5
     loss_rf = error.square().mean()                                    # Eq. 4
     loss_vel = error.diff(dim=1).square().mean()                       # Eq. 5: x' - m',
-    loss_acc = error.diff(2, dim=1).square().mean()                    # and x'' - m''
-    loss_vel = loss_vel + loss_acc
+    loss_vel += error.diff(2, dim=1).square().mean()                   # and x'' - m''
     lips = F.mse_loss(m[..., LIPS], x[..., LIPS]).detach()
-    if expert is None:
-        return loss_rf, loss_vel, torch.zeros_like(loss_rf), lips
-    z0_ = z_t - t_ * m                                                 # the estimate of z0
-    sync = sync_loss(*expert(audio, z0_))
-    gate = (sync < tau) & ~drop_audio                                  # Eq. 7; a dropped voice has
-    loss_sync = (sync * gate).mean()                                   # nothing to be in sync with
+    loss_sync = torch.zeros_like(loss_rf)
+    if expert:
+        z0_ = z_t - t_ * m                                             # the estimate of z0
+        sync = sync_loss(*expert(audio, z0_))
+        gate = (sync < tau) & ~drop_audio                              # Eq. 7; a dropped voice has
+        loss_sync = (sync * gate).mean()                               # nothing to be in sync with
     return loss_rf, loss_vel, loss_sync, lips
 
 
@@ -403,9 +399,10 @@ def reflow(teacher, batch, steps=10):
     conditions = {name: batch[name] for name in ("audio", "emotion", "identity", "prev")}
     velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
     times = euler_times(steps).to(batch["eps"])
-    ends = batch | dict(z0=euler(velocity, batch["eps"], times))
-    begin = ends | dict(t=torch.ones_like(batch["t"]))
-    return {name: torch.cat([x, begin[name]]) for name, x in ends.items()}
+    batch = batch | dict(z0=euler(velocity, batch["eps"], times))
+    twice = {name: torch.cat([x, x]) for name, x in batch.items()}
+    twice["t"][len(batch["t"]):] = 1
+    return twice
 
 
 def sync_loss(a, m, in_sync=True):
@@ -474,9 +471,8 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
         if scale:
             passes[condition] = -scale
     n, B = len(passes), len(z)
-    dropped = [condition for condition in passes for _ in range(B)]
-    drop_audio = torch.tensor(["audio" in condition for condition in dropped], device=z.device)
-    drop_emotion = torch.tensor(["emotion" in condition for condition in dropped], device=z.device)
+    drops = torch.tensor([("audio" in dropped, "emotion" in dropped) for dropped in passes])
+    drop_audio, drop_emotion = drops.repeat_interleave(B, 0).T.to(z.device)
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion.repeat(n))
     # with the type and device of the weights, one copy per pass
     z, audio, identity, prev = [torch.cat([x.to(model.null_audio)] * n)
@@ -487,7 +483,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 def euler_times(steps):
     """When steps begin: `steps` equal ones from 1, noise, or a list as it is."""
-    times = [1 - k / steps for k in range(steps)] if hasattr(steps, "__index__") else [*steps]
+    times = steps if isinstance(steps, list) else [1 - k / steps for k in range(steps)]
     if not times or not all(1 >= t > end for t, end in pairwise([*times, 0])):
         raise ValueError(f"steps={steps} should be 1 or more, or times from 1 down")
     return torch.tensor(times)
@@ -503,7 +499,7 @@ def euler(velocity, z, times):
 def in_turn(emotion):
     """0..8, or a list of (0..8, frames) -> the latter, its last emotion to the end; ValueError."""
     turns = emotion if isinstance(emotion, list) else [(emotion, 0)]
-    if not turns or not {int(label) for label, _ in turns} <= {*range(len(EMOTIONS))}:
+    if not turns or not 0 <= min(turns)[0] <= max(turns)[0] < len(EMOTIONS):
         raise ValueError(f"emotion {emotion}: should be 0 to 8, or such with frames, in a list")
     return [*turns[:-1], (turns[-1][0], math.inf)]
 
@@ -554,9 +550,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     pieces = [audio] if torch.is_tensor(audio) else audio
     emotions = in_turn(emotion)
-    network = model
-    if model.fast:
-        network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
@@ -572,13 +566,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         z = next(noises, eps).view(1, chunk, M).to(times.device)
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
-            smooth_pose(motion)
+            motion = smooth_pose(motion)
         motion[:len(tail)].lerp_(tail, fade[:len(tail)])
         ready = motion[:len(voice)]
         if smooth:                                 # again, with the neighbour of its first frame
-            ready = torch.cat([before, ready])
-            smooth_pose(ready)
-            ready = ready[len(before):]
+            ready = smooth_pose(torch.cat([before, ready]))[len(before):]
         yield ready[:stride]
         before = motion[stride - 1:stride]         # the frame before the next window,
         prev = before
@@ -597,8 +589,9 @@ def generate(*args, **kwargs):
 
 def smooth_pose(motion):
     """Average scale, translation and rotation over each frame and its neighbours; (n, 70)."""
-    pose = motion[:, SCALE.start:]
-    pose[:] = F.avg_pool1d(pose.T, 3, stride=1, padding=1, count_include_pad=False).T
+    exp, pose = motion.tensor_split([SCALE.start], 1)
+    pose = F.avg_pool1d(pose.T, 3, stride=1, padding=1, count_include_pad=False).T
+    return torch.cat([exp, pose], 1)
 
 
 # --------------------------------------------------------------------------------- faster sampling
@@ -737,7 +730,6 @@ def from_released(state, path):
         generator = torch.Generator().manual_seed(42)                  # parameter: drawn, not saved
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
         print(f"{path}: holds no null_audio_feat, one was drawn")
-    print(f"{path}: the released MoDA")
     places = {released_name(name): value.detach() for name, value in model.named_parameters()}
     load_strictly(places, state)
     return model

@@ -7,7 +7,7 @@ import torch
 
 import build
 import moda
-from conftest import golden
+from conftest import golden, plain_network
 from moda import (ROT, TRANS, Config, MoDA, euler, from_released, generate, load_statistics,
                   released_name)
 
@@ -102,8 +102,9 @@ def window(g, **changes):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_guided_window_matches(model, g, fast):
-    model.fast = fast
+def test_a_guided_window_matches(model, g, fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(moda, "fast_network", plain_network)
     guided = generate(model, g["win_audio"], noise=g["win_noise"], **window(g))
     plain = generate(model, g["win_audio"], noise=g["win_noise"], **window(g, guidance={}))
     agrees(guided, g["win_cfg12"][0])

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import build
 import moda
 import sample
+from conftest import plain_network
 from data import BLOCK, UsageError
 from moda import NO_EMOTION, STRAIGHT, M, euler, generate, guided_velocity, losses, reflow, stream
 
@@ -52,7 +53,8 @@ def test_guidance_is_equation_8(tiny):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_sample_is_the_euler_loop_written_out(tiny, monkeypatch, fast):
-    monkeypatch.setattr(tiny, "fast", fast)
+    if not fast:
+        monkeypatch.setattr(moda, "fast_network", plain_network)
     x, noise = voice(30), torch.randn(30, M)
     z = noise
     with torch.inference_mode():
@@ -84,26 +86,27 @@ GUIDANCE = [{}, {"audio": 0.5}, {"emotion": 2.0}, {"audio": 0.5, "emotion": 2.0}
 
 @pytest.mark.parametrize("guidance", GUIDANCE, ids=str)
 @pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
-def test_the_faster_network_equals_the_plain_model(config, guidance):
+def test_the_faster_network_equals_the_plain_model(config, guidance, monkeypatch):
     """With one emotion, and with several in turn, the first of which comes back."""
     model, x = build.model(**config), voice(30)
     for emotion in 4, [(5, 12), (2, 10), (5, math.inf)]:
         options = dict(x, emotion=emotion, guidance=guidance, steps=2, chunk=20, overlap=4)
-        model.fast = True
         motion = generate(model, **options)
-        model.fast = False
-        plain = generate(model, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(moda, "fast_network", plain_network)
+            plain = generate(model, **options)
         assert (motion - plain).abs().max() < 1e-5 * plain.std()
 
 
-def test_the_faster_network_works_less_and_least_where_tokens_are_equal():
-    def work(rope_streams, fast):
+def test_the_faster_network_works_less_and_least_where_tokens_are_equal(monkeypatch):
+    def work(rope_streams):
         model = build.model(rope_streams=rope_streams)
-        model.fast = fast
         with FlopCounterMode(display=False) as counter:
             generate(model, **voice(20), steps=1, chunk=20)
         return counter.get_total_flops()
-    assert work(2, fast=True) < work(4, fast=True) < work(4, fast=False)
+    equal_tokens, fast = work(2), work(4)
+    monkeypatch.setattr(moda, "fast_network", plain_network)
+    assert equal_tokens < fast < work(4)
 
 
 def test_sampling_leaves_the_model_as_it_was(tiny):
