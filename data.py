@@ -517,7 +517,9 @@ def prepare(settings):
     A speaker is a folder below --videos, or a video there, and keeps the split that he had."""
     root, folder = Path(settings.videos), Path(settings.data_dir)
     videos = find_videos(root)
-    labels = read_labels(settings.labels) if settings.labels else {}
+    labels = FOLDERS
+    if settings.labels:
+        labels = FOLDERS | read_labels(settings.labels)
     face = LivePortrait(settings.weights, settings.device)
     features = feature_blocks(settings.audio_encoder, settings.device)
     begun = {}
@@ -570,12 +572,12 @@ def begin(path, settings):
         save(path, dict(settings=settings, clips=[]), write=write_manifest)
     try:
         manifest = json.loads(path.read_text())
-        before = manifest["settings"]
-    except Exception as error:
-        before = error
-    if before != settings:
-        raise ValueError(f"{path}: begun with other settings ({before}); use another --data_dir")
-    return manifest.get("clips", [])
+        if manifest["settings"] == settings:
+            return manifest["clips"]
+        error = manifest["settings"]
+    except Exception as damage:
+        error = damage
+    raise ValueError(f"{path}: begun with other settings ({error}); use another --data_dir")
 
 
 def write_clip(clip, folder):
@@ -587,16 +589,11 @@ def write_clip(clip, folder):
 
 
 def label_of(name, labels):
-    """The emotion of a video: of its path, name or nearest folder in `labels`, of a folder that is
-    called so, or none."""
+    """The emotion of a video: that of its path, name or nearest folder that has one."""
     path = Path(plain(str(name)))
-    folders = path.parts[-2::-1]
-    for key in (str(path), path.name, *folders):
+    for key in (str(path), path.name, *path.parts[-2::-1]):
         if key in labels:
             return labels[key]
-    for key in folders:
-        if key in FOLDERS:
-            return FOLDERS[key]
     return NO_EMOTION
 
 
@@ -683,20 +680,14 @@ class AudioEncoder(nn.Module):
             model = cls()
         model.to_empty(device=device)
         path = Path(path)
-        if path.is_dir():                          # the file that is there, or the first
-            path = max(path / "pytorch_model.bin", path / "model.safetensors", key=Path.exists)
+        if path.is_dir():
+            path = path / "pytorch_model.bin"
         try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file                # an optional extra
-                tensors = load_file(path)
-            else:
-                tensors = read_checkpoint(path)
-            load_strictly(model.state_dict(), encoder_tensors(tensors))
+            load_strictly(model.state_dict(), encoder_tensors(read_checkpoint(path)))
         except Exception as error:
             raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
                              f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
-                             "TencentGameMate/chinese-hubert-base; for .safetensors: "
-                             "pip install safetensors") from None
+                             "TencentGameMate/chinese-hubert-base") from None
         return model
 
 
@@ -1064,8 +1055,7 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()
         return
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError,
-            KeyboardInterrupt) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         for child in list(CHILDREN):               # one may wait for a stdin that is silent
             child.kill()
         if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):

@@ -1,10 +1,8 @@
 """What the tests share: a fixed seed, one thread, a small network, and one training of the toy,
 which runs beside the first of them."""
-import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -62,29 +60,6 @@ def trained(training):
     out, process = training
     assert process.wait(timeout=400) == 0, (out / "stderr").read_text()
     return out
-
-
-@pytest.fixture
-def safetensors(monkeypatch):
-    """A stand-in for the package, which is an optional extra."""
-    def load_file(path):
-        content = Path(path).read_bytes()
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
-        header.pop("__metadata__", None)
-        dtypes = {"F32": torch.float32, "F16": torch.float16}
-        tensors = {}
-        for name, about in header.items():
-            begin, end = about["data_offsets"]
-            numbers = bytearray(content[start + begin:start + end])
-            flat = torch.frombuffer(numbers, dtype=dtypes[about["dtype"]])
-            tensors[name] = flat.view(about["shape"])
-        return tensors
-    package = types.ModuleType("safetensors")
-    package.torch = types.ModuleType("safetensors.torch")
-    package.torch.load_file = load_file
-    monkeypatch.setitem(sys.modules, "safetensors", package)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", package.torch)
 
 
 def golden(name):

@@ -1,7 +1,4 @@
 """Any public base-size wav2vec 2.0 or HuBERT gives the features that the released model takes."""
-import json
-import struct
-
 import numpy as np
 import pytest
 import torch
@@ -10,30 +7,15 @@ import build
 from conftest import golden
 from data import AudioEncoder
 
-pytestmark = pytest.mark.usefixtures("safetensors")
 SMALL = build.tensors(build.manifest("wav2vec2")["small"])
 CONV = "encoder.pos_conv_embed.conv."
-FILES = "pytorch_model.bin", "model.safetensors"
+FILE = "pytorch_model.bin"
 
 
-def write_safetensors(tensors, path):
-    """The format from its description: length of the header, header, numbers."""
-    names = {torch.float32: "F32", torch.float16: "F16"}
-    header, numbers = {"__metadata__": {"format": "pt"}}, b""
-    for key, x in tensors.items():
-        begin = len(numbers)
-        numbers += x.numpy().tobytes()
-        span = [begin, len(numbers)]
-        header[key] = dict(dtype=names[x.dtype], shape=list(x.shape), data_offsets=span)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + numbers)
-
-
-def write(folder, tensors, file=FILES[0]):
+def write(folder, tensors):
     """The folder of a public encoder."""
     folder.mkdir(exist_ok=True)
-    save = write_safetensors if file.endswith("safetensors") else torch.save
-    save(tensors, folder / file)
+    torch.save(tensors, folder / FILE)
     return folder
 
 
@@ -61,8 +43,8 @@ def test_small_features_match_the_reference(tmp_path):
 
 def test_base_size_matches_the_reference(tmp_path):
     g = golden("wav2vec2")
-    torch.save(build.tensors(build.manifest("wav2vec2")["base"]), tmp_path / FILES[0])
-    whole = features(AudioEncoder.from_pretrained(tmp_path / FILES[0]), g["base_wave"])[:25]
+    torch.save(build.tensors(build.manifest("wav2vec2")["base"]), tmp_path / FILE)
+    whole = features(AudioEncoder.from_pretrained(tmp_path / FILE), g["base_wave"])[:25]
     assert whole.shape == (25, 12, 768)
     some = whole.flatten()[g["base_index"]].numpy()
     assert np.abs(some - g["base_stack"]).max() < 1e-4 * g["base_std"]
@@ -75,16 +57,15 @@ def since_torch_2_1(tensors):
     return {names.get(key, key): x for key, x in tensors.items()}
 
 
-@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("prefix, spelling", [
     ("", dict), ("wav2vec2.", dict), ("hubert.", since_torch_2_1)])
-def test_every_spelling_of_a_public_file_is_the_same_encoder(tmp_path, file, prefix, spelling):
+def test_every_spelling_of_a_public_file_is_the_same_encoder(tmp_path, prefix, spelling):
     g = golden("wav2vec2")
     tensors = {prefix + key: x for key, x in spelling(SMALL).items()}
     tensors |= {"lm_head.weight": torch.zeros(3, 3), "quantizer.codevectors": torch.zeros(2)}
-    assert error(load(write(tmp_path, tensors, file)), g["normalised"], g["stack"]) < 1e-4
+    assert error(load(write(tmp_path, tensors)), g["normalised"], g["stack"]) < 1e-4
     half = {key: x.half() for key, x in tensors.items()}
-    assert error(load(write(tmp_path, half, file)), g["normalised"], g["stack"]) < 0.05
+    assert error(load(write(tmp_path, half)), g["normalised"], g["stack"]) < 0.05
 
 
 def test_any_length_of_sound_has_its_frames(tmp_path):
@@ -131,21 +112,19 @@ OTHERS = {
     "nothing": ({}, "is absent")}
 
 
-@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("tensors, reason", OTHERS.values(), ids=OTHERS)
-def test_other_networks_are_refused_in_one_line(tmp_path, file, tensors, reason):
-    known = f"{file}: not a base-size wav2vec 2.0 or HuBERT.*{reason}.*; get facebook/wav2vec2"
+def test_other_networks_are_refused_in_one_line(tmp_path, tensors, reason):
+    known = f"{FILE}: not a base-size wav2vec 2.0 or HuBERT.*{reason}.*; get facebook/wav2vec2"
     with pytest.raises(ValueError, match=known) as caught:
-        load(write(tmp_path, tensors, file))
+        load(write(tmp_path, tensors))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("size", [0, 7, 100, -5])
-def test_a_truncated_file_is_refused(tmp_path, file, size):
-    path = write(tmp_path, SMALL, file) / file
+def test_a_truncated_file_is_refused(tmp_path, size):
+    path = write(tmp_path, SMALL) / FILE
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=file):
+    with pytest.raises(ValueError, match=FILE):
         load(tmp_path)
 
 

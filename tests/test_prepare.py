@@ -378,11 +378,12 @@ def test_labels_come_from_a_table_or_a_folder(emotions, tmp_path):
         "it's: a né dir/12.5.mkv": 8}
 
 
-def test_a_folder_labels_in_any_case_and_a_name_does_not():
+def test_the_nearest_name_labels_in_any_case():
     for name, emotion in (
-            ("M003/Angry/1.mp4", 0), ("happy.mp4", 8), ("sad/happy.MTS", 6), ("X/FEAR/sad/1", 6)):
-        assert data.label_of(Path(name), {}) == emotion
-    assert data.label_of(Path("M003/Angry/1.mp4"), {"m003": 2}) == 2
+            ("M003/Angry/1.mp4", 0), ("happy.mp4", 4), ("sad/Happy.MTS", 4), ("X/FEAR/sad/1", 6),
+            ("M003/front/angrily.mp4", 2)):
+        assert data.label_of(Path(name), data.FOLDERS | {"m003": 2}) == emotion
+    assert data.label_of(Path("clip.mp4"), data.FOLDERS) == 8
 
 
 @pytest.mark.parametrize("text", [
