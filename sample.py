@@ -17,11 +17,9 @@ import signal
 if __name__ == "__main__":                         # Ctrl-C ends the imports without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import math
 import os
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -85,9 +83,8 @@ class Settings:
 # what all of --pairs share
 load_face = cache(LivePortrait)
 load_features = cache(feature_blocks)
-# the endings of what may be written; what is read
+# the endings of what may be written
 ENDINGS = dict(output_path="- .mp4 .m4v .mov .mkv .ts", save_motion=".npy .pkl")
-INPUTS = "audio_path pairs image_path ckpt stats audio_encoder motion_path alse".split()
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --weights": "crop paste_back stitch",
@@ -95,23 +92,23 @@ EFFECTS = {
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
                              "chunk overlap smooth latency stream",
     "without --pairs": "audio_path audio_track image_path emotion save_motion",
-    "without --eval": "audio_path audio_track output_path pairs image_path crop weights paste_back "
-                      "stitch motion audio_encoder emotion edit pose_scale save_motion "
-                      "motion_path stream bf16 device"}
+    "without --eval": "audio_path audio_track output_path pairs image_path weights motion emotion "
+                      "edit pose_scale save_motion motion_path stream bf16 device"}
 
 
 # --------------------------------------------------------------------------------- model and face
 def open_model(settings, given):
     """The model of --ckpt, whose config says how to sample unless the flags do."""
     model = MoDA.from_pretrained(settings.ckpt)
-    for name in vars(settings).keys() & vars(model.cfg).keys() - given.keys():
-        setattr(settings, name, getattr(model.cfg, name))
+    model.compiled = settings.compile
+    defaults = dict(vars(model.cfg))
     if settings.latency:
-        vars(settings).update(short_chunks(settings.latency) | given)
+        defaults |= short_chunks(settings.latency)
     if model.cfg.rope_streams == 2:                # net-200.pth
-        settings.motion = settings.motion or "absolute"
-    if model.cfg.straight and "steps" not in given:
-        settings.steps = 2
+        defaults["motion"] = "absolute"
+    if model.cfg.straight:
+        defaults["steps"] = 2
+    vars(settings).update(defaults | given)
     if model.cfg.straight and any(guidance_of(settings).values()):
         tqdm.write(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates",
                    sys.stderr)
@@ -119,7 +116,6 @@ def open_model(settings, given):
         load_statistics(model, settings.stats)
     elif "stats" in given:
         raise UsageError(f"--stats has no effect: {settings.ckpt} has statistics of its own")
-    model.compiled = settings.compile
     return model
 
 
@@ -128,7 +124,7 @@ def short_chunks(latency):
     heard, in blocks, the sound of its first is chunk - 1 frames old; one more is for the work."""
     chunk = int(25 * latency) // BLOCK * BLOCK
     if chunk < 2 * BLOCK:
-        raise UsageError(f"--latency={latency}: should be {2 * BLOCK / 25} or more")
+        raise UsageError(f"--latency={latency}: should be 0.4 or more")
     return dict(chunk=chunk, overlap=BLOCK)
 
 
@@ -184,17 +180,11 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    if settings.motion == "absolute":
-        neutral = portrait
-        size = model.size(portrait)
-    else:                                          # relative to a face at rest, in mean pose
-        neutral = model.mean.clone()
-        neutral[EXP] = 0
-        size = 1.0
-    gain = torch.ones_like(portrait)
-    gain[ROT] = settings.pose_scale
+    neutral, size = portrait, model.size(portrait)
+    if settings.motion != "absolute":              # relative to a face at rest, in mean pose
+        neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
-    edit = torch.tensor(expression(**controls)).float().to(portrait.device)
+    edit = portrait.new_tensor(expression(**controls))
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
@@ -206,165 +196,133 @@ def motion_of(settings, model, source, features, saved, frames=None):
     for motion in motions:
         if settings.save_motion:
             saved.append(motion.cpu())
-        motion = neutral.lerp(motion.to(portrait) * size, gain)        # away from neutral
+        motion = motion.to(portrait) * size
+        motion[:, ROT] = neutral[ROT].lerp(motion[:, ROT], settings.pose_scale)
         motion[:, EXP] += edit
-        if settings.motion != "absolute":
-            motion = relative(motion, portrait, neutral)
-        yield motion.cpu()
+        yield relative(motion, portrait, neutral).cpu()
 
 
 # ----------------------------------------------------------------------------------------- video
-def timed(name, items, clock):
-    """Pass items on and add the seconds they take to clock[name]."""
-    began = time.perf_counter()
-    for item in items:
-        clock[name] += time.perf_counter() - began
-        clock.setdefault(f"first {name}", time.perf_counter())
-        yield item
-        began = time.perf_counter()
-
-
-def rendered(settings, face, source, motion, clock, delays):
-    """Frames of motion that comes piece by piece; of a live voice's, seconds since their sound was
-    spoken, until their motion came and until they were drawn, go to the list `delays`."""
-    n = 0
+def rendered(settings, face, source, motion, times):
+    """Frames of motion that comes piece by piece; when a frame's motion came, and when it was
+    drawn, goes to the list `times`."""
     for piece in motion:
         ready = time.perf_counter()
-        frames = face.frames(source, piece, stitch=settings.stitch)
-        for frame in timed("render", frames, clock):
-            n += 1
-            spoken = clock["began"] + n / 25
-            if "began" in clock:
-                delays.append((ready - spoken, time.perf_counter() - spoken))
+        for frame in face.frames(source, piece, stitch=settings.stitch):
+            times.append((ready, time.perf_counter()))
             yield frame
 
 
-STAGES = "loading", "sound", "motion", "render", "encode"
-
-
-def make_video(settings, model, began):
+def make_video(settings, model):
     """From the voice to the file: each stage pulls from the one before it."""
+    began = time.perf_counter()
     sound = Sound(settings.audio_path, settings.audio_track)
     face, source, place, crop = open_face(settings, model.mean.device)
-    clock, saved, delays = Counter(), [], []
-    live = not settings.motion_path and (settings.stream or sound.path == "-")
+    spoken, times, saved = [], [], []
+    live = settings.stream or sound.path == "-"
     sound_pipe, copy = os.pipe() if sound.path == "-" else (os.devnull, os.devnull)
-    pieces = sound
-    if live:
-        pieces = microphone(sound, clock, open(copy, "wb"), paced=sound.path != "-")
+    pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
-    features = timed("sound", features, clock)
     motion = motion_of(settings, model, source, features, saved, sound.frames)
-    motion = timed("motion", motion, clock)
     if live:
         motion = ahead(motion)
-    frames = place(rendered(settings, face, source, motion, clock, delays))
-    started = time.perf_counter()
+    frames = place(rendered(settings, face, source, motion, times))
     bar = tqdm(frames, "frames", sound.frames, unit="")
-    out, kept = settings.output_path, settings.save_motion
+    out = settings.output_path
     square = f"{out}.crop.png" if crop and out != "-" else ""
-    with appearing(out) as video, appearing(kept) as kept, appearing(square) as square:
+    with (appearing(out) as video, appearing(square) as square,
+          appearing(settings.save_motion) as kept):
         write_video(video, bar, sound, sound_pipe)
         if saved:
             write = write_template if kept.suffix == ".pkl" else write_npy
             write(torch.cat(saved), kept)
         if square.name:
             crop.save(square)
-    taken = time.perf_counter() - started
-    clock["motion"] -= clock["sound"]              # which it pulled from
-    busy = clock["motion"] + clock["render"]
-    first = clock["first render"] - started
-    clock |= dict(loading=started - began, encode=max(0, taken - busy - clock["sound"]))
-    stages = ", ".join(f"{name} {clock[name]:.2f} s" for name in STAGES)
-    print(f"{settings.output_path}: {bar.n} frames; {stages}; first frame after {first:.2f} s; "
-          f"real-time factor {taken / bar.n * 25:.3f}, steady {busy / bar.n * 25:.3f}")
-    for name, seconds in zip(("motion", "frame"), np.transpose(delays)):
-        print(f"sound to {name}: median, 95 %, worst",
-              *np.quantile(seconds, [0.5, 0.95, 1]).round(2), "s")
+    taken = time.perf_counter() - began
+    print(f"{out}: {bar.n} frames in {taken:.2f} s, {25 * taken / bar.n:.3f} s per second of video")
+    if live:
+        heard = min(spoken) + np.arange(1, bar.n + 1) / 25
+        waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
+        motion, frame = waits.T.round(2)
+        print(f"median, 95 %, worst: sound to motion {motion} s, sound to frame {frame} s")
 
 
 def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
-    folder = Path(settings.output_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(settings.output_path, exist_ok=True)
     for number, row in enumerate(read_rows(settings.pairs), 1):
-        video = folder / f"{number:03}.mp4"
-        one = replace(settings, output_path=str(video))
+        video = f"{settings.output_path}/{number:03}.mp4"
         try:
-            one.image_path, one.audio_path = row["portrait"], row["voice"]
-            one.emotion = row["emotion"]
+            one = replace(settings, output_path=video, image_path=row["portrait"],
+                          audio_path=row["voice"], emotion=row["emotion"])
             check(one, given)
-            if not video.exists():
-                make_video(one, model, time.perf_counter())
+            if not os.path.exists(video):
+                make_video(one, model)
         except (KeyError, ValueError, OSError) as error:
             tqdm.write(f"passed over: {settings.pairs}, row {number}: {error}", sys.stderr)
 
 
 def check(settings, given):
     """UsageError says which settings make no sense."""
-    voice = settings.audio_path
     if bool(settings.weights) != bool(settings.image_path):
         raise UsageError("--weights and --image_path go together")
     if settings.motion not in ("", "relative", "absolute"):
         raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
     emotions_in_turn(settings.emotion)
     amounts("edit", settings.edit, CONTROLS, 1)
-    if settings.eval:
-        return
+    voice = settings.audio_path
     stdin = not settings.motion_path and settings.audio_track < 0 and sys.platform != "win32"
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path or --audio_track, nor on Windows")
     for flag, endings in ENDINGS.items():
         path = Path(getattr(settings, flag))
-        fits = (path.suffix.lower() or str(path)) in endings.split() and path.parent.is_dir()
-        if flag in given and not fits:
+        known = (path.suffix.lower() or str(path)) in endings.split()
+        if flag in given and not (known and path.parent.is_dir()):
             raise UsageError(f"--{flag}={path}: should be in a folder that exists, and one of "
                              f"{endings}")
     written = settings.output_path, settings.save_motion, f"{settings.output_path}.crop.png"
-    for name in INPUTS:
-        read = getattr(settings, name)
-        for path in written:
-            if os.path.exists(read) and os.path.exists(path) and os.path.samefile(read, path):
-                raise UsageError(f"--{name}={read}: would be written over, as {path}")
+    read = settings.audio_path, settings.image_path, settings.motion_path
+    for one in filter(os.path.exists, read):
+        for other in filter(os.path.exists, written):
+            if os.path.samefile(one, other):
+                raise UsageError(f"{one} would be written over, as {other}")
 
 
 def main(argv):
-    began = time.perf_counter()
     settings = Settings()
     given = parse_flags(argv, __doc__, settings)
     if settings.output_path == "-":
         sys.stdout = sys.stderr                    # stdout is for the video
     check_effects(given, settings, EFFECTS)
-    if not settings.pairs:
+    if not settings.pairs and not settings.eval:
         check(settings, given)
-    device = find_device(settings.device)
     model = open_model(settings, given)
     if settings.eval:
         data = Clips(settings.data_dir, "val") if settings.data_dir else ToyTalker("val", 16)
         return evaluate(settings, model, data)
-    model.to(device)
+    model.to(find_device(settings.device))
     if settings.bf16:
         for p in model.parameters():               # the statistics stay float32
             p.data = p.data.bfloat16()
     if settings.pairs:
         return make_videos(settings, model, given)
-    make_video(settings, model, began)
+    make_video(settings, model)
 
 
 # ------------------------------------------------------------------------------ the live microphone
-def microphone(pieces, clock, pipe, paced):
-    """Sound as it comes, or paced, no sooner than it is spoken; a copy goes to the video's pipe.
+def microphone(sound, pipe, spoken):
+    """Sound as it comes, a file's no sooner than it is spoken; a copy goes to the video's pipe.
 
-    clock["began"] tells when its first sample was spoken, as early as any piece makes certain."""
+    When the first sample was spoken, at the latest, goes to the list `spoken` with every piece."""
     writer = ThreadPoolExecutor(1)                 # for the pipe may be full
+    began = time.perf_counter()
     heard = 0.0
-    clock["began"] = time.perf_counter() if paced else math.inf
-    for piece in pieces:
+    for piece in sound:
         heard += len(piece) / RATE
-        if paced:
-            time.sleep(max(0, clock["began"] + heard - time.perf_counter()))
-        clock["began"] = min(clock["began"], time.perf_counter() - heard)
+        if sound.path != "-":
+            time.sleep(max(0, began + heard - time.perf_counter()))
+        spoken.append(time.perf_counter() - heard)
         writer.submit(pipe.write, piece.tobytes())
         yield piece
     writer.submit(pipe.close)
@@ -449,7 +407,7 @@ def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
     held = {name: MANNERS[name] for name in CONTROLS}
-    prototypes = torch.tensor(expression(**held)).to(motion)
+    prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean()
 
@@ -463,45 +421,46 @@ def evaluate(settings, model, data):
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8
-    rest = model.mean.clone()
-    rest[EXP] = 0
-    rest = model.normalise(rest).expand_as(prev)
+    rest = model.normalise(F.pad(model.mean[63:], (63, 0))).expand_as(prev)
     foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
 
     def speak(*given, **other):
         clips = tqdm([*zip(*given)], "evaluating", leave=False)
         options = sampling(settings) | other
         return torch.stack([generate(model, *clip, **options) for clip in clips])
-    ours = speak(*given)
-    motions = {
-        "truth": (truth, truth, emotion),
-        "model": (ours, truth, emotion),
-        "other voice": (speak(foreign, identity, rest, in_turn), truth, in_turn),
-        "other seed": (speak(*given, seed=settings.seed + 1), ours, emotion)}
-    table = {}
-    for name, (z, reference, label) in motions.items():
+
+    def judge(z, reference, label):
         motion = model.denormalise(z)
-        table[name] = row = compare(z, reference, model.std)
+        row = compare(z, reference, model.std)
         if Path(settings.alse).is_file():
             row |= sync_scores(ALSE.from_pretrained(settings.alse), audio, motion)
         if isinstance(data, ToyTalker):
             row["emotion"] = emotion_accuracy(motion, label)
+        return row
+    ours = speak(*given)
+    table = {
+        "truth": judge(truth, truth, emotion),
+        "model": judge(ours, truth, emotion),
+        "other voice": judge(speak(foreign, identity, rest, in_turn), truth, in_turn),
+        "other seed": judge(speak(*given, seed=settings.seed + 1), ours, emotion)}
     print(" " * 17, *[f"{name:>14}" for name in table])
-    for metric in row:
+    for metric in table["truth"]:
         print(f"{metric:17}", *[f"{row[metric]:14.3}" for row in table.values()])
     return table
 
 
 def after_training(folder, clips):
     """The table, and a video of an unseen clip's voice, in the folder of a checkpoint."""
-    talker, voice = ToyTalker("val", clips), str(folder / "sample.wav")
-    soundfile.write(voice, talker.wavs[0], RATE)
-    settings = Settings(ckpt=folder / "ckpt.pt", audio_path=voice)
-    settings.output_path = str(folder / "sample.mp4")
-    settings.emotion = str(talker.emotion[0])
+    talker = ToyTalker("val", clips)
+    settings = Settings(
+        ckpt=f"{folder}/ckpt.pt",
+        audio_path=f"{folder}/sample.wav",
+        output_path=f"{folder}/sample.mp4",
+        emotion=str(talker.emotion[0]))
+    soundfile.write(settings.audio_path, talker.wavs[0], RATE)
     model = open_model(settings, given={})
     evaluate(settings, model, talker)
-    make_video(settings, model, time.perf_counter())
+    make_video(settings, model)
 
 
 if __name__ == "__main__":

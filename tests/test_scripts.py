@@ -93,14 +93,13 @@ def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- sampling
-def test_the_command_makes_a_video_and_prints_what_each_stage_took(trained, tmp_path):
+def test_the_command_makes_a_video_and_prints_how_long_it_took(trained, tmp_path):
     soundfile.write(tmp_path / "v.wav", toy_clip(1, 20)[0], RATE)
     printed = script("sample.py", f"--ckpt={trained}/ckpt.pt", f"--audio_path={tmp_path}/v.wav",
                      "--emotion=happiness", f"--output_path={tmp_path}/v.mp4")
-    assert "v.mp4: 20 frames; " in printed
-    for stage in *sample.STAGES, "first frame after", "real-time factor", "steady":
-        number = printed.split(f"{stage} ")[1].split()[0].rstrip(",")
-        assert float(number) >= 0
+    numbers = re.search(r"v.mp4: 20 frames in (\S+) s, (\S+) s per second of video$", printed, re.M)
+    taken, factor = map(float, numbers.groups())
+    assert taken > 0 and factor == pytest.approx(taken / 0.8, abs=0.01)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["v.mp4", "v.wav"]
 
 
