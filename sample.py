@@ -83,8 +83,6 @@ class Settings:
 # what all of --pairs share
 load_face = cache(LivePortrait)
 load_features = cache(feature_blocks)
-# the endings of what may be written
-ENDINGS = dict(output_path="- .mp4 .m4v .mov .mkv .ts", save_motion=".npy .pkl")
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --weights": "crop paste_back stitch",
@@ -275,7 +273,7 @@ def check(settings, given):
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path or --audio_track, nor on Windows")
-    for flag, endings in ENDINGS.items():
+    for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         path = Path(getattr(settings, flag))
         known = (path.suffix.lower() or str(path)) in endings.split()
         if flag in given and not (known and path.parent.is_dir()):
@@ -452,11 +450,8 @@ def evaluate(settings, model, data):
 def after_training(folder, clips):
     """The table, and a video of an unseen clip's voice, in the folder of a checkpoint."""
     talker = ToyTalker("val", clips)
-    settings = Settings(
-        ckpt=f"{folder}/ckpt.pt",
-        audio_path=f"{folder}/sample.wav",
-        output_path=f"{folder}/sample.mp4",
-        emotion=str(talker.emotion[0]))
+    settings = Settings(f"{folder}/sample.wav", f"{folder}/sample.mp4", ckpt=f"{folder}/ckpt.pt")
+    settings.emotion = str(talker.emotion[0])
     soundfile.write(settings.audio_path, talker.wavs[0], RATE)
     model = open_model(settings, given={})
     evaluate(settings, model, talker)
