@@ -34,14 +34,12 @@ Source = namedtuple("Source", "f_s x_c motion")
 # --------------------------------------------------------------------------------------- keypoints
 def rotation(degrees):
     """Pitch, yaw, roll (..., 3) -> R (..., 3, 3), the transpose of Rz Ry Rx: keypoints are rows,
-    x_c R."""
-    pitch_yaw_roll = degrees.deg2rad().movedim(-1, 0)
-    cp, cy, cr = pitch_yaw_roll.cos()
-    sp, sy, sr = pitch_yaw_roll.sin()
-    R = [cy * cr, cy * sr, -sy,
-         sp * sy * cr - cp * sr, sp * sy * sr + cp * cr, sp * cy,
-         cp * sy * cr + sp * sr, cp * sy * sr - sp * cr, cp * cy]
-    return torch.stack(R, -1).unflatten(-1, (3, 3))
+    x_c R. Each of the three turns is Rodrigues' formula."""
+    angle = degrees.deg2rad()[..., None, None]
+    axes = torch.eye(3, device=degrees.device)
+    K = torch.linalg.cross(axes[:, None], axes[None])                  # x K: axis x x, per axis
+    pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
+    return pitch @ yaw @ roll
 
 
 def keypoints(x_c, motion):
@@ -375,25 +373,25 @@ class SpadeGenerator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc = conv3x3(256, 512)
+        self.fc = conv3x3(256, 512)                                    # (B, 512, 64, 64)
         for i in range(6):
             self.add_module(f"G_middle_{i}", SpadeBlock(512, 512))
-        self.up_0 = SpadeBlock(512, 256, up=2)
-        self.up_1 = SpadeBlock(256, 64, up=4)
+        self.up_0 = SpadeBlock(512, 256, up=2)                         # (B, 256, 128, 128)
+        self.up_1 = SpadeBlock(256, 64, up=4)                          # (B, 64, 256, 256)
         self.conv_img = nn.Sequential(conv3x3(64, 12), nn.PixelShuffle(2))
 
     def forward(self, h):
-        x = self.fc(h)                                                 # (B, 512, 64, 64)
-        for i in range(6):
-            x = self.get_submodule(f"G_middle_{i}")(x, h)
-        x = self.up_0(F.interpolate(x, scale_factor=2.0), h)           # (B, 256, 128, 128)
-        x = self.up_1(F.interpolate(x, scale_factor=2.0), h)           # (B, 64, 256, 256)
-        return self.conv_img(F.leaky_relu(x, 0.2)).sigmoid()
+        fc, *blocks, conv_img = self.children()
+        x = fc(h)
+        for block in blocks:
+            x = block(x, h)
+        return conv_img(F.leaky_relu(x, 0.2)).sigmoid()
 
 
 class SpadeBlock(nn.Module):
-    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> (B, n_out, H,
-    W). A third, conv_s, fits x to n_out."""
+    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same.
+
+    Where n_out is another size: -> (B, n_out, 2 H, 2 W), and a third, conv_s, fits x to it."""
 
     def __init__(self, n_in, n_out, up=1):
         super().__init__()
@@ -407,6 +405,8 @@ class SpadeBlock(nn.Module):
             self.conv_s = spectral_norm(nn.Conv2d(n_in, n_out, 1, bias=False))
 
     def forward(self, x, h):
+        if hasattr(self, "conv_s"):
+            x = F.interpolate(x, scale_factor=2.0)
         dx = self.conv_0(F.leaky_relu_(self.norm_0(x, h), 0.2))
         dx = self.conv_1(F.leaky_relu_(self.norm_1(dx, h), 0.2))
         if hasattr(self, "conv_s"):
