@@ -74,12 +74,11 @@ def angles(R):
 
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
-    motion = torch.as_tensor(motion)
-    valid = motion.shape[1:] == (M,) and len(motion)
-    if not valid or not motion.isfinite().all():
+    motion = torch.as_tensor(motion).detach().float()
+    if motion.shape[1:] != (M,) or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: "
                          f"should be finite numbers of shape (frames, {M})")
-    return motion.detach().float()
+    return motion
 
 
 # ------------------------------------------------------------------------- LivePortrait's templates
@@ -105,7 +104,7 @@ def read_template(path):
         template = TemplateReader(file).load()
     motion = []
     for frame in template["motion"]:
-        R = torch.tensor(frame["R"] if "R" in frame else frame["R_d"])
+        R = torch.tensor(frame.get("R", frame.get("R_d")))
         parts = frame["exp"], frame["scale"], frame["t"], angles(R.view(1, 3, 3))
         motion.append(np.concatenate(parts, axis=None))
     times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
@@ -310,9 +309,8 @@ class DenseMotion(nn.Module):
         super().__init__()
         self.compress = nn.Conv3d(32, 4, 1)
         self.norm = nn.BatchNorm3d(4)
-        down = DownBlocks()
-        for n_in, n in pairwise([110, 64, 128, 256, 512, 1024]):
-            down.append(block3d(n_in, n))
+        sizes = pairwise([110, 64, 128, 256, 512, 1024])
+        down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
         up = UpBlocks()
         for n in (512, 256, 128, 64, 32):
             n_in = min(4 * n, 1024)                                    # 2 n from below, 2 n skipped
@@ -550,8 +548,8 @@ class LivePortrait:
     def source(self, image):
         """uint8 portrait crop (H, W, 3), or a batch (B, H, W, 3) -> Source."""
         x = torch.tensor(image, device=self.device).movedim(-1, -3)
-        x = F.adaptive_avg_pool2d(x.float(), 256)                      # of 512: means of 2 x 2,
-        x = (x + 0.5).floor().reshape(-1, 3, 256, 256) / 255           # as uint8
+        x = F.adaptive_avg_pool2d(x / 255, 256)                        # of 512: means of 2 x 2
+        x = x.reshape(-1, 3, 256, 256)
         heads = self.M(x)
         return Source(self.F(x), heads["kp"].cpu(), to_motion(heads).cpu())
 
@@ -568,7 +566,7 @@ class LivePortrait:
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
         for part in x_d.split(self.batch):
             # all of one size, to be compiled
-            full = F.pad(part, (0, 0, 0, 0, 0, self.batch - len(part)))
+            full = part.repeat(self.batch, 1, 1)[:self.batch]
             f_s = source.f_s.expand(len(full), 32, 16, 64, 64)
             frames = self.render(f_s, x_s.expand_as(full), full, stitch)
             yield from frames[:len(part)].cpu().numpy()
@@ -581,12 +579,11 @@ Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of 
 def read_image(path):
     """Any picture that Pillow reads, upright and on white -> RGB.
 
-    ValueError: it is no picture, or has more than 250 megapixels."""
+    ValueError: it is no picture, has more than 250 megapixels, or over 8 bits of grey."""
     try:
         image = Image.open(path)
-        if image.mode[0] in "IF":                  # of 16 or 32 bits; white is one of these
-            white = min(x for x in (1, 255, 65535, 2**32) if x >= image.getextrema()[1])
-            image = image.convert("F").point(lambda x: x * 255 / white + 0.5).convert("L")
+        if image.mode[0] in "IF":
+            raise ValueError("it has 16 or 32 bits of grey, of which nobody says what is white")
         image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as error:
         raise ValueError(f"{path}: no picture could be read ({error}); take another") from None
@@ -600,20 +597,20 @@ def crop_box(image, crop=""):
     width, height = image.size
     size = min(width, height)
     crop = crop or f"{(width - size) // 2},{(height - size) // 2},{size}"
-    problem = f"crop {crop}: should be x,y,size, 16 pixels or more, inside {width} x {height}"
     try:
         x, y, size = map(int, crop.split(","))
+        inside = 0 <= x <= width - size and 0 <= y <= height - size
     except ValueError:
-        raise ValueError(problem) from None
-    inside = 0 <= x <= width - size and 0 <= y <= height - size
-    if size < 16 or not inside:
-        raise ValueError(problem)
+        inside = False
+    if not inside or size < 16:
+        raise ValueError(f"crop {crop}: should be x,y,size, 16 pixels or more, inside {width} x "
+                         f"{height}")
     return x, y, size
 
 
-def paste_back(frames, image, box, longest=1280):
-    """Frames blended into the whole picture, which is shrunk to `longest` and to even sides."""
-    zoom = min(1, longest / max(image.size))
+def paste_back(frames, image, box):
+    """Frames blended into the whole picture, which is shrunk to 1280 pixels and to even sides."""
+    zoom = min(1, 1280 / max(image.size))
     x, y, size = [int(v * zoom) for v in box]
     picture = image.resize([int(v * zoom) // 2 * 2 for v in image.size])
     mask = ImageOps.expand(Image.new("L", (SIZE - 16, SIZE - 16), 255), 8)
@@ -839,6 +836,6 @@ class Sketch:
                 x = outline(np.stack(corners, 1)) @ R + t
                 for _ in range(int(copies)):
                     for side in SIZE * (x + 1):                        # at twice the size
-                        draw.polygon(list(side[:, :2].ravel()), colour)
+                        draw.polygon([*side[:, :2].flat], colour)
                     x = 0.8 * x + 0.2 * x.mean(1, keepdims=True)
             yield np.asarray(image.reduce(2))

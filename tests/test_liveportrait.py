@@ -299,7 +299,7 @@ def test_sampling_and_rendering_need_no_float64(face, portrait, tiny, monkeypatc
 def test_on_apples_gpu_no_volume_is_convolved_transposed(monkeypatch):
     """Simulated: the device is said to be "mps", and nothing is moved."""
     with torch.device("meta"):
-        net = WarpingNetwork()
+        net = WarpingNetwork().eval()
     monkeypatch.setattr(net, "to", lambda device: net)
     renderer.fold_for_inference(net, torch.device("mps"))
     kinds = [type(module) for module in net.modules()]
@@ -387,13 +387,12 @@ def test_pictures_of_every_kind_come_out_in_colour(tmp_path, mode, file, most):
     assert np.abs(image - GREY).max() <= most
 
 
-@pytest.mark.parametrize("pixels, file", [
-    (RAMP.astype(np.uint16) * 257, "a.png"), (RAMP.astype(np.uint16) * 257, "a.tif"),
-    (RAMP.astype(np.uint16) * 257, "a.pgm"), (RAMP.astype(np.int32), "a.tif"),
-    (RAMP.astype(np.float32) / 255, "a.tif"), (RAMP.astype(np.float32), "a.tif")])
-def test_pictures_of_16_and_32_bits_show_what_they_show_elsewhere(tmp_path, pixels, file):
-    image = saved_and_read(Image.fromarray(pixels), tmp_path / file)
-    assert np.abs(image - GREY).max() <= 1
+@pytest.mark.parametrize("dtype, file", [
+    (np.uint16, "a.png"), (np.uint16, "a.tif"), (np.uint16, "a.pgm"), (np.int32, "a.tif"),
+    (np.float32, "a.tif")])
+def test_grey_pictures_of_16_and_32_bits_are_refused(tmp_path, dtype, file):
+    Image.fromarray(RAMP.astype(dtype)).save(tmp_path / file)
+    refused([file, "16 or 32 bits"], read_image, tmp_path / file)
 
 
 def test_a_palette_with_transparent_colours_lies_on_white(tmp_path):
