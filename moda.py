@@ -572,8 +572,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         if smooth:                                 # again, with the neighbour of its first frame
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
         yield ready[:stride]
-        before = motion[stride - 1:stride]         # the frame before the next window,
-        prev = before
+        prev = before = motion[stride - 1:stride]  # the frame before the next window,
         tail = motion[stride:stride + overlap]     # the frames that both have, as this one has them
         eps = eps[stride:]                         # and their noise
     if not len(before):
