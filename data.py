@@ -8,17 +8,13 @@ The first makes a training set of talking videos; the second prints its hours, e
 and clips whose sound is shifted.
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
-import signal
-
-if __name__ == "__main__":                         # Ctrl-C ends the imports without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import csv
 import inspect
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import weakref
@@ -676,9 +672,7 @@ class AudioEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, path, device="cpu"):
         """A public base-size file or its folder; ValueError if it is another network or broken."""
-        with torch.device("meta"):
-            model = cls()
-        model.to_empty(device=device)
+        model = cls().to(device)
         path = Path(path)
         if path.is_dir():
             path = path / "pytorch_model.bin"
@@ -985,9 +979,11 @@ def parse_flags(argv, doc, *settings):
     """Set the fields of dataclasses from flags --name=value; returns what was given, {name: value}.
 
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is
-    wrong; --help prints `doc` and every field with the comment in its class."""
+    wrong; --help prints `doc` and the classes, where every field has a comment."""
     if {"-h", "--help"} & set(argv):
-        print(doc, *map(describe, settings), sep="\n")
+        print(doc)
+        for owner in settings:
+            print(inspect.getsource(type(owner)))
         sys.exit()
     owners = {name: owner for owner in settings for name in vars(owner)}
     given = {}
@@ -999,7 +995,7 @@ def parse_flags(argv, doc, *settings):
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
-            if kind in (int, float) and not abs(value) < 2 ** 63:      # NaN is not
+            if kind is not str and not abs(value) < 2 ** 63:           # NaN is not
                 raise ValueError
         except (KeyError, ValueError):
             line = f"{arg}: expected {kind.__name__}, as in --{name}={default}"
@@ -1010,13 +1006,6 @@ def parse_flags(argv, doc, *settings):
 
 
 BOOLEANS = {"": True, "True": True, "False": False}
-
-
-def describe(settings):
-    """The fields of a dataclass as its source lists them: name, default, comment."""
-    source = inspect.getsource(type(settings))
-    rows = re.findall(r'^    (\w+): \w+ = "?(.*?)"? +# (.*)$', source, re.M)
-    return "\n".join(f"    {f'--{name}={default}':26} {comment}" for name, default, comment in rows)
 
 
 def find_device(name):

@@ -69,7 +69,7 @@ def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
 
 
 def test_ctrl_c_while_the_scripts_are_imported_is_no_traceback(good):
-    for script in ("sample.py", "train.py", "data.py"):
+    for script in ("sample.py", "train.py"):
         process = start(good, script, "--help")
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)

@@ -305,7 +305,7 @@ def test_help_lists_every_setting_with_a_comment(capsys, module, settings):
     assert not ended.value.code                                # 0, as after success
     printed = capsys.readouterr().out
     assert module.__doc__ in printed
-    rows = re.findall(r"^ +--(\w+)=(\S*) +(\S.*)$", printed, re.M)
+    rows = re.findall(r'^    (\w+): \w+ = "?(.*?)"? +# (\S.*)$', printed, re.M)
     listed = {name: default for name, default, comment in rows}
     fields = [field for kind in settings for field in dataclasses.fields(kind)]
     missing = {field.name for field in fields} - set(listed)
