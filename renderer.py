@@ -444,8 +444,8 @@ class StitchingNetwork(nn.Module):
             nn.Linear(64, 65))
 
     def forward(self, x_s, x_d):
-        x = torch.cat([x_s, x_d], 1)
-        offsets, shift = self.mlp(x.flatten(1)).split([63, 2], 1)
+        x = torch.cat([x_s, x_d], 1).flatten(1)
+        offsets, shift = self.mlp(x).split([63, 2], 1)
         shift = F.pad(shift, (0, 1))                                   # of all points, in x and y
         return x_d + offsets.view_as(x_d) + shift[:, None]
 
@@ -492,12 +492,9 @@ def transpose_upsampling(conv, up):
 def keep_memory():
     """glibc keeps large blocks (M_MMAP_MAX, M_TRIM_THRESHOLD): to give them back each time, and pay
     for their pages anew, costs a sixth of the time on a CPU. Other systems have no mallopt."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(-4, 0)
-    mallopt(-1, 2**31 - 1)
+    if hasattr(ctypes.pythonapi, "mallopt"):
+        ctypes.pythonapi.mallopt(-4, 0)
+        ctypes.pythonapi.mallopt(-1, 2**31 - 1)
 
 
 # ------------------------------------------------------------------------------------ LivePortrait
