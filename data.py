@@ -393,9 +393,8 @@ def moments_of(motions):
 # ------------------------------------------------------------------------------------- preparation
 VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts .mts .3gp".split())
 # our names, and MEAD's folders where they differ
-FOLDERS = {name: k for k, name in enumerate(EMOTIONS)}
-FOLDERS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
-LABELS = FOLDERS | {str(k): k for k in range(len(EMOTIONS))}
+LABELS = {name: k for k, name in enumerate(EMOTIONS)}
+LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 # mean and standard deviation of some channels, as published with the released model
 PUBLISHED = table("""
     name   channel  mean     std
@@ -436,10 +435,11 @@ def plain(name):
 
 
 def read_labels(path):
-    """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder."""
+    """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder. What names
+    an emotion need not be listed."""
     try:
         rows = read_rows(path)
-        return {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
+        return LABELS | {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
     except Exception as error:
         raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
                          f"names {' '.join(LABELS)}") from None
@@ -513,9 +513,7 @@ def prepare(settings):
     A speaker is a folder below --videos, or a video there, and keeps the split that he had."""
     root, folder = Path(settings.videos), Path(settings.data_dir)
     videos = find_videos(root)
-    labels = FOLDERS
-    if settings.labels:
-        labels = FOLDERS | read_labels(settings.labels)
+    labels = read_labels(settings.labels) if settings.labels else LABELS
     face = LivePortrait(settings.weights, settings.device)
     features = feature_blocks(settings.audio_encoder, settings.device)
     begun = {}

@@ -56,7 +56,7 @@ class Settings:
     ckpt: str = "out/toy/ckpt.pt"  # MoDA's weights, ours or the released net-200.pth
     stats: str = "mean.pt"       # the statistics that belong to net-200.pth
     audio_encoder: str = ""      # wav2vec 2.0 or HuBERT, for models trained on it; else log-mel
-    emotion: str = "none"        # a name or number; or in turn, with seconds: neutral:2.5,happiness
+    emotion: str = "none"        # a name; or in turn, with seconds: neutral:2.5,happiness
     edit: str = ""               # expression added to the motion: smile:0.5,brow:5
     seed: int = 1                # another seed, another head motion
     steps: int = 10              # of Euler

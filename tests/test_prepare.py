@@ -372,7 +372,7 @@ def emotions(stand_in, videos, tmp_path):
 
 def test_labels_come_from_a_table_or_a_folder(emotions, tmp_path):
     table = tmp_path / "labels.csv"
-    table.write_text("clip,emotion\n24,Surprised\n./LATE/voice.mp4,1\n")
+    table.write_text("clip,emotion\n24,Surprised\n./LATE/voice.mp4,contempt\n")
     assert emotions(f"--labels={table}") == {
         "24.mp4": 7, "late/voice.mp4": 1, "angry/30.mp4": 0, "quiet.mp4": 8,
         "it's: a né dir/12.5.mkv": 8}
@@ -382,8 +382,8 @@ def test_the_nearest_name_labels_in_any_case():
     for name, emotion in (
             ("M003/Angry/1.mp4", 0), ("happy.mp4", 4), ("sad/Happy.MTS", 4), ("X/FEAR/sad/1", 6),
             ("M003/front/angrily.mp4", 2)):
-        assert data.label_of(Path(name), data.FOLDERS | {"m003": 2}) == emotion
-    assert data.label_of(Path("clip.mp4"), data.FOLDERS) == 8
+        assert data.label_of(Path(name), data.LABELS | {"m003": 2}) == emotion
+    assert data.label_of(Path("clip.mp4"), data.LABELS) == 8
 
 
 @pytest.mark.parametrize("text", [

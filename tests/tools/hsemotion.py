@@ -39,7 +39,7 @@ def main(argv):
     out = csv.writer(sys.stdout)
     out.writerow(["clip", "emotion"])
     for name in data.find_videos(settings.videos):
-        if data.label_of(name, data.FOLDERS) != NO_EMOTION:
+        if data.label_of(name, data.LABELS) != NO_EMOTION:
             continue
         try:
             out.writerow([name.as_posix(), vote(net, Path(settings.videos, name), settings.crop)])
