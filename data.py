@@ -2,10 +2,8 @@
 the audio encoder, the toy talker; and what the scripts' command lines have in common.
 
     python data.py --videos=DIR --data_dir=data/mine --weights=pretrained_weights
-    python data.py --data_dir=data/mine --check
 
-The first makes a training set of talking videos; the second prints its hours, emotions and motion,
-and clips whose sound is shifted.
+makes a training set of talking videos.
 Letters: N samples at 16 kHz, T frames at 25 fps (640 samples each), L x A audio layers x channels.
 """
 import csv
@@ -34,7 +32,7 @@ from numpy.lib.format import open_memmap
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from moda import EMOTIONS, MOUTH, NO_EMOTION, M, draw, load_strictly, read_checkpoint
+from moda import EMOTIONS, NO_EMOTION, M, draw, load_strictly, read_checkpoint
 from renderer import FACE, LivePortrait, to_motion
 
 RATE = 16000                     # samples per second
@@ -395,15 +393,6 @@ VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts .mts .3gp"
 # our names, and MEAD's folders where they differ
 LABELS = {name: k for k, name in enumerate(EMOTIONS)}
 LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
-# mean and standard deviation of some channels, as published with the released model
-PUBLISHED = table("""
-    name   channel  mean     std
-    scale  63       1.2865   0.0691
-    pitch  67       -2.3407  8.8819
-    yaw    68       -0.2464  23.8553
-    roll   69       -0.3269  5.6063
-    mouth  58       -0.0056  0.0214""")
-JUMP = 0.06                      # of scale or translation in a frame; talking heads reach 0.02
 
 
 def pictures(path, crop, batch=16):
@@ -589,33 +578,6 @@ def label_of(name, labels):
         if key in labels:
             return labels[key]
     return NO_EMOTION
-
-
-def voice_lag(mouth, loud, reach=15):
-    """By how many frames the voice follows the mouth where both agree best; how well they agree."""
-    mouth, loud = np.diff(mouth), np.diff(loud)    # what drifts agrees with anything
-    middle = mouth[reach:-reach]
-    fit = np.correlate(loud, middle) / (len(middle) * mouth.std() * loud.std() + 1e-9)
-    return fit.argmax() - reach, fit.max()
-
-
-def check(folder):
-    """Print what a data set holds beside what the released model was trained on, and odd clips."""
-    data = Clips(folder, split="")
-    hours = data.lengths.sum() / (25 * 3600)
-    print(f"{folder}: {len(data.lengths)} clips, {hours:.2f} h, {len(data)} windows")
-    counts = [f"{name} {data.emotion.count(k)}" for k, name in enumerate(EMOTIONS)]
-    print("emotions:", ", ".join(counts))
-    for name, channel, mean, std in PUBLISHED:
-        ours = data.moments[:, channel]
-        print(f"{name:6}{ours[0]:9.4f} +- {ours[1]:7.4f}, published{mean:9.4f} +- {std:7.4f}")
-    for path in data.names:
-        motion, loudness, *_ = opened(path, "motion", "loudness", "audio", "identity")
-        lag, fit = voice_lag(motion[:, MOUTH], loudness)
-        if fit > 0.3 and abs(lag) > 3:
-            print(f"{path}: voice {lag:+d} frames after the lips (correlation {fit:.2f})")
-        if np.abs(np.diff(motion[:, 63:66], axis=0)).max() > JUMP:
-            print(f"{path}: jumps; is the video cut, or the face lost?")
 
 
 # ------------------------------------------------------------------------------- the audio encoder
@@ -1061,23 +1023,18 @@ class Settings:
     audio_encoder: str = ""      # file or folder of wav2vec 2.0 or HuBERT; else log-mel features
     crop: str = ""               # x,y,size: the square around the face; else the central one
     labels: str = ""             # csv that begins clip,emotion; a clip is a path, name or folder
-    check: bool = False          # look at the data set
     device: str = ""             # cuda if there is one
 
 
 def main(argv):
     settings = Settings()
-    given = parse_flags(argv, __doc__, settings)
-    if not settings.data_dir or bool(settings.videos) == settings.check:
-        raise UsageError("needed: --data_dir=FOLDER and either --videos=FOLDER or --check")
-    check_effects(given, settings, {"with --videos": "weights audio_encoder crop labels"})
+    parse_flags(argv, __doc__, settings)
+    if not settings.data_dir or not settings.videos:
+        raise UsageError("needed: --videos=FOLDER --data_dir=FOLDER")
     if not re.fullmatch(r"(\d+,\d+,\d+)?", settings.crop):
         raise UsageError(f"--crop={settings.crop}: should be --crop=x,y,size in pixels")
     settings.device = find_device(settings.device)
-    if settings.check:
-        check(settings.data_dir)
-    else:
-        prepare(settings)
+    prepare(settings)
 
 
 if __name__ == "__main__":

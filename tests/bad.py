@@ -27,8 +27,11 @@ from data import save
 from moda import ALSE, PRESETS, Config
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests/tools"))
+import check
+
 SCRIPTS = dict(sample=sample, portrait=sample, play=sample, pairs=sample, train=train, resume=train,
-               prepare=data, check=data)
+               prepare=data, check=check)
 # flags that work in the folder `good`; what a test adds comes last and counts
 FLAGS = dict(
     sample="--audio_path=voice.wav --ckpt=ckpt.pt --output_path=video.mp4 --steps=1 --chunk=20 "
@@ -40,7 +43,7 @@ FLAGS = dict(
     resume="--data_dir=set --out_dir=old --init_from=resume --width=32 --heads=2 --n_one=2 "
            "--steps=2",
     prepare="--videos=videos --data_dir=new --weights=lp",
-    check="--data_dir=set --check")
+    check="--data_dir=set")
 # what a run may begin before it fails
 BEGUN = {"new_run/log.csv", "old/log.csv", "new/manifest.json", "new_run/ckpt.pt.tmp"}
 
@@ -88,7 +91,7 @@ def preparable(folder, monkeypatch):
     """The same, where `prepare` needs no weights and every video becomes a clip of 90 frames."""
     def extract(*args):
         n = 90
-        return dict(motion=torch.zeros(n, 70), audio=torch.zeros(n, 1, 160),
+        return dict(motion=torch.zeros(n, 70), audio=torch.zeros(n, 1, 160).half(),
                     identity=torch.zeros(63), loudness=torch.zeros(n))
     monkeypatch.setattr(data, "LivePortrait", lambda *args: None)
     monkeypatch.setattr(data, "extract", extract)

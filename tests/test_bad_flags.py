@@ -98,13 +98,12 @@ def test_names_are_read_in_any_case(run):
     ("play --motion_path=m.npy --cfg_audio=2", "--cfg_audio has an effect only without"),
     ("pairs --pairs=p.csv --emotion=fear", "--emotion has an effect only without --pairs"),
     ("sample --stats=ckpt.pt", "--stats has no effect: ckpt.pt has statistics of its own"),
-    ("train --tau=0.3", "--tau has an effect only with --alse"),
-    ("check --labels=l.csv", "--labels has an effect only with --videos")])
+    ("train --tau=0.3", "--tau has an effect only with --alse")])
 def test_a_flag_without_effect(refused, command, words):
     refused(command, words, code=2)
 
 
-@pytest.mark.parametrize("command", ["sample", "train", "prepare", "check"])
+@pytest.mark.parametrize("command", ["sample", "train", "prepare"])
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_a_device_that_is_not_there(refused, command, device):
     words = f"--device={device}: no such device here"
@@ -116,9 +115,9 @@ def test_a_device_that_is_not_there(refused, command, device):
     ("play --audio_path=- --motion_path=m.npy", "not with --motion_path"),
     ("sample --image_path=me.png", "--weights and --image_path go together"),
     ("sample --weights=videos", "--weights and --image_path go together"),
-    ("prepare --check", "needed: --data_dir=FOLDER and either --videos=FOLDER or --check"),
-    ("prepare --videos=", "needed: --data_dir=FOLDER and either --videos=FOLDER or --check"),
-    ("prepare --data_dir=", "needed: --data_dir=FOLDER"),
+    ("check --data_dir=", "needed: --data_dir=FOLDER"),
+    ("prepare --videos=", "needed: --videos=FOLDER --data_dir=FOLDER"),
+    ("prepare --data_dir=", "needed: --videos=FOLDER --data_dir=FOLDER"),
     ("prepare --crop=1,2", "--crop=1,2: should be --crop=x,y,size in pixels"),
     ("prepare --crop=-1,0,32", "--crop=-1,0,32: should be --crop=x,y,size in pixels")])
 def test_flags_that_do_not_go_together(refused, command, words):
