@@ -419,7 +419,7 @@ class Spade(nn.Module):
 
     def __init__(self, n, up):
         super().__init__()
-        layers = {"up": nn.Upsample(scale_factor=(up, up)), "0": conv3x3(256, 128)}
+        layers = {"up": nn.Upsample(scale_factor=up), "0": conv3x3(256, 128)}
         self.mlp_shared = Chain(**layers)
         self.mlp_gamma = conv3x3(128, n)
         self.mlp_beta = conv3x3(128, n)
@@ -456,18 +456,18 @@ class StitchingNetwork(nn.Module):
 
 @torch.no_grad()
 def fold_for_inference(net, device=torch.device("cpu")):
-    """Make spectral norm, BatchNorm and upsampling part of the convolutions beside them; then move
-    to the device. Apple's knows no transposed convolution of volumes: upsampling stays there."""
+    """Make spectral norm, BatchNorm and upsampling of images part of the convolutions beside them;
+    then move to the device."""
     for module in [*net.modules()]:
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
         if hasattr(module, "conv"):                # of block2d and block3d
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
-        if hasattr(module, "up") and device.type != "mps":
-            # the layer after it is a convolution
-            transpose_upsampling(module[1], int(module.up.scale_factor[-1]))
-            module.up = nn.Identity()
+        if hasattr(module, "mlp_shared"):          # of Spade
+            up, conv = module.mlp_shared
+            transpose_upsampling(conv, int(up.scale_factor))
+            module.mlp_shared.up = nn.Identity()
     net.to(device)
     if device.type == "cuda":                                          # what tensor cores work on
         convert_conv2d_weight_memory_format(net, torch.channels_last)
@@ -478,20 +478,19 @@ def fold_for_inference(net, device=torch.device("cpu")):
 def transpose_upsampling(conv, up):
     """Make `conv` equal to nearest upsampling of height and width, followed by `conv`, as one
     transposed convolution, which needs less than half of the products."""
-    axes = tuple(range(2, conv.weight.ndim))
-    weight = conv.weight.flip(axes).transpose(0, 1)
+    weight = conv.weight.flip(2, 3).transpose(0, 1)
     # one pixel becomes up x up equal ones, each with a kernel: their sum, a box over the kernel
     weight = F.pad(weight, [up - 1] * 4)
-    weight = F.avg_pool3d(weight, (1, up, up), stride=1) * up ** 2
+    weight = F.avg_pool2d(weight, up, stride=1) * up ** 2
     conv.weight = nn.Parameter(weight)
     conv.kernel_size = weight.shape[2:]
-    conv.stride = (1, up, up)[-len(axes):]
-    conv.__class__ = nn.ConvTranspose2d if len(axes) == 2 else nn.ConvTranspose3d
+    conv.stride = (up, up)
+    conv.__class__ = nn.ConvTranspose2d
 
 
 def keep_memory():
     """glibc keeps large blocks (M_MMAP_MAX, M_TRIM_THRESHOLD): to give them back each time, and pay
-    for their pages anew, costs a sixth of the time on a CPU. Other systems have no mallopt."""
+    for their pages anew, costs a twentieth of the time on a CPU. Other systems have no mallopt."""
     if hasattr(ctypes.pythonapi, "mallopt"):
         ctypes.pythonapi.mallopt(-4, 0)
         ctypes.pythonapi.mallopt(-1, 2**31 - 1)
