@@ -104,20 +104,19 @@ class Sound:
     """Any sound that ffmpeg reads, or a video's: iterate for blocks of float32 (BLOCK * FRAME,), 16
     kHz, mono.
 
-    Of several tracks it is the default one, or number `track`. A file is read once before, for its
-    length in `frames`, and lest the mean of two channels cancels them: then the louder one is
-    taken. "-" is stdin, mono, of unknown length. ValueError: there is no sound."""
+    Of several tracks it is the default one. A file is read once before, for its length in `frames`,
+    and lest the mean of two channels cancels them: then the louder one is taken. "-" is stdin,
+    mono, of unknown length. ValueError: there is no sound."""
 
-    def __init__(self, path, track=-1):
+    def __init__(self, path):
         self.path, self.frames, self.column = path, None, 0
-        self.track = f"-map 0:a:{track}" if track >= 0 else ""
         if path != "-":
             self.survey()
 
     def blocks(self):
         """Columns (n, 3): the channels' mean, the left one, the right one."""
         mix = f"{FILTERS},pan=3c|c0<c0+c1|c1=c0|c2=c1"
-        options = f"{self.track} -af {mix} -ar {RATE} -f f32le"
+        options = f"-af {mix} -ar {RATE} -f f32le"
         for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
             yield np.frombuffer(piece, np.float32).reshape(-1, 3)
 
@@ -170,8 +169,6 @@ def write_video(path, frames, sound, sound_pipe=os.devnull):
             inherited = [pipe.fileno()]
             voice = f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
         options = f"-f ppm_pipe -framerate 25 -i - -af {FILTERS} {CODING}"
-        if sound.track:
-            options += f" -map 1:v {sound.track}"
         with ffmpeg(f"{path.name}: could not be written", OSError, *voice, *options.split(),
                     *target, stdin=PIPE, pass_fds=inherited) as encoder:
             for frame in frames:

@@ -484,7 +484,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 def euler_times(steps):
     """When steps begin: `steps` equal ones from 1, noise, or a list as it is."""
     times = steps if isinstance(steps, list) else [1 - k / steps for k in range(steps)]
-    if not times or not all(1 >= t > end for t, end in pairwise([*times, 0])):
+    if not times:
         raise ValueError(f"steps={steps} should be 1 or more, or times from 1 down")
     return torch.tensor(times)
 
@@ -497,10 +497,8 @@ def euler(velocity, z, times):
 
 
 def in_turn(emotion):
-    """0..8, or a list of (0..8, frames) -> the latter, its last emotion to the end; ValueError."""
+    """0..8, or a list of (0..8, frames) -> the latter, its last emotion to the end."""
     turns = emotion if isinstance(emotion, list) else [(emotion, 0)]
-    if not turns or not 0 <= min(turns)[0] <= max(turns)[0] < len(EMOTIONS):
-        raise ValueError(f"emotion {emotion}: should be 0 to 8, or such with frames, in a list")
     return [*turns[:-1], (turns[-1][0], math.inf)]
 
 
@@ -595,7 +593,7 @@ def smooth_pose(motion):
 
 # --------------------------------------------------------------------------------- faster sampling
 # The same numbers with less work, to which tests/test_sampler.py holds it: AdaLN is computed for
-# all steps at once, N equal tokens as one, and the last block for motion alone.
+# all steps at once, and the last block for motion alone.
 
 def fast_network(model, times, emotions):
     """A copy of the model that shares its weights, with the parts below in place."""
@@ -609,8 +607,6 @@ def fast_network(model, times, emotions):
     for module in [*network.modules()]:
         if hasattr(module, "adaln"):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
-        if isinstance(module, ModalityPath) and not module.heads.rotated:
-            module.__class__ = OneTokenPath
     for block in network.one[-1:]:
         block.__class__ = LastBlock
     if model.compiled:
@@ -625,18 +621,6 @@ class FastMoDA(MoDA):
         """t (B,), emotion (B,) -> (B,), which row of the tables it is."""
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, self.conditions, p=1).argmin(1)
-
-
-class OneTokenPath(ModalityPath):
-    """The N tokens of a stream that is not rotated are equal: one is computed and stands for N."""
-
-    def before_attention(self, x, modulation, rope):
-        qkv = super().before_attention(x[:, :1], modulation, rope)
-        return [h.expand(-1, -1, x.size(1), -1) for h in qkv]
-
-    def after_attention(self, x, y, modulation):
-        one = super().after_attention(x[:, :1], y[:, :1], modulation)
-        return one.expand_as(x)
 
 
 class LastBlock(SingleBlock):

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, Sound, ToyTalker, UsageError,
                   appearing, check_effects, expression, feature_blocks, find_device, parse_flags,
                   read_rows, run, write_npy, write_video)
-from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate, guidance_of,
-                  load_statistics, stream)
+from moda import (ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
+                  guidance_of, load_statistics, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
                       relative, write_template)
 
@@ -45,7 +45,6 @@ from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_ima
 class Settings:
     audio_path: str = ""         # sound, or a video's; -: 16 kHz PCM, 16 bits, mono, on stdin
     output_path: str = "out.mp4"  # .mp4 .m4v .mov .mkv .ts; -: an MPEG transport stream, on stdout
-    audio_track: int = -1        # which of a video's sound tracks, from 0; else its default one
     pairs: str = ""              # csv, first line portrait,voice,emotion: a video each, to a folder
     image_path: str = ""         # the portrait
     crop: str = ""               # which square of it: x,y,size; else the largest in the centre
@@ -89,8 +88,8 @@ EFFECTS = {
     "with --eval": "alse data_dir",
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
                              "chunk overlap smooth latency stream",
-    "without --pairs": "audio_path audio_track image_path emotion save_motion",
-    "without --eval": "audio_path audio_track output_path pairs image_path weights motion emotion "
+    "without --pairs": "audio_path image_path emotion save_motion",
+    "without --eval": "audio_path output_path pairs image_path weights motion emotion "
                       "edit pose_scale save_motion motion_path stream bf16 device"}
 
 
@@ -127,16 +126,16 @@ def short_chunks(latency):
 
 
 def open_face(settings, device):
-    """The face to animate, its Source, what puts its frames where they belong, and its picture."""
+    """The face to animate, its Source, and what puts its frames where they belong."""
     if not settings.weights:
-        return Sketch(), Sketch().source(), iter, None
+        return Sketch(), Sketch().source(), iter
     image = read_image(settings.image_path)
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
     dtype = torch.bfloat16 if settings.bf16 else None
     face = load_face(settings.weights, device, dtype, settings.compile)
     place = partial(paste_back, image=image, box=box) if settings.paste_back else iter
-    return face, face.source(np.asarray(crop)), place, crop
+    return face, face.source(np.asarray(crop)), place
 
 
 def sampling(settings):
@@ -214,8 +213,8 @@ def rendered(settings, face, source, motion, times):
 def make_video(settings, model):
     """From the voice to the file: each stage pulls from the one before it."""
     began = time.perf_counter()
-    sound = Sound(settings.audio_path, settings.audio_track)
-    face, source, place, crop = open_face(settings, model.mean.device)
+    sound = Sound(settings.audio_path)
+    face, source, place = open_face(settings, model.mean.device)
     spoken, times, saved = [], [], []
     live = settings.stream or sound.path == "-"
     sound_pipe, copy = os.pipe() if sound.path == "-" else (os.devnull, os.devnull)
@@ -227,15 +226,11 @@ def make_video(settings, model):
     frames = place(rendered(settings, face, source, motion, times))
     bar = tqdm(frames, "frames", sound.frames, unit="")
     out = settings.output_path
-    square = f"{out}.crop.png" if crop and out != "-" else ""
-    with (appearing(out) as video, appearing(square) as square,
-          appearing(settings.save_motion) as kept):
+    with appearing(out) as video, appearing(settings.save_motion) as kept:
         write_video(video, bar, sound, sound_pipe)
         if saved:
             write = write_template if kept.suffix == ".pkl" else write_npy
             write(torch.cat(saved), kept)
-        if square.name:
-            crop.save(square)
     taken = time.perf_counter() - began
     print(f"{out}: {bar.n} frames in {taken:.2f} s, {25 * taken / bar.n:.3f} s per second of video")
     if live:
@@ -269,17 +264,17 @@ def check(settings, given):
     emotions_in_turn(settings.emotion)
     amounts("edit", settings.edit, CONTROLS, 1)
     voice = settings.audio_path
-    stdin = not settings.motion_path and settings.audio_track < 0 and sys.platform != "win32"
+    stdin = not settings.motion_path and sys.platform != "win32"
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
-                         "not with --motion_path or --audio_track, nor on Windows")
+                         "not with --motion_path, nor on Windows")
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         path = Path(getattr(settings, flag))
         known = (path.suffix.lower() or str(path)) in endings.split()
         if flag in given and not (known and path.parent.is_dir()):
             raise UsageError(f"--{flag}={path}: should be in a folder that exists, and one of "
                              f"{endings}")
-    written = settings.output_path, settings.save_motion, f"{settings.output_path}.crop.png"
+    written = settings.output_path, settings.save_motion
     read = settings.audio_path, settings.image_path, settings.motion_path
     for one in filter(os.path.exists, read):
         for other in filter(os.path.exists, written):
@@ -451,7 +446,7 @@ def after_training(folder, clips):
     """The table, and a video of an unseen clip's voice, in the folder of a checkpoint."""
     talker = ToyTalker("val", clips)
     settings = Settings(f"{folder}/sample.wav", f"{folder}/sample.mp4", ckpt=f"{folder}/ckpt.pt")
-    settings.emotion = str(talker.emotion[0])
+    settings.emotion = EMOTIONS[talker.emotion[0]]
     soundfile.write(settings.audio_path, talker.wavs[0], RATE)
     model = open_model(settings, given={})
     evaluate(settings, model, talker)

@@ -148,7 +148,7 @@ def inputs(folder):
     ffmpeg("-i", "voice.wav", "talk.mp4")
     Path("link.mp4").symlink_to("talk.mp4")
     os.link("talk.mp4", "hard.mp4")
-    os.rename("me.png", "talk.mp4.crop.png")
+    os.link("me.png", "me.mp4")
     np.save("m.npy", np.zeros((5, 70), np.float32))
 
 
@@ -160,7 +160,7 @@ def inputs(folder):
     "sample --audio_path=talk.mp4 --output_path=link.mp4",
     "sample --audio_path=talk.mp4 --output_path=hard.mp4",
     "play --motion_path=./m.npy --save_motion=m.npy",
-    "portrait --image_path=./talk.mp4.crop.png --output_path=talk.mp4"])
+    "portrait --output_path=me.mp4"])
 def test_no_output_is_an_input_however_it_is_spelled(inputs, refused, tmp_path, command):
     command = command.format(folder=tmp_path.name, parent=tmp_path.parent)
     refused(command, "would be written over, as ", code=2)

@@ -12,12 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
 
 import data
-import sample
 from bad import FLAGS, SCRIPTS, contents, folder, good, preparable, reported, run, start
-from renderer import Sketch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,19 +112,6 @@ def test_a_stream_needs_no_folder_to_write_to(good):
              f"--ckpt={good}/ckpt.pt"]
     process = start("/proc", "sample.py", *flags)
     assert process.wait() == 0, process.stderr.read()
-
-
-def test_the_square_of_the_portrait_appears_with_the_video_alone(run, folder, monkeypatch):
-    class Face(Sketch):
-        def source(self, image):
-            return super().source()
-    monkeypatch.setattr(sample, "load_face", lambda *args: Face())
-    run("portrait --overlap=500")
-    run("portrait --save_motion=nowhere.d/m.npy")
-    assert run("portrait --output_path=-")[0] == 0
-    assert not list(folder.glob("*.crop.png"))
-    assert run("portrait") == (0, [])
-    assert Image.open("out.mp4.crop.png").size == (512, 512)
 
 
 def test_ctrl_c_in_a_second_preparation_leaves_the_data_set(run, preparable, monkeypatch):
