@@ -139,20 +139,20 @@ def test_nothing_to_resume(refused):
 
 
 def test_the_run_of_another_network_to_resume(refused):
-    words = "old/ckpt.pt: was trained with other settings"
-    refused("resume --width=64", words, "'width': 32", "use another --out_dir")
+    words = "ckpt.pt: was trained with other settings"
+    refused("resume --width=64", words, "use another --out_dir")
 
 
 def test_the_run_of_an_expert_to_resume(refused):
     shutil.copy("expert.pt", "old/ckpt.pt")
-    refused("resume", "old/ckpt.pt: was trained with other settings", "ALSE")
+    refused("resume", "ckpt.pt: was trained with other settings")
 
 
 def test_a_run_to_resume_without_its_optimizer(refused):
     state = torch.load("old/ckpt.pt", weights_only=True)
     del state["optimizer"]
     write("old/ckpt.pt", state)
-    refused("resume", "old/ckpt.pt: was trained with other settings ('optimizer')")
+    refused("resume", "ckpt.pt: was trained with other settings")
 
 
 # -------------------------------------------------------------------------------- the audio encoder

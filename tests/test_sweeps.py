@@ -7,7 +7,7 @@ import torch
 
 from moda import EMOTIONS, M, generate, stream
 
-CONDITIONS = "audio", "emotion", "audio+emotion", "emotion+audio"
+CONDITIONS = "audio", "emotion", "audio+emotion"
 pytestmark = pytest.mark.usefixtures("one_thread")     # small tensors gain nothing from more
 
 
