@@ -83,7 +83,11 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-READ = {".pt": read_checkpoint, ".npy": read_npy, ".json": read_json}
+def read_run(path):
+    return read_checkpoint(path) | dict(settings=None)                 # which name the folder
+
+
+READ = {".pt": read_run, ".npy": read_npy, ".json": read_json}
 
 
 def files(folder):
@@ -114,9 +118,7 @@ class Training:
 
     def argv(self, out):
         flags = ("--width=32 --heads=1 --batch_size=2 --steps=40 --warmup=5 --save_every=2 "
-                 "--eval_clips=0 --device=cpu").split()
-        if any(out.glob("*.pt")):                  # ckpt.pt, or previous.pt alone
-            flags.append("--init_from=resume")
+                 "--eval_every=4 --eval_clips=0 --device=cpu --init_from=auto").split()
         return [f"--data_dir={self.data_dir}", f"--out_dir={out}", *flags]
 
     def check(self, out):
