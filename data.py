@@ -215,9 +215,9 @@ def log_mel_blocks(pieces):
         wav = np.concatenate([wav[HOP - 400:], block, silence])
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
-        second = [*second[1 - 5:], np.mean(block.astype(float) ** 2)]  # of five blocks
-        loudest = max(np.mean(second), loudest * 10 ** -0.02)
-        features = np.log1p(300 * power @ MEL / max(loudest, SILENCE)) / 4
+        second = [*second[1 - 5:], np.mean(block.astype(float) ** 2)]  # five blocks
+        loudest = max(np.mean(second), loudest * 10 ** -0.02, SILENCE)
+        features = np.log1p(300 * power @ MEL / loudest) / 4
         frames = math.ceil(len(block) / FRAME)
         yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
 

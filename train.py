@@ -127,8 +127,9 @@ def find_run(out, settings):
     if begun and not auto and not settings.overwrite:
         raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
                          "begins again")
-    for path in saved:
-        path.unlink()
+    for path in (*paths, out / "best.pt"):
+        if begun:
+            path.unlink(missing_ok=True)
 
 
 def resume(state, parts, settings):
@@ -171,7 +172,7 @@ def loss_terms(net, model, batch, expert=None, tau=0.4, teacher=None):
     batch = dict(batch)
     batch["audio"] = batch["audio"].float()
     if isinstance(model, ALSE):
-        late = int(3 + 27 * batch["t"][0])         # frames
+        late = int(3 + 27 * batch["t"][0])         # frames; an expert has no other use for t
         loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
         return loss, loss.detach()                 # of lips alone
     batch["z0"] = model.normalise(batch.pop("motion"))

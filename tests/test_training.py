@@ -202,8 +202,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsy
     assert "--steps=2 until now; --steps=3 counts\n" in printed
     assert "--seed=1 until now; --seed=2 counts\n" in printed
     assert printed.count("counts") == 2
+    (tmp_path / "best.pt").touch()
     assert train_here(tmp_path, *flags, "--overwrite") == first
-    assert not (tmp_path / "previous.pt").exists()             # it was the other run's
+    assert not (tmp_path / "previous.pt").exists()             # they were the other run's
+    assert not (tmp_path / "best.pt").exists()
 
 
 def test_milestones_are_kept(tmp_path):

@@ -132,7 +132,7 @@ def trained(settings, name, *flags):
     usual = ["--eval_clips=0", "--p_drop_audio=0.2"]
     for field in ("steps", "clips", "batch_size"):
         usual.append(f"--{field}={getattr(settings, field)}")
-    train.main([f"--out_dir={out}", *usual, *flags])
+    train.main([f"--out_dir={out}", "--overwrite", *usual, *flags])
     return out
 
 
