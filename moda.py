@@ -132,17 +132,13 @@ class ModalityPath(nn.Module):
         self.mlp_in = nn.Linear(D, 4 * D)
         self.mlp_out = nn.Linear(4 * D, D)
 
-    def modulation(self, c):
-        """c (B, D) -> shift, scale, gate of attention, then of the feed-forward, (B, 1, D) each."""
-        return self.adaln(c)[:, None].chunk(6, -1)
-
-    def before_attention(self, x, modulation, rope):
-        shift, scale = modulation[:2]
+    def before_attention(self, x, c, rope):
+        """q, k, v of x (B, n, D), and what AdaLN says to the rest of the block."""
+        shift, scale, *rest = self.adaln(c).chunk(6, -1)               # (B, 1, D) each
         qkv = self.qkv(modulate(x, shift, scale))
-        return self.heads(qkv, rope)
+        return self.heads(qkv, rope), rest
 
-    def after_attention(self, x, y, modulation):
-        gate, mlp_shift, mlp_scale, mlp_gate = modulation[2:]
+    def after_attention(self, x, y, gate, mlp_shift, mlp_scale, mlp_gate):
         x = x + gate * self.proj(y)
         h = self.mlp_in(modulate(x, mlp_shift, mlp_scale))
         return x + mlp_gate * self.mlp_out(F.gelu(h, approximate="tanh"))
@@ -156,17 +152,15 @@ class JointBlock(nn.Module):
         self.paths = nn.ModuleList(ModalityPath(cfg, s < n_rotated) for s in range(n_paths))
 
     def forward(self, xs, c, rope):
-        """Streams xs, (B, n, D) each, under the conditioning vector c (B, D) -> the same."""
-        modulations = [path.modulation(c) for path in self.paths]
-        heads = []
-        for path, x, modulation in zip(self.paths, xs, modulations):
-            heads.append(path.before_attention(x, modulation, rope))
+        """Streams xs, (B, n, D) each, under the conditioning vector c (B, 1, D) -> the same."""
+        before = [path.before_attention(x, c, rope) for path, x in zip(self.paths, xs)]
+        heads, modulations = zip(*before)
         q, k, v = [torch.cat(parts, 2) for parts in zip(*heads)]       # of all streams
         y = attention(q, k, v)
         ys = y.split([x.size(1) for x in xs], 1)                       # back to their streams
         out = []
         for path, x, y, modulation in zip(self.paths, xs, ys, modulations):
-            out.append(path.after_attention(x, y, modulation))
+            out.append(path.after_attention(x, y, *modulation))
         return out
 
 
@@ -184,7 +178,7 @@ class SingleBlock(nn.Module):
     def forward(self, x, c, rope, n=None):
         """x (B, 4N, D) -> the same, or its first n tokens alone, which still attend to all."""
         D = x.size(-1)
-        shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
+        shift, scale, gate = self.adaln(c).chunk(3, -1)
         x_ = modulate(x, shift, scale)
         qkv, h = self.qkv_mlp(x_).split([3 * D, 4 * D], -1)
         q, k, v = self.heads(qkv, rope)
@@ -202,7 +196,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(cfg.width, M)
 
     def forward(self, x, c):
-        shift, scale = self.adaln(c)[:, None].chunk(2, -1)
+        shift, scale = self.adaln(c).chunk(2, -1)
         return self.linear(modulate(x, shift, scale))
 
 
@@ -230,7 +224,7 @@ class MotionModel(nn.Module):
         self.register_buffer("mean", torch.zeros(M))
         self.register_buffer("std", torch.ones(M))
         weight = torch.ones(M)
-        weight[[*LIPS, *range(SCALE.start, M)]] = cfg.focus
+        weight[LIPS] = weight[SCALE.start:] = cfg.focus
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
@@ -240,9 +234,9 @@ class MotionModel(nn.Module):
         factors[..., SCALE.start:TRANS.stop] = ratio
         return factors
 
-    def normalise(self, motion, size=1.0):
-        """(..., 70) in LivePortrait units -> the network's, of a face of average size."""
-        return (motion / size - self.mean) / (self.std + 1e-5)         # some never move: std 0
+    def normalise(self, motion):
+        """(..., 70) in LivePortrait units, of a face of average size -> the network's."""
+        return (motion - self.mean) / (self.std + 1e-5)                # some never move: std 0
 
     def denormalise(self, z):
         return z * (self.std + 1e-5) + self.mean
@@ -349,9 +343,9 @@ class MoDA(MotionModel):
         return self.identity_embedder(x_c.to(identity))
 
     def conditioning(self, t, emotion):
-        """What every AdaLN is conditioned on: t (B,), emotion (B,) -> (B, D)."""
+        """What every AdaLN is conditioned on (Sec. 3.2.1): t (B,), emotion (B,) -> (B, 1, D)."""
         time = timestep_embedding(t).to(self.null_audio.dtype)
-        return F.silu(self.time_embedder(time) + self.emotion_embedder(emotion))   # Sec. 3.2.1
+        return F.silu(self.time_embedder(time) + self.emotion_embedder(emotion))[:, None]
 
 
 # -------------------------------------------------------------------------------------- the losses
@@ -442,7 +436,7 @@ class ALSE(MotionModel):
     def forward(self, audio, motion):
         """audio (B, N, L, A), motion (B, N, 70) in LivePortrait units -> unit vectors a and m,
         (B, N, D) each, without negative numbers, so that a cosine is a probability."""
-        a = self.audio(self.flat_audio(audio))
+        a = self.audio(self.flat_audio(audio).float())
         m = self.motion(self.normalise(motion)[..., LIPS])
         return F.normalize(a, dim=-1), F.normalize(m, dim=-1)
 
@@ -496,12 +490,6 @@ def euler(velocity, z, times):
     return z                                       # the minus leads to data
 
 
-def in_turn(emotion):
-    """0..8, or a list of (0..8, frames) -> the latter, its last emotion to the end."""
-    turns = emotion if isinstance(emotion, list) else [(emotion, 0)]
-    return [*turns[:-1], (turns[-1][0], math.inf)]
-
-
 def windows(pieces, chunk, overlap, emotions):
     """Cut a voice, as it arrives, into windows: yields (voice, stride, emotion).
 
@@ -547,8 +535,9 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     if guidance.keys() - {"audio", "emotion", "audio+emotion"}:
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     pieces = [audio] if torch.is_tensor(audio) else audio
-    emotions = in_turn(emotion)
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
+    *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
+    emotions = [*turns, (last, math.inf)]
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
@@ -595,39 +584,27 @@ def smooth_pose(motion):
 # The same numbers with less work, to which tests/test_sampler.py holds it: AdaLN is computed for
 # all steps at once, and the last block for motion alone.
 
-def fast_network(model, times, emotions):
-    """A copy of the model that shares its weights, with the parts below in place."""
+def fast_network(model, times, emotions, N):
+    """A copy of the model that shares its weights, for N frames at these times and emotions."""
     conditions = torch.cartesian_prod(times, times.new_tensor(emotions))
     t, emotion = conditions.T
-    c = model.conditioning(t, emotion.long())
+    c = model.conditioning(t, emotion.long())[:, 0]
     shared = {id(p): p for p in model.parameters()}                    # not to be copied
     network = copy.deepcopy(model, shared)
-    network.__class__ = FastMoDA
-    network.conditions = conditions                # row k of a table is AdaLN's output for the k-th
     for module in [*network.modules()]:
-        if hasattr(module, "adaln"):
+        if hasattr(module, "adaln"):               # a table of its outputs, a row per condition
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
+
+    def row(t, emotion):
+        """t (B,), emotion (B,) -> (B, 1)."""
+        given = torch.stack([t, emotion], 1)
+        return torch.cdist(given, conditions, p=1).argmin(1, keepdim=True)
+    network.conditioning = row
     for block in network.one[-1:]:
-        block.__class__ = LastBlock
+        block.forward = partial(block.forward, n=N)
     if model.compiled:
         network.compile(mode="reduce-overhead", dynamic=False)
     return network
-
-
-class FastMoDA(MoDA):
-    """MoDA for some (t, emotion) alone, its `conditions`."""
-
-    def conditioning(self, t, emotion):
-        """t (B,), emotion (B,) -> (B,), which row of the tables it is."""
-        given = torch.stack([t, emotion], 1)
-        return torch.cdist(given, self.conditions, p=1).argmin(1)
-
-
-class LastBlock(SingleBlock):
-    """(B, 4N, D) -> (B, N, D): of the last block only motion is read."""
-
-    def forward(self, x, c, rope):
-        return super().forward(x, c, rope, n=len(rope))
 
 
 # ------------------------------------------------------------------------------------- checkpoints

@@ -187,7 +187,7 @@ def motion_of(settings, model, source, features, saved, frames=None):
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
             neutral = motions[0][0].to(portrait)   # as LivePortrait plays them
     else:
-        zs = stream(model, features, source.x_c, model.normalise(neutral, size),
+        zs = stream(model, features, source.x_c, model.normalise(neutral / size),
                     emotions_in_turn(settings.emotion), **sampling(settings))
         motions = (model.denormalise(z.to(portrait)) for z in zs)
     for motion in motions:

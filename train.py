@@ -118,28 +118,28 @@ def open_data(settings):
 
 def find_run(out, settings):
     """The last complete checkpoint, or None to begin; ValueError if that would harm a run."""
-    paths = out / "ckpt.pt", out / "previous.pt"   # the second, if killed between two renames
+    # the second, if killed between two renames; the third, if killed before it saved the first
+    paths = [out / name for name in ("ckpt.pt", "previous.pt", "best.pt")]
     saved = [path for path in paths if path.exists()]
-    auto = settings.init_from == "auto"
-    if settings.init_from == "resume" or auto and saved:
+    if settings.init_from == "resume" or settings.init_from == "auto" and saved:
         return read_checkpoint([*saved, *paths][0], "nothing to resume")
-    begun = saved or (out / "log.csv").exists()
-    if begun and not auto and not settings.overwrite:
+    if saved and not settings.overwrite:
         raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
                          "begins again")
-    for path in (*paths, out / "best.pt"):
-        if begun:
-            path.unlink(missing_ok=True)
+    for path in saved:
+        path.unlink()
 
 
 def resume(state, parts, settings):
-    """Load a checkpoint into the parts of a run -> its step, the lowest val_loss until then."""
-    before = state.get("settings", {}) | state.get("config", {})
-    now = vars(settings) | asdict(parts["model"].cfg)
-    for name, value in now.items():
-        if before.get(name) != value and name != "init_from" and RANK == 0:
-            print(f"--{name}={before.get(name)} until now; --{name}={value} counts")
+    """Load a checkpoint, if any, into the parts of a run -> its step, its lowest val_loss."""
+    if not state:
+        return 0, math.inf
     try:
+        before = state["settings"] | state["config"]
+        now = vars(settings) | asdict(parts["model"].cfg)
+        for name, value in now.items():
+            if before.get(name) != value and name != "init_from" and RANK == 0:
+                print(f"--{name}={before.get(name)} until now; --{name}={value} counts")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["step"], state["best"]
@@ -169,12 +169,11 @@ def loss_terms(net, model, batch, expert=None, tau=0.4, teacher=None):
 
     net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
     them; expert: from load_expert; teacher: a MoDA whose paths are to be made straight."""
-    batch = dict(batch)
-    batch["audio"] = batch["audio"].float()
     if isinstance(model, ALSE):
         late = int(3 + 27 * batch["t"][0])         # frames; an expert has no other use for t
         loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
         return loss, loss.detach()                 # of lips alone
+    batch = dict(batch)
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
     if teacher:
@@ -215,21 +214,16 @@ def is_due(step, every, settings):
 
 def save_run(out, settings, parts, step, stop, best, improved):
     """The checkpoints that are due: settings, step, and the state of every part of the run."""
-    due = []
-    if improved:
-        due.append("best.pt")
-    if is_due(step, settings.keep_every, settings):
-        due.append(f"ckpt-{step}.pt")
-    if stop or is_due(step, settings.save_every, settings):
-        due.append("ckpt.pt")                      # the last, or a kill might lose the others
-    if not due:
-        return
     model = parts["model"]
-    state = dict(kind=type(model).__name__, config=asdict(model.cfg), settings=vars(settings))
+    state = dict(kind=type(model).__name__, config=asdict(model.cfg), settings=vars(settings),
+                 step=step, best=best)
     state |= {name: part.state_dict() for name, part in parts.items()}
-    for name in due:
-        keep = "previous.pt" if name == "ckpt.pt" else None
-        save(out / name, state | dict(step=step, best=best), keep)
+    if improved:
+        save(out / "best.pt", state)
+    if is_due(step, settings.keep_every, settings):
+        save(out / f"ckpt-{step}.pt", state)
+    if stop or is_due(step, settings.save_every, settings):            # last, or a kill might lose
+        save(out / "ckpt.pt", state, keep="previous.pt")               # the others
 
 
 def load_expert(path, model):
@@ -301,10 +295,7 @@ def main(argv):
     if settings.ema:
         parts["ema"] = copy.deepcopy(model).requires_grad_(False)
     sampled = parts.get("ema", model)
-    first_step, best = 0, math.inf
-    if state := found.pop():
-        first_step, best = resume(state, parts, settings)
-    del state                                      # a gigabyte or more
+    first_step, best = resume(found.pop(), parts, settings)
     net = wrapped(model, settings)
 
     # the loop; a signal ends it after a step

@@ -31,7 +31,7 @@ def test_a_joint_block_whose_paths_are_alike_is_one_path_for_all_tokens():
         p.data += 0.1 * torch.randn_like(p)
     for path in two.paths:
         path.load_state_dict(one.paths[0].state_dict())
-    x, c, rope = torch.randn(3, 24, 32), torch.randn(3, 32), rope_table(12, 16)
+    x, c, rope = torch.randn(3, 24, 32), torch.randn(3, 1, 32), rope_table(12, 16)
     a, b = two([x[:, :12], x[:, 12:]], c, rope)
     together, = one([x], c, rope)
     assert not torch.allclose(together, x, atol=0.1)

@@ -129,7 +129,7 @@ def test_a_portrait_becomes_the_first_frame_and_motion_returns_to_its_size(model
     size = model.size(portrait)
     scale_and_translation = size[:, 63:ROT.start]
     assert torch.allclose(scale_and_translation, g["src_rescale"].expand(-1, 4), rtol=1e-6)
-    agrees(model.normalise(portrait, size), g["src_prev_motion"][0])
+    agrees(model.normalise(portrait / size), g["src_prev_motion"][0])
     back = model.denormalise(g["long_out"][:5]) * size
     assert torch.allclose(back, motion(g, "seq"), rtol=1e-5, atol=1e-5)
 

@@ -43,7 +43,7 @@ class StreamMoDA(MoDA):
     """AdaLN is conditioned on time alone."""
 
     def conditioning(self, t, emotion):
-        return F.silu(self.time_embedder(timestep_embedding(t)))
+        return F.silu(self.time_embedder(timestep_embedding(t)))[:, None]
 
 
 # ---------------------------------------------------------------------------------- cross-attention
@@ -52,7 +52,7 @@ class ConditionAttention(SingleBlock):
 
     def forward(self, x, c, rope):
         N, D = len(rope), x.size(-1)
-        shift, scale, gate = self.adaln(c)[:, None].chunk(3, -1)
+        shift, scale, gate = self.adaln(c).chunk(3, -1)
         u = modulate(x, shift, scale)
         weight, mlp_weight = self.qkv_mlp.weight.split([3 * D, 4 * D])
         bias, mlp_bias = self.qkv_mlp.bias.split([3 * D, 4 * D])
