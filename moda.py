@@ -251,17 +251,18 @@ class MotionModel(nn.Module):
         return audio.flatten(2)
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path, state=None, **changes):
         """Load a checkpoint of ours, or the released net-200.pth, ready for inference.
 
-        ValueError says what does not fit."""
-        state = read_checkpoint(path)
+        state: what the file holds, if it was read already; changes: of its Config. ValueError says
+        what does not fit."""
+        state = state or read_checkpoint(path)
         try:
             if cls is MoDA and any("motion_embedder.mlp" in key for key in state):
-                return from_released(state, path).eval()
+                return from_released(state, path, **changes).eval()
             if state.get("kind") != cls.__name__:
                 raise ValueError(f"it holds {state.get('kind', 'nothing')}")
-            model = cls(Config(**state["config"]))
+            model = cls(Config(**state["config"] | changes))
             load_strictly(model.state_dict(), state.get("ema") or state["model"])
         except Exception as error:
             raise ValueError(f"{path}: not a {cls.__name__} that this version knows ({error}); "
@@ -676,13 +677,13 @@ def released_name(name):
     return name
 
 
-def from_released(state, path):
+def from_released(state, path, **changes):
     """The authors' net-200.pth as MoDA; its statistics come from their mean.pt."""
     state = {key.removeprefix("talking_head_dit."): x for key, x in state.items()}
     for unused in "scheduler.sigmas", "null_motion_feat":
         state.pop(unused, None)
     with torch.device("meta"):
-        model = MoDA(Config(**RELEASED_CONFIG))
+        model = MoDA(Config(**RELEASED_CONFIG | changes))
     model.to_empty(device="cpu")
     for name, buffer in model.named_buffers():     # there are no statistics yet
         buffer.fill_("mean" not in name)

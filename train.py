@@ -80,7 +80,9 @@ REFLOW = dict(steps=300, batch_size=8, learning_rate=3e-4)       # begins with a
 
 
 def read_settings(argv):
-    """Settings of the run and Config of the network: a preset's, and what the flags say."""
+    """Settings of the run and Config of the network: a preset's, and what the flags say, which is
+    also returned: {field of the Config: value}."""
+    # these two choose the others' defaults
     preset = "moda" if "--preset=moda" in argv else "toy"
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
     settings, cfg = Settings(**TRAINING[preset] | start), Config(**PRESETS[preset])
@@ -101,7 +103,8 @@ def read_settings(argv):
     if settings.batch_size % parts:
         raise UsageError(f"--batch_size={settings.batch_size}: should be a multiple of {parts}: "
                          "processes x --passes, x 2 for the expert")
-    return settings, cfg
+    changes = {name: value for name, value in given.items() if hasattr(cfg, name)}
+    return settings, cfg, changes
 
 
 def open_data(settings):
@@ -116,18 +119,19 @@ def open_data(settings):
         return data, None
 
 
+# of a run; the second counts if killed between two renames, the third before it saved the first
+CHECKPOINTS = "ckpt.pt", "previous.pt", "best.pt"
+
+
 def find_run(out, settings):
     """The last complete checkpoint, or None to begin; ValueError if that would harm a run."""
-    # the second, if killed between two renames; the third, if killed before it saved the first
-    paths = [out / name for name in ("ckpt.pt", "previous.pt", "best.pt")]
+    paths = [out / name for name in CHECKPOINTS]
     saved = [path for path in paths if path.exists()]
     if settings.init_from == "resume" or settings.init_from == "auto" and saved:
         return read_checkpoint([*saved, *paths][0], "nothing to resume")
     if saved and not settings.overwrite:
         raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
                          "begins again")
-    for path in saved:
-        path.unlink()
 
 
 def resume(state, parts, settings):
@@ -149,7 +153,8 @@ def resume(state, parts, settings):
 
 
 def open_log(out, first_step, kind):
-    """log.csv, which keeps the rows of the steps before first_step."""
+    """log.csv, which keeps the rows of the steps before first_step; a new run, now that nothing of
+    an earlier one will be read any more, removes its checkpoints."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -158,6 +163,8 @@ def open_log(out, first_step, kind):
     log.truncate(len("".join(rows)))
     terms = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss
     if not rows:
+        for name in CHECKPOINTS:
+            (out / name).unlink(missing_ok=True)
         print(f"step,loss,{terms},lips,grad_norm,learning_rate,seconds,waiting,epochs,val_loss,"
               "val_lips", file=log)
     return log
@@ -250,7 +257,7 @@ def wrapped(model, settings):
 
 
 def main(argv):
-    settings, cfg = read_settings(argv)
+    settings, cfg, changes = read_settings(argv)
     device = find_device(settings.device)
     kind = ALSE if settings.model == "alse" else MoDA
     default = settings.preset if kind is MoDA else "alse"
@@ -273,16 +280,18 @@ def main(argv):
 
     # data, model and optimizer
     data, val = open_data(settings)
-    cfg.audio_layers, cfg.audio_dim = data.audio_shape
     teacher = None
     if settings.reflow:
         teacher = MoDA.from_pretrained(settings.reflow).to(device)
-        model = copy.deepcopy(teacher)
-        model.cfg = replace(model.cfg, **STRAIGHT)
-    elif settings.init_from in ("scratch", "resume", "auto"):
+        changes = STRAIGHT | changes
+    start = settings.reflow or settings.init_from
+    if found[0]:
+        model = kind.from_pretrained(out, found[0], **changes)
+    elif start in ("scratch", "auto"):
+        cfg.audio_layers, cfg.audio_dim = data.audio_shape
         model = kind(cfg)
     else:
-        model = kind.from_pretrained(settings.init_from)
+        model = kind.from_pretrained(start, **changes)
     if settings.stats:
         load_statistics(model, settings.stats)
     elif model.std.eq(1).all():                    # it has none yet

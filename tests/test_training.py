@@ -258,9 +258,9 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path):
     resume = "--steps=2 --batch_size=2 --init_from=resume".split()
     with pytest.raises(ValueError, match="ckpt.pt: not a readable checkpoint .*nothing to resume"):
         train_here(tmp_path, *resume)
-    train_here(tmp_path, "--steps=1", "--batch_size=2")
-    for other in "--width=64", "--model=alse":
-        with pytest.raises(ValueError, match="was trained with other settings") as error:
+    train_here(tmp_path, "--steps=1", "--batch_size=2", "--ema=0")
+    for other in "--width=64", "--model=alse", "--ema=0.9":
+        with pytest.raises(ValueError, match="(not a .* that this version|other settings)") as error:
             train_here(tmp_path, *resume, other)
         assert "\n" not in str(error.value)
     with pytest.raises(OSError, match="ckpt.pt"):              # no place for a folder
@@ -286,7 +286,7 @@ def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
 def test_another_window_stands_in_for_one_of_a_damaged_clip(tmp_path):
     folder = build.data_set(tmp_path / "set", lengths=(200, 181))
     (folder / "clips/1/audio.npy").write_bytes(b"")
-    settings, cfg = train.read_settings(["--batch_size=16"])
+    settings, cfg, _ = train.read_settings(["--batch_size=16"])
     batch, reports = data.draw_batch(0, Clips(folder), cfg, settings)
     good = torch.from_numpy(np.load(folder / "clips/0/motion.npy"))
     assert batch["motion"].shape == (16, 80, 70)
@@ -450,9 +450,20 @@ def test_on_windows_workers_start_anew_with_what_can_be_sent_to_them(monkeypatch
 def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model):
     flags = f"--model={model} --batch_size=2 --warmup=0 --bf16 --cooldown=0".split()
     train_here(tmp_path / "first", *flags, "--steps=2")
-    source = f"--init_from={tmp_path}/first/ckpt.pt"
-    train_here(tmp_path / "second", *flags, "--steps=1", source, "--width=64")
-    assert read_checkpoint(tmp_path / "second/ckpt.pt")["config"]["width"] == 32
+    first = tmp_path / "first/ckpt.pt"
+    state = read_checkpoint(first)
+    state["config"] |= dict(rope_streams=2, chunk=80)          # as those of the released model
+    save(first, state)
+    begin = *flags, f"--init_from={first}", "--overwrite"
+    with pytest.raises(ValueError, match="is of shape"):       # what it has is not changed in silence
+        train_here(first.parent, *begin, "--width=64")
+    assert first.exists()                                      # nor lost
+    train_here(first.parent, *begin, "--steps=1", "--focus=2", "--save_every=1")
+    begun = read_checkpoint(first)["config"]
+    assert [begun[name] for name in ("rope_streams", "chunk", "focus")] == [2, 80, 2]
+    train_here(first.parent, *flags, "--init_from=auto", "--steps=2")
+    assert read_checkpoint(first)["step"] == 2
+    assert read_checkpoint(first)["config"] == begun
 
 
 def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(tmp_path):
@@ -461,6 +472,7 @@ def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(t
     state = dict(kind="MoDA", config=vars(teacher.cfg), model=teacher.state_dict())
     torch.save(state, tmp_path / "teacher.pt")
     flags = f"--reflow={tmp_path}/teacher.pt --steps=4 --batch_size=2 --save_every=2".split()
+    flags += "--heads=2", "--n_one=2"                          # as the teacher
     whole = train_here(tmp_path, *flags)
     last = tmp_path / "last.pt"
     (tmp_path / "ckpt.pt").rename(last)
@@ -518,6 +530,6 @@ def test_old_weights_in_new_settings_are_refused_by_name(old_checkpoint):
 
 def test_an_old_run_is_not_resumed(old_checkpoint):
     flags = "--steps=9 --batch_size=2 --heads=2 --n_one=2 --init_from=resume".split()
-    with pytest.raises(ValueError, match="ckpt.pt: was trained with other settings") as error:
+    with pytest.raises(ValueError, match="not a MoDA that this version knows") as error:
         train_here(old_checkpoint.parent, *flags)
     assert "\n" not in str(error.value)
