@@ -43,6 +43,11 @@ RANK = int(os.environ.get("RANK", 0))              # torchrun's number of this p
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # and how many there are
 
 
+def report(line):
+    """A line on stderr that leaves progress bars whole."""
+    tqdm.write(line, sys.stderr)
+
+
 def table(text):
     """Columns under their names -> structured array; # begins a comment."""
     return np.genfromtxt(text.splitlines(), names=True, dtype=None, encoding="utf-8")
@@ -82,20 +87,20 @@ def ffmpeg(complaint, error, *args, **pipes):
         raise error(f"{complaint} ({'; '.join(said[:2]):.300})")
 
 
-def source(path):
-    """What tells ffmpeg to read a user's file, and no other."""
-    return ["-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", FORMATS,
-            "-i", f"file:{path}"]
+def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
+    """What tells ffmpeg to read a user's file, and no other; or for "-", what is live."""
+    if path == "-":
+        return live.split()
+    options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {FORMATS} -i"
+    return [*options.split(), f"file:{path}"]
 
 
 def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes, the last shorter; ValueError if it
     makes nothing of it."""
-    given = source(path)
-    if path == "-":
-        given = f"-f s16le -ar {RATE} -ac 1 -i -".split()
-    command = ["-abort_on", "empty_output", *given, *options.split(), "-"]
-    with ffmpeg(f"{path}: no {what} could be read", ValueError, *command, stdout=PIPE) as decoder:
+    options = f"-abort_on empty_output {options} -"
+    with ffmpeg(f"{path}: no {what} could be read", ValueError, *source(path), *options.split(),
+                stdout=PIPE) as decoder:
         while piece := decoder.stdout.read(size):
             yield piece
 
@@ -108,29 +113,28 @@ class Sound:
     and lest the mean of two channels cancels them: then the louder one is taken. "-" is stdin,
     mono, of unknown length. ValueError: there is no sound."""
 
+    frames, column = None, 0
+
     def __init__(self, path):
-        self.path, self.frames, self.column = path, None, 0
-        if path != "-":
-            self.survey()
-
-    def blocks(self):
-        """Columns (n, 3): the channels' mean, the left one, the right one."""
-        mix = f"{FILTERS},pan=3c|c0<c0+c1|c1=c0|c2=c1"
-        options = f"-af {mix} -ar {RATE} -f f32le"
-        for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
-            yield np.frombuffer(piece, np.float32).reshape(-1, 3)
-
-    def survey(self):
+        self.path = path
+        if path == "-":
+            return
         n, power = 0, np.zeros(3)
         for block in self.blocks():
             if not np.isfinite(block).all():
-                raise ValueError(f"{self.path}: the sound holds NaN or infinite samples")
+                raise ValueError(f"{path}: the sound holds NaN or infinite samples")
             n += len(block)
             power += np.square(block, dtype=float).sum(0)
         self.frames = math.ceil(n / FRAME)
         if 16 * power[0] < max(power):
             self.column = power.argmax()
-            tqdm.write(f"{self.path}: its channels cancel; the louder one is taken", sys.stderr)
+            report(f"{path}: its channels cancel; the louder one is taken")
+
+    def blocks(self):
+        """Columns (n, 3): the channels' mean, the left one, the right one."""
+        options = f"-af {FILTERS},pan=3c|c0<c0+c1|c1=c0|c2=c1 -ar {RATE} -f f32le"
+        for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
+            yield np.frombuffer(piece, np.float32).reshape(-1, 3)
 
     def __iter__(self):
         for block in self.blocks():
@@ -147,7 +151,7 @@ def appearing(path):
     """A place to write to, in a folder that goes away: what is there when all has succeeded appears
     at `path`. "-", which is stdout, and "" are left alone."""
     path = Path(path)
-    if path.name in ("-", ""):
+    if not path.suffix:
         yield path
         return
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -156,29 +160,28 @@ def appearing(path):
         part.replace(path)
 
 
-def write_video(path, frames, sound, sound_pipe=os.devnull):
+def write_video(path, frames, sound, pipe=None):
     """Encode a generator of frames (H, W, 3) as they come, with their Sound, at 25 fps.
 
-    "-" is stdout. Live sound is read, as float32, from `sound_pipe`."""
+    "-" is stdout. Live sound is read, as float32, from a pipe, given by its number."""
     target = [f"file:{path}"]
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
-    with open(sound_pipe) as pipe:
-        voice, inherited = ["-vn", "-sn", "-dn", *source(sound.path)], []
-        if sound.path == "-":
-            inherited = [pipe.fileno()]
-            voice = f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe.fileno()}".split()
-        options = f"-f ppm_pipe -framerate 25 -i - -af {FILTERS} {CODING}"
-        with ffmpeg(f"{path.name}: could not be written", OSError, *voice, *options.split(),
-                    *target, stdin=PIPE, pass_fds=inherited) as encoder:
-            for frame in frames:
-                height, width, _ = frame.shape
-                encoder.stdin.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
+    pipes = [pipe] if pipe else []
+    voice = source(sound.path, f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe}")
+    options = f"-f ppm_pipe -framerate 25 -i - -af {FILTERS} {CODING}"
+    with ffmpeg(f"{path.name}: could not be written", OSError, "-vn", "-sn", "-dn", *voice,
+                *options.split(), *target, stdin=PIPE, pass_fds=pipes) as encoder:
+        for pipe in pipes:
+            os.close(pipe)                         # ffmpeg has its own
+        for frame in frames:
+            height, width, _ = frame.shape
+            encoder.stdin.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
 
 
 def regroup(pieces, size):
-    """Cut a stream of arrays (n,) into arrays of `size` samples; the last may be shorter."""
-    waiting = np.empty(0, np.float32)
+    """Cut a stream of arrays (n,) into float64 arrays (size,), of which the last may be shorter."""
+    waiting = np.empty(0)
     for piece in pieces:
         waiting = np.concatenate([waiting, piece])
         while len(waiting) >= size:
@@ -188,15 +191,10 @@ def regroup(pieces, size):
         yield waiting
 
 
-def mel_filters():
-    """40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)."""
-    mel = np.log(700 + rfftfreq(512, 1 / RATE))
-    lowest, highest = np.log([700 + 60, 700 + 7600])
-    place = np.interp(mel, [lowest, highest], [0, 41])
-    return (1 - np.abs(place[:, None] - np.arange(1, 41))).clip(0)
-
-
-MEL = mel_filters()
+# 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)
+ENDS = np.log([700 + 60, 700 + 7600])
+BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)), ENDS, [0, 41])
+MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
 
@@ -215,23 +213,22 @@ def log_mel_blocks(pieces):
         wav = np.concatenate([wav[HOP - 400:], block, silence])
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
-        second = [*second[1 - 5:], np.mean(block.astype(float) ** 2)]  # five blocks
+        second = [*second[1 - 5:], np.mean(block ** 2)]              # five blocks
         loudest = max(np.mean(second), loudest * 10 ** -0.02, SILENCE)
         features = np.log1p(300 * power @ MEL / loudest) / 4
         frames = math.ceil(len(block) / FRAME)
         yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
 
 
-def log_mel(wav, n_frames):
-    """wav (N,) -> (n_frames, 1, 160); see log_mel_blocks."""
-    wav = np.pad(wav, (0, n_frames * FRAME))[:n_frames * FRAME]        # silence if it is shorter
+def log_mel(wav):
+    """wav (N,) -> (T, 1, 160), T = ceil(N / 640); see log_mel_blocks."""
     return torch.cat(list(log_mel_blocks([wav])))
 
 
 def feature_blocks(encoder, device):
     """The function from pieces of sound to pieces of features: an encoder's, or log-mel."""
     if encoder:
-        return AudioEncoder.from_pretrained(encoder, device).blocks
+        return AudioEncoder.from_pretrained(encoder).to(device).blocks
     return log_mel_blocks
 
 
@@ -444,13 +441,14 @@ def extract(path, face, features, crop):
     T = min(len(motion), len(wav) // FRAME)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
+    wav = wav[:T * FRAME]
     # the sound in one, for features depend on where it is cut; identity is the mean of all frames
-    audio = torch.cat([block.half() for block in features([wav[:T * FRAME]])])
+    audio = torch.cat([block.half() for block in features([wav])])
     clip = dict(
         motion=motion[:T],
         audio=audio,
         identity=torch.cat(x_c)[:T].mean(0),
-        loudness=log_mel(wav, T).mean((1, 2)))
+        loudness=log_mel(wav).mean((1, 2)))
     for name, array in clip.items():
         if not array.isfinite().all():
             raise ValueError(f"{path}: its {name} holds NaN or infinity")
@@ -621,18 +619,18 @@ class AudioEncoder(nn.Module):
     def blocks(self, pieces):
         """Sound in pieces of any length -> features (n, L, A) of a minute at a time."""
         for wav in regroup(pieces, 60 * RATE):
-            x = torch.tensor(wav)
+            x = self.norm.weight.new_tensor(wav)                       # with its type and device
             x = F.layer_norm(x, x.shape, eps=1e-7)                     # loudness does not matter
             x = F.pad(x, (0, -len(x) % FRAME))                         # silence to a whole frame
-            yield self(x.to(self.norm.weight)).cpu()
+            yield self(x).cpu()
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu"):
+    def from_pretrained(cls, path):
         """A public base-size file or its folder; ValueError if it is another network or broken."""
-        model = cls().to(device)
+        model = cls()
         path = Path(path)
         if path.is_dir():
-            path = path / "pytorch_model.bin"
+            path /= "pytorch_model.bin"
         try:
             load_strictly(model.state_dict(), encoder_tensors(read_checkpoint(path)))
         except Exception as error:
@@ -672,7 +670,7 @@ def encoder_tensors(file):
             key = public[0]
             for theirs, ours in RENAMED:           # in this order
                 key = key.replace(theirs, ours)
-            tensors[key] = value.float()
+            tensors[key] = value
     for key in [key for key in tensors if "q_proj" in key]:            # q, k, v -> in_proj
         qkv = [tensors.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
         tensors[key.replace("attention.q_proj.", "self_attn.in_proj_")] = torch.cat(qkv)
@@ -706,8 +704,7 @@ MOVES = table("""
     49       0    0    0    -2.75  0     0      .3     -.4    0        # 16 y""")
 CONTROLS = {}
 for name in MOVES.dtype.names[1:]:
-    CONTROLS[name] = np.zeros(63)
-    CONTROLS[name][MOVES["channel"]] = MOVES[name] / 1000
+    CONTROLS[name] = np.bincount(MOVES["channel"], MOVES[name] / 1000, 63)
 
 
 def expression(**controls):
@@ -791,7 +788,7 @@ def toy_clip(seed, T):
     delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide mouths move further
     motion = np.hstack([delta, toy_head(rng, phones)])
     wav = toy_voice(rng, voice, phones)
-    return wav, np.float32(motion[2::4]), int(emotion), np.float32(face.ravel())
+    return wav, np.float32(motion[2::4]), emotion, np.float32(face.ravel())
 
 
 def articulation(rng, n, rate):
@@ -819,9 +816,8 @@ def articulation(rng, n, rate):
 def toy_expression(rng, manner, phones, reach):
     """Lips follow the voice, the emotion holds the rest: (n, 63)."""
     n = len(phones)
-    lips, held = {}, {}
-    for name in ("aaa", "eee", "woo"):
-        lips[name] = reach * smooth(phones[name], 4)
+    held = {}
+    lips = {name: reach * smooth(phones[name], 4) for name in ("aaa", "eee", "woo")}
     before = manner
     if rng.random() < 0.5:                         # the face begins with another emotion
         before = rng.choice(MANNERS)
@@ -898,7 +894,7 @@ def toy_room(rng, wav):
     echo = decay * rng.standard_normal(n)
     room = irfft(rfft(wav) * rfft(echo))           # its end echoes at the start
     room *= rng.uniform(0, 0.7) / room.std()
-    wav = wav + room
+    wav += room
     music = rng.choice([0, 0, 0.25]) * rng.random()
     for hum in (0, 0, 0, 0.5):
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
@@ -912,11 +908,10 @@ class ToyTalker(Clips):
 
     def __init__(self, split="train", clips=300, T=200):
         self.wavs, self.clips, rows = [], [], []
-        self.names = range(clips)
-        for k in tqdm(self.names, f"toy talker, {split}", leave=False):
+        for k in tqdm(range(clips), f"toy talker, {split}", leave=False):
             wav, motion, emotion, identity = toy_clip((split != "train", k), T)
             self.wavs.append(wav)
-            self.clips.append((motion, log_mel(wav, T).numpy(), identity))
+            self.clips.append((motion, log_mel(wav).numpy(), identity))
             rows.append(dict(frames=T, emotion=emotion))
         motions, _, identities = zip(*self.clips)
         self.index(rows, (1, 160), moments_of(motions), moments_of([identities]))
@@ -942,23 +937,23 @@ def parse_flags(argv, doc, *settings):
         for owner in settings:
             print(inspect.getsource(type(owner)))
         sys.exit()
-    owners = {name: owner for owner in settings for name in vars(owner)}
+    owners = {f"--{name}": vars(owner) for owner in settings for name in vars(owner)}
     given = {}
     for arg in argv:
-        name, _, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in owners:
+        flag, _, text = arg.partition("=")
+        if flag not in owners:
             raise UsageError(f"unknown flag {arg}; known: {', '.join(owners)}")
-        default = getattr(owners[name], name)
+        name = flag.removeprefix("--")
+        default = owners[flag][name]
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
             if kind is not str and not abs(value) < 2 ** 63:           # NaN is not
                 raise ValueError
         except (KeyError, ValueError):
-            line = f"{arg}: expected {kind.__name__}, as in --{name}={default}"
-            raise UsageError(line) from None
-        setattr(owners[name], name, value)
-        given[name] = value
+            raise UsageError(f"{arg}: expected {kind.__name__}, as in "
+                             f"{flag}={default}") from None
+        owners[flag][name] = given[name] = value
     return given
 
 
@@ -992,8 +987,8 @@ def interrupt(number, frame):
 def run(main):
     """Call a script's main(argv). A mistake of the user is one line on stderr and exit code 1, or 2
     for a flag."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:      # Windows lacks one
-        number = getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGINT)                  # Windows lacks one
         if signal.getsignal(number) != signal.SIG_IGN:                 # nohup's
             signal.signal(number, interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")                  # a name may be no UTF-8
@@ -1006,7 +1001,7 @@ def run(main):
             child.kill()
         if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
             raise                                  # a mistake of ours
-        tqdm.write(f"error: {' '.join(str(error).split()) or 'interrupted'}", sys.stderr)
+        report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or a closed pipe is reported once more
         code = 2 if isinstance(error, UsageError) else 1
     sys.exit(code)                                 # here, where the error lets go of workers

@@ -19,11 +19,11 @@ if __name__ == "__main__":                         # Ctrl-C ends the imports wit
 
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from time import perf_counter, sleep
 
 import numpy as np
 import soundfile
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, Sound, ToyTalker, UsageError,
                   appearing, check_effects, expression, feature_blocks, find_device, parse_flags,
-                  read_rows, run, write_npy, write_video)
+                  read_rows, report, run, write_npy, write_video)
 from moda import (ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
                   guidance_of, load_statistics, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
@@ -107,8 +107,7 @@ def open_model(settings, given):
         defaults["steps"] = 2
     vars(settings).update(defaults | given)
     if model.cfg.straight and any(guidance_of(settings).values()):
-        tqdm.write(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates",
-                   sys.stderr)
+        report(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates")
     if model.std.eq(1).all():
         load_statistics(model, settings.stats)
     elif "stats" in given:
@@ -145,8 +144,7 @@ def sampling(settings):
 
 
 def amounts(flag, text, known, default, lowest=-1e4):
-    """NAME:NUMBER,NAME -> [(name, number or default), ...]; UsageError says what is wrong."""
-    pairs = []
+    """NAME:NUMBER,NAME -> each name with its number, or the default; UsageError: what is wrong."""
     for word in filter(None, text.split(",")):
         name, _, number = word.strip().lower().partition(":")
         try:
@@ -156,13 +154,12 @@ def amounts(flag, text, known, default, lowest=-1e4):
         if name not in known or not lowest < value < 1e4:
             raise UsageError(f"--{flag}={text}: {word!r}? known are {', '.join(known)}, with : and "
                              f"a number above {lowest:g}")
-        pairs.append((name, value))
-    return pairs
+        yield name, value
 
 
 def emotions_in_turn(text):
     """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream, without drift."""
-    pairs = amounts("emotion", text, LABELS, 2, lowest=0)
+    pairs = list(amounts("emotion", text, LABELS, 2, lowest=0))
     if not pairs:
         raise UsageError("--emotion= is empty: should be none, or another name")
     names, seconds = zip(*pairs)
@@ -204,20 +201,20 @@ def rendered(settings, face, source, motion, times):
     """Frames of motion that comes piece by piece; when a frame's motion came, and when it was
     drawn, goes to the list `times`."""
     for piece in motion:
-        ready = time.perf_counter()
+        ready = perf_counter()
         for frame in face.frames(source, piece, stitch=settings.stitch):
-            times.append((ready, time.perf_counter()))
+            times.append((ready, perf_counter()))
             yield frame
 
 
 def make_video(settings, model):
     """From the voice to the file: each stage pulls from the one before it."""
-    began = time.perf_counter()
+    began = perf_counter()
     sound = Sound(settings.audio_path)
     face, source, place = open_face(settings, model.mean.device)
     spoken, times, saved = [], [], []
     live = settings.stream or sound.path == "-"
-    sound_pipe, copy = os.pipe() if sound.path == "-" else (os.devnull, os.devnull)
+    pipe, copy = os.pipe() if sound.path == "-" else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
     motion = motion_of(settings, model, source, features, saved, sound.frames)
@@ -225,14 +222,14 @@ def make_video(settings, model):
         motion = ahead(motion)
     frames = place(rendered(settings, face, source, motion, times))
     bar = tqdm(frames, "frames", sound.frames, unit="")
-    out = settings.output_path
-    with appearing(out) as video, appearing(settings.save_motion) as kept:
-        write_video(video, bar, sound, sound_pipe)
+    with appearing(settings.output_path) as video, appearing(settings.save_motion) as kept:
+        write_video(video, bar, sound, pipe)
         if saved:
             write = write_template if kept.suffix == ".pkl" else write_npy
             write(torch.cat(saved), kept)
-    taken = time.perf_counter() - began
-    print(f"{out}: {bar.n} frames in {taken:.2f} s, {25 * taken / bar.n:.3f} s per second of video")
+    taken = perf_counter() - began
+    print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
+          f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
@@ -252,7 +249,7 @@ def make_videos(settings, model, given):
             if not os.path.exists(video):
                 make_video(one, model)
         except (KeyError, ValueError, OSError) as error:
-            tqdm.write(f"passed over: {settings.pairs}, row {number}: {error}", sys.stderr)
+            report(f"passed over: {settings.pairs}, row {number}: {error}")
 
 
 def check(settings, given):
@@ -262,24 +259,22 @@ def check(settings, given):
     if settings.motion not in ("", "relative", "absolute"):
         raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
     emotions_in_turn(settings.emotion)
-    amounts("edit", settings.edit, CONTROLS, 1)
+    list(amounts("edit", settings.edit, CONTROLS, 1))
     voice = settings.audio_path
     stdin = not settings.motion_path and sys.platform != "win32"
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
+    inputs = settings.audio_path, settings.image_path, settings.motion_path
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         path = Path(getattr(settings, flag))
         known = (path.suffix.lower() or str(path)) in endings.split()
         if flag in given and not (known and path.parent.is_dir()):
             raise UsageError(f"--{flag}={path}: should be in a folder that exists, and one of "
                              f"{endings}")
-    written = settings.output_path, settings.save_motion
-    read = settings.audio_path, settings.image_path, settings.motion_path
-    for one in filter(os.path.exists, read):
-        for other in filter(os.path.exists, written):
-            if os.path.samefile(one, other):
-                raise UsageError(f"{one} would be written over, as {other}")
+        for one in filter(os.path.exists, inputs):
+            if path.is_file() and path.samefile(one):
+                raise UsageError(f"{one} would be written over, as {path}")
 
 
 def main(argv):
@@ -309,13 +304,13 @@ def microphone(sound, pipe, spoken):
 
     When the first sample was spoken, at the latest, goes to the list `spoken` with every piece."""
     writer = ThreadPoolExecutor(1)                 # for the pipe may be full
-    began = time.perf_counter()
+    began = perf_counter()
     heard = 0.0
     for piece in sound:
         heard += len(piece) / RATE
         if sound.path != "-":
-            time.sleep(max(0, began + heard - time.perf_counter()))
-        spoken.append(time.perf_counter() - heard)
+            sleep(max(0, began + heard - perf_counter()))
+        spoken.append(perf_counter() - heard)
         writer.submit(pipe.write, piece.tobytes())
         yield piece
     writer.submit(pipe.close)
@@ -422,6 +417,7 @@ def evaluate(settings, model, data):
         options = sampling(settings) | other
         return torch.stack([generate(model, *clip, **options) for clip in clips])
 
+
     def judge(z, reference, label):
         motion = model.denormalise(z)
         row = compare(z, reference, model.std)
@@ -436,19 +432,18 @@ def evaluate(settings, model, data):
         "model": judge(ours, truth, emotion),
         "other voice": judge(speak(foreign, identity, rest, in_turn), truth, in_turn),
         "other seed": judge(speak(*given, seed=settings.seed + 1), ours, emotion)}
-    print(" " * 17, *[f"{name:>14}" for name in table])
+    print(f"{'':17}", *[f"{name:>14}" for name in table])
     for metric in table["truth"]:
         print(f"{metric:17}", *[f"{row[metric]:14.3}" for row in table.values()])
     return table
 
 
-def after_training(folder, clips):
+def after_training(folder, talker):
     """The table, and a video of an unseen clip's voice, in the folder of a checkpoint."""
-    talker = ToyTalker("val", clips)
-    settings = Settings(f"{folder}/sample.wav", f"{folder}/sample.mp4", ckpt=f"{folder}/ckpt.pt")
-    settings.emotion = EMOTIONS[talker.emotion[0]]
+    settings = Settings(f"{folder}/sample.wav", f"{folder}/sample.mp4", ckpt=f"{folder}/ckpt.pt",
+                        emotion=EMOTIONS[talker.emotion[0]])
     soundfile.write(settings.audio_path, talker.wavs[0], RATE)
-    model = open_model(settings, given={})
+    model = open_model(settings, {})
     evaluate(settings, model, talker)
     make_video(settings, model)
 

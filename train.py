@@ -374,7 +374,7 @@ def main(argv):
         return
     print(f"{out}: finished, {settings.steps} steps")
     if kind is MoDA and settings.eval_clips and not settings.data_dir:
-        sample.after_training(out, settings.eval_clips)
+        sample.after_training(out, val)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("command, words", [
-    ("sample --stepz=3", "unknown flag --stepz=3; known: audio_path, output_path"),
+    ("sample --stepz=3", "unknown flag --stepz=3; known: --audio_path, --output_path"),
     ("sample steps=3", "unknown flag steps=3"),
     ("sample --", "unknown flag --"),
     ("sample --bench", "unknown flag --bench"),

@@ -327,7 +327,7 @@ def test_flags_have_the_types_of_their_defaults():
 
 
 @pytest.mark.parametrize("main, argument, message", [
-    (train, "--stepz=3", "unknown flag --stepz=3; known: model, preset"),
+    (train, "--stepz=3", "unknown flag --stepz=3; known: --model, --preset"),
     (train, "--steps=many", "--steps=many: expected int"),
     (sample, "--seed=1", "--audio_path=: which voice?"),
     (sample, "--emotion=glee", "--emotion=glee: 'glee'. known are anger, contempt"),

@@ -247,7 +247,7 @@ def main(argv):
     motion = motion_rows(settings, device, turns)
     with tempfile.TemporaryDirectory() as folder:
         encoder = settings.audio_encoder or build.encoder(folder)
-        encoder = AudioEncoder.from_pretrained(encoder, device)
+        encoder = AudioEncoder.from_pretrained(encoder).to(device)
         weights = settings.weights or build.liveportrait(folder)
         faces = {"renderer": LivePortrait(weights, device)}
         if knows_bfloat16(device):

@@ -138,7 +138,7 @@ def emotions(settings, path):
     options = sample.sampling(told)
     rest = model.mean.clone()
     rest[EXP] = 0
-    audio, x_c = log_mel(wav, len(wav) // FRAME), torch.tensor(FACE).float().flatten()
+    audio, x_c = log_mel(wav), torch.tensor(FACE).float().flatten()
     image = Image.new("RGB", (880, 500), "white")
     for k, emotion in enumerate(EIGHT):
         z = generate(model, audio, x_c, model.normalise(rest), EMOTIONS.index(emotion), **options)
