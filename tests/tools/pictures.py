@@ -112,22 +112,28 @@ def talk(settings, path):
 
 
 def strip(settings, path):
-    """A frame a second, the voice, the mouth's opening: grey in the toy's clip, red generated."""
+    """The widest mouth of every second; the voice; the mouth's opening, true and generated."""
     wav, true, emotion, _ = toy_clip((True, 0), 200)
     frames, motion = talking(settings, wav, EMOTIONS[emotion])
-    image = Image.new("RGB", (960, 330), "white")
-    for second, frame in enumerate(frames[::25]):
-        face = frame.crop(HEAD).resize((120, 120), Image.LANCZOS)
-        image.paste(face, (120 * second, 0))
-    curve(image, wav[::FRAME // 2] * 40 / np.abs(wav).max(), 165, "#7896aa")
-    curve(image, true[:, MOUTH] * 1500, 290, GREY)
-    curve(image, motion[:, MOUTH] * 1500, 290, RED)
-    image.quantize(96).save(path, optimize=True)
-
-
-def curve(image, heights, base, colour):
-    x = np.linspace(0, image.width, len(heights))
-    ImageDraw.Draw(image).line(list(zip(x, base - heights)), colour, 2)
+    widest = [k + int(motion[k:k + 25, MOUTH].argmax()) for k in range(0, 200, 25)]
+    faces = [frames[k].crop(HEAD).resize((160, 160), Image.LANCZOS) for k in widest]
+    figure = plt.figure(figsize=(9.6, 3.2), layout="constrained")
+    rows = figure.subplots(3, height_ratios=[1.3, 0.6, 1.3])
+    rows[0].imshow(np.hstack(faces), extent=(0, 8, 0, 1), aspect="auto")
+    seconds = np.arange(len(wav)) / RATE
+    rows[1].plot(seconds, wav, color=TEAL, linewidth=0.4)
+    rows[1].set_ylabel("voice", rotation=0, ha="right", va="center")
+    seconds = np.arange(200) / 25
+    rows[2].plot(seconds, true[:, MOUTH], color=GREY, linewidth=3, alpha=0.6, label="true")
+    rows[2].plot(seconds, motion[:, MOUTH], color=RED, label="generated")
+    rows[2].plot(seconds[widest], motion[widest, MOUTH], "o", color=RED, markersize=5)
+    rows[2].set_ylabel("mouth's\nopening", rotation=0, ha="right", va="center")
+    rows[2].legend(loc="upper center", ncols=2, frameon=False)
+    for row in rows:
+        plain(row)
+        row.set_xlim(0, 8)
+    rows[2].set_xticks(range(9), [f"{k} s" for k in range(9)])
+    save_figure(figure, path, 128)
 
 
 def emotions(settings, path):
@@ -161,7 +167,7 @@ def keypoints_of_a_face(settings, path):
     speak = turn.clone()
     speak[EXP] = torch.tensor(expression(aaa=70, brow=12, smile=0.5))
     close = speak.clone()
-    close[63], close[64], close[65] = 1.35, 0.12, 0.12
+    close[63], close[64], close[65] = 1.2, 0.1, 0.02
     rest = torch.zeros(M)
     rest[63] = 1
     steps = [
@@ -169,7 +175,7 @@ def keypoints_of_a_face(settings, path):
         (turn, "$x_c R$: the head turns"),
         (speak, r"$x_c R + \delta$: the expression"),
         (close, r"$s\,(x_c R + \delta) + t$: nearer, moved")]
-    figure, panels = plt.subplots(1, 4, figsize=(9.6, 2.85), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(9.6, 2.9), layout="constrained")
     before = None
     for panel, (motion, title) in zip(panels, steps):
         face = Sketch()
@@ -182,11 +188,11 @@ def keypoints_of_a_face(settings, path):
                          color=RED, width=0.008)
         panel.plot(*points[:, :2].T, "o", color=TEAL, markersize=4)
         if before is None:
-            for number in (0, 1, 2, 3, 4, 5, 7, 9, 10, 12, 19):
+            for number in (0, 1, 2, 3, 4, 5, 7, 10, 12):
                 x, y, _ = points[number]
                 panel.text(x, y - 0.03, number, fontsize=9, color=INK, ha="center", va="bottom")
         panel.set_xlim(-0.7, 0.7)
-        panel.set_ylim(0.85, -0.55)
+        panel.set_ylim(0.95, -0.55)
         panel.set_title(title, fontsize=11)
         plain(panel)
         before = points
@@ -227,6 +233,7 @@ def flow(settings, path, steps=10):
         axes.plot([1, 0], mouth[[0, -1], frame], "--", color=line.get_color(), linewidth=0.8)
     axes.set_xlim(1.03, -0.03)
     axes.set_xlabel("time t of the flow: ten Euler steps")
+    axes.set_ylabel("the mouth, normalised")
     axes.set_title("nine frames of it; dashed: straight lines", fontsize=11)
     save_figure(figure, path)
 
