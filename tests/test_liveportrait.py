@@ -27,7 +27,7 @@ from renderer import (AppearanceExtractor, LivePortrait, MotionExtractor, Sketch
 G = golden("liveportrait")
 T = {name: torch.from_numpy(G[name]) for name in G if G[name].dtype == np.float32}
 # largest error over the array's std; what rounding is amplified by grows along the networks
-TOLERANCE = dict(gu_img_sub=3e-5, w_mask_sub=1e-3, w_occ=3e-4, w_out_sub=1e-3, g_img_sub=2e-3)
+TOLERANCE = dict(w_mask_sub=1e-3, w_occ=3e-4, w_out_sub=1e-3, g_img_sub=2e-3)
 APPEARANCE = "base_models/appearance_feature_extractor.pth"
 STITCHING = "retargeting_models/stitching_retargeting_module.pth"
 NETWORKS = {
@@ -38,15 +38,19 @@ NETWORKS = {
     STITCHING: StitchingNetwork}
 
 
-def agrees(name, ours):
-    error = np.abs(np.asarray(ours) - G[name]).max() / G[name].std()
+EVERY = slice(None)
+
+
+def agrees(name, ours, rows=EVERY):
+    """Ours are the reference's, or the same rows of its batch."""
+    error = np.abs(np.asarray(ours) - G[name][rows]).max() / G[name].std()
     assert error <= TOLERANCE.get(name, 1e-4), f"{name}: off by {error:.1e} of its std"
 
 
-def agrees_in_mean_and_std(name, ours, axes):
+def agrees_in_mean_and_std(name, ours, axes, rows=EVERY):
     mean = ours.numpy().mean(axes, dtype=float)
     std = ours.numpy().std(axes, dtype=float)
-    assert np.allclose(np.stack([mean, std], -1), G[name], rtol=1e-3, atol=1e-4), name
+    assert np.allclose(np.stack([mean, std], -1), G[name][rows], rtol=1e-3, atol=1e-4), name
 
 
 def enlarged(x, *dims):
@@ -143,34 +147,33 @@ def test_driving_keypoints_and_stitching(face, outputs):
 
 
 @torch.inference_mode()
-def test_warping_alone(face, outputs):
+def test_warping_alone_folded_and_plain(face, plain, outputs):
     f = enlarged(T["wu_f_small"], 2, 3, 4)
-    agrees("wu_out_sub", face.W(f, T["wu_x_s"], T["wu_x_d"])[:, ::5, ::3, ::3])
+    warped = face.W(f, T["wu_x_s"], T["wu_x_d"])
+    agrees("wu_out_sub", warped[:, ::5, ::3, ::3])
     deformation, occlusion = outputs["dense_motion"]
     agrees("wu_def_sub", deformation[:, ::3, ::5, ::5])
     agrees("wu_occ", occlusion)
+    trained = plain(WarpingNetwork)(f, T["wu_x_s"], T["wu_x_d"])
+    assert (warped - trained).abs().max() < 1e-4 * trained.std()
 
 
 @torch.inference_mode()
-def test_generator_alone(face):
-    image = face.G(enlarged(T["gu_small"], 2, 3))
-    agrees("gu_img_sub", image[:, :, ::7, ::7])
-    agrees_in_mean_and_std("gu_stats", image, (2, 3))
-
-
-@torch.inference_mode()
-def test_end_to_end_in_one_batch(face, source, outputs):
-    frames = face.render(source.f_s, T["x_s"], T["x_d"], stitch=False)
+def test_frames_from_end_to_end(face, source, outputs, monkeypatch):
+    """Two in one batch, of which the generator, the slowest part, draws the second alone."""
+    generator, second = face.G, slice(1, 2)
+    monkeypatch.setattr(face, "G", lambda warped: generator(warped[second]))
+    frame = face.render(source.f_s, T["x_s"], T["x_d"], stitch=False)
     agrees("w_mask_sub", outputs["mask"].softmax(1)[:, :, ::5, ::9, ::9])
     deformation, occlusion = outputs["dense_motion"]
     agrees("w_def_sub", deformation[:, ::3, ::5, ::5])
     agrees("w_occ", occlusion)
     agrees("w_out_sub", outputs["warped"][:, ::5, ::3, ::3])
     agrees_in_mean_and_std("w_out_stats", outputs["warped"], (1, 2, 3))
-    agrees("g_img_sub", outputs["image"][:, :, ::7, ::7])
-    agrees_in_mean_and_std("g_stats", outputs["image"], (2, 3))
-    assert frames.shape == (2, 512, 512, 3) and frames.dtype == torch.uint8
-    assert np.abs(frames[:, ::7, ::7].numpy().astype(int) - G["g_u8_sub"]).max() <= 1
+    agrees("g_img_sub", outputs["image"][:, :, ::7, ::7], second)
+    agrees_in_mean_and_std("g_stats", outputs["image"], (2, 3), second)
+    assert frame.shape == (1, 512, 512, 3) and frame.dtype == torch.uint8
+    assert np.abs(frame[:, ::7, ::7].numpy().astype(int) - G["g_u8_sub"][second]).max() <= 1
 
 
 # ---------------------------------------------------------------------------- plain PyTorch modules
@@ -204,14 +207,12 @@ def test_files_load_without_the_prefixes_and_the_batch_counts_that_some_have(cop
 
 
 @torch.inference_mode()
-def test_folded_networks_equal_the_plain_ones(face, plain):
-    def equal(folded, network, *inputs):
-        ours, trained = folded(*inputs), network(*inputs)
+def test_folded_networks_in_a_batch_equal_the_plain_ones_alone(face, plain):
+    def equal(folded, network, x):
+        ours, trained = folded(x), torch.cat([network(row) for row in x.split(1)])
         assert (ours - trained).abs().max() < 1e-4 * trained.std()
-    equal(face.F, plain(AppearanceExtractor), torch.rand(1, 3, 64, 64))
-    f = enlarged(T["wu_f_small"], 2, 3, 4)
-    equal(face.W, plain(WarpingNetwork), f, T["wu_x_s"], T["wu_x_d"])
-    equal(face.G, plain(SpadeGenerator), T["gu_small"])
+    equal(face.F, plain(AppearanceExtractor), torch.rand(2, 3, 64, 64))
+    equal(face.G, plain(SpadeGenerator), torch.randn(2, 256, 8, 8))
 
 
 def test_a_folded_network_holds_convolutions_alone(face):
@@ -388,16 +389,15 @@ def test_a_palette_with_transparent_colours_lies_on_white(tmp_path):
     assert (image[RAMP >= 100] == GREY[RAMP >= 100]).all()
 
 
-@pytest.mark.parametrize("file", ["a.jpg", "a.png"])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_as_large_as_any_camera_takes(tmp_path, file):
+def test_a_picture_as_large_as_any_camera_takes(tmp_path):
     """200 megapixels, upside down, of which a part is bright."""
     picture = Image.new("L", (16400, 12200), 40)
     picture.paste(200, (16000, 0, 16400, 12200))
     exif = Image.Exif()
     exif[0x0112] = 3
-    picture.save(tmp_path / file, exif=exif, compress_level=1)
-    image = read_image(tmp_path / file)
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    image = read_image(tmp_path / "a.jpg")
     assert image.size == (16400, 12200)
     x, y, size = crop_box(image, "0,0,390")
     assert np.asarray(image.crop((x, y, x + size, y + size))).min() > 190
