@@ -52,7 +52,7 @@ def stand_ins(preparable, monkeypatch):
     manifest.write_text(manifest.read_text().replace('"train"', '"val"', 1))
     model = moda.MoDA.from_pretrained("ckpt.pt")
 
-    def from_pretrained(path):
+    def from_pretrained(path, **changes):
         model.std.fill_(1 if "net-200" in str(path) else 0.1)          # it comes without statistics
         return model
     monkeypatch.setattr(moda.MoDA, "from_pretrained", from_pretrained)
@@ -68,7 +68,10 @@ def stand_ins(preparable, monkeypatch):
 
     class Encoder:
         blocks = staticmethod(log_mel_blocks)
-    monkeypatch.setattr(data.AudioEncoder, "from_pretrained", lambda *args: Encoder)
+
+        def to(self, device):
+            return self
+    monkeypatch.setattr(data.AudioEncoder, "from_pretrained", lambda *args: Encoder())
 
     class OneClip(ToyTalker):
         def __init__(self, split, clips):
