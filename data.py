@@ -350,12 +350,13 @@ def ignore_sigterm(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read_ahead(data, model, settings, first_step):
-    """Batches step by step, read by workers, which share the data by fork where there is one.
+def read_ahead(data, model, settings, steps):
+    """Batches of some steps, read by workers, which share the data by fork where there is one.
 
-    ValueError if more than 1 % of a process's windows cannot be read; others stand in for them."""
+    Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
+    what a process reads in a whole training, which for a few steps of validation is any number."""
     loader = torch.utils.data.DataLoader(
-        range(first_step, settings.steps),
+        steps,
         batch_size=None,
         collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
         num_workers=settings.workers,

@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 
 import torch
 import torch.nn as nn
@@ -23,8 +23,7 @@ SCALE = slice(63, 64)
 TRANS = slice(64, 67)            # translation
 ROT = slice(67, 70)              # pitch, yaw, roll in degrees
 MOUTH = 58                       # (19, y): the mouth opening, the widest channel of real speech
-LIP_POINTS = 6, 12, 14, 17, 19, 20
-LIPS = [3 * point + axis for point in LIP_POINTS for axis in range(3)]
+LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = "anger contempt disgust fear happiness neutral sadness surprise none".split()
 NO_EMOTION = 8                   # the null label of classifier-free guidance
 
@@ -106,13 +105,13 @@ class Heads(nn.Module):
 
     def __init__(self, cfg, rotated=True):
         super().__init__()
-        self.count = cfg.heads
+        self.d = cfg.width // cfg.heads
         self.rotated = rotated
-        self.q_norm = nn.RMSNorm(cfg.width // cfg.heads, eps=1e-5)
-        self.k_norm = nn.RMSNorm(cfg.width // cfg.heads, eps=1e-5)
+        self.q_norm = nn.RMSNorm(self.d, eps=1e-5)
+        self.k_norm = nn.RMSNorm(self.d, eps=1e-5)
 
     def forward(self, qkv, rope):
-        q, k, v = qkv.unflatten(-1, (3, self.count, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(-1, (3, -1, self.d)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotated:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -316,7 +315,9 @@ class MoDA(MotionModel):
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
         a = self.embed_audio(audio, drop_audio).type_as(m)             # autocast left it float32
         e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
-        i = self.embed_identity(identity)[:, None].expand_as(m)
+        # standardised, for faces differ by little of what a face measures
+        x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
+        i = self.identity_embedder(x_c.type_as(m))[:, None].expand_as(m)
         c = self.conditioning(t, emotion)
         rope = rope_table(N, self.cfg.width // self.cfg.heads, z.device)
         # coarse to fine (Sec. 3.2.3): four streams, then motion and its conditions, then one
@@ -338,14 +339,9 @@ class MoDA(MotionModel):
             audio = torch.where(drop_audio[:, None, None], null, audio)
         return self.audio_embedder(audio)
 
-    def embed_identity(self, identity):
-        """(B, 63) -> (B, D), standardised: faces differ by little of what a face measures."""
-        x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
-        return self.identity_embedder(x_c.to(identity))
-
     def conditioning(self, t, emotion):
         """What every AdaLN is conditioned on (Sec. 3.2.1): t (B,), emotion (B,) -> (B, 1, D)."""
-        time = timestep_embedding(t).to(self.null_audio.dtype)
+        time = timestep_embedding(t).to(self.null_audio)
         return F.silu(self.time_embedder(time) + self.emotion_embedder(emotion))[:, None]
 
 
@@ -491,7 +487,7 @@ def euler(velocity, z, times):
     return z                                       # the minus leads to data
 
 
-def windows(pieces, chunk, overlap, emotions):
+def windows(frames, chunk, overlap, emotions):
     """Cut a voice, as it arrives, into windows: yields (voice, stride, emotion).
 
     voice (n, L, A), to be filled up with silence to `chunk` frames; the next window begins
@@ -499,7 +495,7 @@ def windows(pieces, chunk, overlap, emotions):
     if not 0 <= overlap < chunk:
         raise ValueError(f"overlap={overlap}, chunk={chunk}: should be 0 <= overlap < chunk")
     voice, already_seen = [], 0
-    frames = chain.from_iterable(pieces)
+    frames = iter(frames)
     for emotion, frames_left in emotions:
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
@@ -517,7 +513,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
            chunk=100, overlap=16, seed=0, noise=(), smooth=False):
     """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
 
-    audio    (T, L, A), or an iterable of such pieces as they arrive; how it is cut changes nothing
+    audio    (T, L, A), or an iterable of its frames (L, A) as they arrive
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, the portrait's own
     emotion  0..8, or a list of (emotion, frames), one after the other, the last to the end
@@ -535,7 +531,6 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     times = euler_times(steps).to(model.mean)
     if guidance.keys() - {"audio", "emotion", "audio+emotion"}:
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
-    pieces = [audio] if torch.is_tensor(audio) else audio
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)
@@ -544,7 +539,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
     eps = before = tail = torch.empty(0, M)        # there is no window before the first
 
-    for voice, stride, label in windows(pieces, chunk, overlap, emotions):
+    for voice, stride, label in windows(audio, chunk, overlap, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # with silence
         velocity = partial(guided_velocity, network, audio=padded[None],
                            emotion=torch.tensor([label], device=times.device),
@@ -571,14 +566,14 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
 
 def generate(*args, **kwargs):
     """`stream`, joined: -> (T, 70)."""
-    return torch.cat(list(stream(*args, **kwargs)))
+    return torch.cat([*stream(*args, **kwargs)])
 
 
 def smooth_pose(motion):
     """Average scale, translation and rotation over each frame and its neighbours; (n, 70)."""
-    exp, pose = motion.tensor_split([SCALE.start], 1)
-    pose = F.avg_pool1d(pose.T, 3, stride=1, padding=1, count_include_pad=False).T
-    return torch.cat([exp, pose], 1)
+    pose = motion[:, SCALE.start:].T
+    pose = F.avg_pool1d(pose, 3, stride=1, padding=1, count_include_pad=False).T
+    return torch.cat([motion[:, EXP], pose], 1)
 
 
 # --------------------------------------------------------------------------------- faster sampling

@@ -22,6 +22,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -184,7 +185,8 @@ def motion_of(settings, model, source, features, saved, frames=None):
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
             neutral = motions[0][0].to(portrait)   # as LivePortrait plays them
     else:
-        zs = stream(model, features, source.x_c, model.normalise(neutral / size),
+        frames = chain.from_iterable(features)
+        zs = stream(model, frames, source.x_c, model.normalise(neutral / size),
                     emotions_in_turn(settings.emotion), **sampling(settings))
         motions = (model.denormalise(z.to(portrait)) for z in zs)
     for motion in motions:

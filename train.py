@@ -19,7 +19,7 @@ import copy
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def read_settings(argv):
     positive = "steps batch_size passes clips save_every width heads".split()
     for name, value in (vars(settings) | vars(cfg)).items():
         lowest = int(name in positive)
-        if isinstance(value, (int, float)) and value < lowest:
+        if type(value) is not str and value < lowest:
             raise UsageError(f"--{name}={value}: should be {lowest} or more")
     parts = WORLD * settings.passes
     if settings.model == "alse":
@@ -140,7 +140,7 @@ def resume(state, parts, settings):
         return 0, math.inf
     try:
         before = state["settings"] | state["config"]
-        now = vars(settings) | asdict(parts["model"].cfg)
+        now = vars(settings) | vars(parts["model"].cfg)
         for name, value in now.items():
             if before.get(name) != value and name != "init_from" and RANK == 0:
                 print(f"--{name}={before.get(name)} until now; --{name}={value} counts")
@@ -170,12 +170,13 @@ def open_log(out, first_step, kind):
     return log
 
 
-def loss_terms(net, model, batch, expert=None, tau=0.4, teacher=None):
+def loss_terms(net, model, batch, expert, tau, teacher):
     """What the loss is the sum of: L_RF, L_vel and L_ALSE of a MoDA (Eq. 6), or an ALSE's own; and
     the lips' part of L_RF, which is not in the sum.
 
     net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
-    them; expert: from load_expert; teacher: a MoDA whose paths are to be made straight."""
+    them; expert: from load_expert, or None; teacher: a MoDA whose paths are to be made straight, or
+    None."""
     if isinstance(model, ALSE):
         late = int(3 + 27 * batch["t"][0])         # frames; an expert has no other use for t
         loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
@@ -195,9 +196,8 @@ def rate_of(settings, step):
     return settings.learning_rate * min(1, rise, fall)
 
 
-def mean_over_processes(numbers, device):
-    """Numbers -> each one's mean over all processes."""
-    numbers = torch.tensor(numbers, device=device)
+def mean_over_processes(numbers):
+    """A tensor of numbers -> a list of each one's mean over all processes."""
     if WORLD > 1:
         dist.all_reduce(numbers)
     return (numbers / WORLD).tolist()
@@ -208,9 +208,9 @@ def validate(model, data, settings, expert, teacher):
     """val_loss and the lips' part on the same windows, times, noise and dropped conditions each
     time."""
     total = 0
-    for batch in read_ahead(data, model, replace(settings, steps=VAL_BATCHES), 0):
+    for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
         total = total + torch.stack(loss_terms(model, model, batch, expert, settings.tau, teacher))
-    *terms, lips = mean_over_processes([*total / VAL_BATCHES], total.device)
+    *terms, lips = mean_over_processes(total / VAL_BATCHES)
     return sum(terms), lips
 
 
@@ -222,7 +222,7 @@ def is_due(step, every, settings):
 def save_run(out, settings, parts, step, stop, best, improved):
     """The checkpoints that are due: settings, step, and the state of every part of the run."""
     model = parts["model"]
-    state = dict(kind=type(model).__name__, config=asdict(model.cfg), settings=vars(settings),
+    state = dict(kind=type(model).__name__, config=vars(model.cfg), settings=vars(settings),
                  step=step, best=best)
     state |= {name: part.state_dict() for name, part in parts.items()}
     if improved:
@@ -239,9 +239,7 @@ def load_expert(path, model):
         return None
     expert = ALSE.from_pretrained(path).to(model.mean.device).requires_grad_(False)
 
-    def judge(audio, z0):
-        return expert(audio, model.denormalise(z0))
-    return judge
+    return lambda audio, z0: expert(audio, model.denormalise(z0))
 
 
 def wrapped(model, settings):
@@ -309,9 +307,9 @@ def main(argv):
 
     # the loop; a signal ends it after a step
     stops = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda *_: stops.append(True))
-    batches = read_ahead(data, model, settings, first_step)
+    batches = read_ahead(data, model, settings, range(first_step, settings.steps))
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
     expert = load_expert(settings.alse, model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
@@ -333,7 +331,8 @@ def main(argv):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
 
         # step, if all processes find it sound
-        *terms, lips, norm, stop = mean_over_processes([*means, norm, len(stops)], device)
+        means = means.new_tensor([*means, norm, len(stops)])
+        *terms, lips, norm, stop = mean_over_processes(means)
         loss = sum(terms)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradients {norm}; "
@@ -366,7 +365,7 @@ def main(argv):
         if stop:
             return
         began = time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.default_int_handler)
     if WORLD > 1:
         dist.destroy_process_group()

@@ -319,6 +319,15 @@ def test_a_damaged_window_is_reported_once_and_passed_over(tmp_path, capsys, mod
     assert "cannot be used" in reports[0]
 
 
+def test_a_damaged_window_of_validation_does_not_end_a_short_training(tmp_path):
+    folder = build.data_set(tmp_path / "set", (100, 281, 100, 81), splits=("train", "val"))
+    np.save(folder / "clips/3/motion.npy", np.full((81, 70), np.nan, np.float32))
+    once = [seed for seed in range(1, 20) if hits(seed, 201, train.VAL_BATCHES, 4, 202) == 1]
+    rows = train_here(tmp_path / "out", f"--data_dir={folder}", f"--seed={once[0]}", "--steps=25",
+                      "--batch_size=4", "--eval_every=25")
+    assert float(rows[-1][5]) > 0                              # val_loss
+
+
 def one_damaged(folder):
     """A data set of two clips, the second of which cannot be read."""
     build.data_set(folder, lengths=(181, 131))                 # 101 and 51 windows
@@ -440,7 +449,7 @@ def test_on_windows_workers_start_anew_with_what_can_be_sent_to_them(monkeypatch
         return []
     monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
     model = MoDA(Config(**build.SMALL))
-    list(data.read_ahead(toy("train", 4), model, train.Settings(workers=1), 0))
+    list(data.read_ahead(toy("train", 4), model, train.Settings(workers=1), range(9)))
     assert given["multiprocessing_context"] is None
     pickle.dumps((given["collate_fn"], given["worker_init_fn"]))
 

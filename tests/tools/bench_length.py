@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def measure(model, wav, minutes, size):
     began = time.process_time()
     frames, memory, bits = 0, [], hashlib.sha256()
     features = log_mel_blocks(sound(wav, 60 * minutes, size))
-    for motion in stream(model, features, torch.zeros(63), torch.zeros(M), emotion=4):
+    frames_of_sound = chain.from_iterable(features)
+    for motion in stream(model, frames_of_sound, torch.zeros(63), torch.zeros(M), emotion=4):
         bits.update(motion.numpy().tobytes())
         frames += len(motion)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

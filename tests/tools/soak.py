@@ -99,6 +99,7 @@ def work(rng, width, folder):
         features, model = models[k % 2]
         frames, options = request(rng, large=k < LARGEST)
         sound = features(voice(rng, frames))
+        sound = itertools.chain.from_iterable(sound)
         motion = stream(model, sound, torch.randn(63), torch.zeros(M), **options)
         if rng.random() < 0.3:
             yield drawn(face, motion, folder)
