@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils import (convert_conv2d_weight_memory_format,
                             convert_conv3d_weight_memory_format, fuse_conv_bn_eval,
@@ -55,8 +55,7 @@ def keypoints(x_c, motion):
 
 def relative(motion, portrait, neutral):
     """Driving motion (T, 70), from its `neutral` (70,), put on the `portrait`'s own (70,)."""
-    driving = rotation(motion[:, ROT])
-    R = driving @ rotation(neutral[ROT]).mT @ rotation(portrait[ROT])
+    R = rotation(motion[:, ROT]) @ rotation(neutral[ROT]).mT @ rotation(portrait[ROT])
     moved = portrait + motion - neutral
     moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
     moved[:, ROT] = angles(R)
@@ -108,8 +107,8 @@ def read_template(path):
         parts = frame["exp"], frame["scale"], frame["t"], angles(R.view(1, 3, 3))
         motion.append(np.concatenate(parts, axis=None))
     times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
-    motion = [np.interp(times, range(len(motion)), channel) for channel in np.transpose(motion)]
-    return checked(np.stack(motion, 1))
+    at_times = partial(np.interp, times, range(len(motion)))
+    return checked(np.apply_along_axis(at_times, 0, motion))
 
 
 def read_motion(path, frames):
@@ -144,8 +143,7 @@ def write_template(motion, path):
         motion=frames,
         c_eyes_lst=[*eyes.numpy()],
         c_lip_lst=[*lips.numpy()])
-    with open(path, "wb") as file:
-        pickle.dump(template, file)
+    path.write_bytes(pickle.dumps(template))
 
 
 # --------------------------------------------------------------------------------- building blocks
@@ -169,20 +167,16 @@ conv3x3x3 = partial(nn.Conv3d, kernel_size=3, padding=1)
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def block2d(n_in, n, **after):
-    return Chain(
-        conv=conv3x3(n_in, n),
-        norm=nn.BatchNorm2d(n),
-        relu=nn.ReLU(),
-        **after)
-
-
-def block3d(n_in, n, **before):
+def block(conv, norm, n_in, n, relu=nn.ReLU, **before):
     return Chain(
         **before,
-        conv=conv3x3x3(n_in, n),
-        norm=nn.BatchNorm3d(n),
-        relu=nn.ReLU())
+        conv=conv(n_in, n),
+        norm=norm(n),
+        relu=relu())
+
+
+block2d = partial(block, conv3x3, nn.BatchNorm2d)
+block3d = partial(block, conv3x3x3, nn.BatchNorm3d)
 
 
 # ------------------------------------------------------------------------------- F: the appearance
@@ -194,8 +188,9 @@ class AppearanceExtractor(Chain):
         super().__init__(
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
-                block2d(64, 128, pool=nn.AvgPool2d(2)),
-                block2d(128, 256, pool=nn.AvgPool2d(2))),              # (B, 256, 64, 64)
+                block2d(64, 128),
+                block2d(128, 256, pool=nn.AvgPool2d(2))),
+            pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
             volume=nn.Unflatten(1, (32, 16)),                          # channel 16 c + depth
             resblocks_3d=Chain(**residuals))
@@ -279,9 +274,8 @@ class GlobalResponseNorm(nn.Module):
 def to_motion(heads):
     """What M puts out -> motion (B, 70); an angle is a mean over 66 bins, 3 degrees apart."""
     bins = torch.linspace(-97.5, 97.5, 66, device=heads["t"].device)
-    angles = [heads[name].softmax(-1) @ bins for name in ("pitch", "yaw", "roll")]
-    parts = [heads["exp"], heads["scale"], heads["t"], torch.stack(angles, 1)]
-    return torch.cat(parts, 1)
+    angles = torch.stack([heads["pitch"], heads["yaw"], heads["roll"]], 1).softmax(-1) @ bins
+    return torch.cat([heads["exp"], heads["scale"], heads["t"], angles], 1)
 
 
 # ---------------------------------------------------------------------------------- W: the warping
@@ -291,14 +285,13 @@ class WarpingNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         self.dense_motion_network = DenseMotion()
-        self.third = Chain(conv=conv3x3(512, 256), norm=nn.BatchNorm2d(256))
+        self.third = block2d(512, 256, nn.LeakyReLU)
         self.fourth = nn.Conv2d(256, 256, 1)
 
     def forward(self, f, x_s, x_d):
         deformation, occlusion = self.dense_motion_network(f, x_s, x_d)
         x = F.grid_sample(f, deformation, align_corners=False)         # (B, 32, 16, 64, 64)
         x = self.third(x.flatten(1, 2).to(occlusion))
-        x = F.leaky_relu(x)
         return self.fourth(x) * occlusion
 
 
@@ -311,10 +304,8 @@ class DenseMotion(nn.Module):
         self.norm = nn.BatchNorm3d(4)
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
-        up = UpBlocks()
-        for n in (512, 256, 128, 64, 32):
-            n_in = min(4 * n, 1024)                                    # 2 n from below, 2 n skipped
-            up.append(block3d(n_in, n, up=nn.Upsample(scale_factor=(1, 2, 2))))
+        sizes = (512, 256, 128, 64, 32)            # a block gets 2 n from below and 2 n skipped
+        up = UpBlocks(block3d(min(4 * n, 1024), n) for n in sizes)
         self.hourglass = Chain(
             encoder=Chain(down_blocks=down),
             decoder=block3d(142, 142, up_blocks=up))
@@ -361,25 +352,26 @@ class UpBlocks(nn.ModuleList):
     def forward(self, outputs):
         x = outputs.pop()
         for block in self:
+            x = F.interpolate(x, scale_factor=(1, 2, 2))
             x = torch.cat([block(x), outputs.pop()], 1)
         return x
 
 
 # -------------------------------------------------------------------------------- G: the generator
-class SpadeGenerator(nn.Module):
+class SpadeGenerator(Chain):
     """G: warped feature h (B, 256, 64, 64) -> image (B, 3, 512, 512)."""
 
     def __init__(self):
-        super().__init__()
-        self.fc = conv3x3(256, 512)                                    # (B, 512, 64, 64)
-        for i in range(6):
-            self.add_module(f"G_middle_{i}", SpadeBlock(512, 512))
-        self.up_0 = SpadeBlock(512, 256, up=2)                         # (B, 256, 128, 128)
-        self.up_1 = SpadeBlock(256, 64, up=4)                          # (B, 64, 256, 256)
-        self.conv_img = nn.Sequential(conv3x3(64, 12), nn.PixelShuffle(2))
+        middle = {f"G_middle_{i}": SpadeBlock(512, 512) for i in range(6)}
+        super().__init__(
+            fc=conv3x3(256, 512),                                      # (B, 512, 64, 64)
+            **middle,
+            up_0=SpadeBlock(512, 256, up=2),                           # (B, 256, 128, 128)
+            up_1=SpadeBlock(256, 64, up=4),                            # (B, 64, 256, 256)
+            conv_img=nn.Sequential(conv3x3(64, 12), nn.PixelShuffle(2)))
 
     def forward(self, h):
-        fc, *blocks, conv_img = self.children()
+        fc, *blocks, conv_img = self
         x = fc(h)
         for block in blocks:
             x = block(x, h)
@@ -403,13 +395,13 @@ class SpadeBlock(nn.Module):
             self.conv_s = spectral_norm(nn.Conv2d(n_in, n_out, 1, bias=False))
 
     def forward(self, x, h):
+        shortcut = x
         if hasattr(self, "conv_s"):
             x = F.interpolate(x, scale_factor=2.0)
-        dx = self.conv_0(F.leaky_relu_(self.norm_0(x, h), 0.2))
-        dx = self.conv_1(F.leaky_relu_(self.norm_1(dx, h), 0.2))
-        if hasattr(self, "conv_s"):
-            x = self.conv_s(self.norm_s(x, h))
-        return dx.add_(x)
+            shortcut = self.conv_s(self.norm_s(x, h))
+        x = self.conv_0(F.leaky_relu_(self.norm_0(x, h), 0.2))
+        x = self.conv_1(F.leaky_relu_(self.norm_1(x, h), 0.2))
+        return x.add_(shortcut)
 
 
 class Spade(nn.Module):
@@ -426,9 +418,7 @@ class Spade(nn.Module):
 
     def forward(self, x, h):
         a = F.relu_(self.mlp_shared(h))                                # (B, 128, H, W)
-        gamma = self.mlp_gamma(a)
-        beta = self.mlp_beta(a)
-        return beta.addcmul_(F.instance_norm(x), gamma.add_(1))        # in place to save memory
+        return torch.addcmul(self.mlp_beta(a), F.instance_norm(x), 1 + self.mlp_gamma(a))
 
 
 # -------------------------------------------------------------------------------- S: the stitching
@@ -454,8 +444,7 @@ class StitchingNetwork(nn.Module):
 # The same numbers up to rounding, to which tests/test_liveportrait.py holds it, with less work:
 # layers are replaced, forward stays as it is. To train a network, take it plain, from `load`.
 
-@torch.no_grad()
-def fold_for_inference(net, device=torch.device("cpu")):
+def fold_for_inference(net, device):
     """Make spectral norm, BatchNorm and upsampling of images part of the convolutions beside them;
     then move to the device."""
     for module in [*net.modules()]:
@@ -465,9 +454,7 @@ def fold_for_inference(net, device=torch.device("cpu")):
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()
         if hasattr(module, "mlp_shared"):          # of Spade
-            up, conv = module.mlp_shared
-            transpose_upsampling(conv, int(up.scale_factor))
-            module.mlp_shared.up = nn.Identity()
+            module.mlp_shared = transposed(*module.mlp_shared)
     net.to(device)
     if device.type == "cuda":                                          # what tensor cores work on
         convert_conv2d_weight_memory_format(net, torch.channels_last)
@@ -475,17 +462,17 @@ def fold_for_inference(net, device=torch.device("cpu")):
     return net.requires_grad_(False)
 
 
-def transpose_upsampling(conv, up):
-    """Make `conv` equal to nearest upsampling of height and width, followed by `conv`, as one
-    transposed convolution, which needs less than half of the products."""
-    weight = conv.weight.flip(2, 3).transpose(0, 1)
-    # one pixel becomes up x up equal ones, each with a kernel: their sum, a box over the kernel
-    weight = F.pad(weight, [up - 1] * 4)
-    weight = F.avg_pool2d(weight, up, stride=1) * up ** 2
-    conv.weight = nn.Parameter(weight)
-    conv.kernel_size = weight.shape[2:]
-    conv.stride = (up, up)
-    conv.__class__ = nn.ConvTranspose2d
+def transposed(upsample, conv):
+    """Nearest upsampling of height and width, and the convolution after it, as one transposed
+    convolution, which needs less than half of the products."""
+    up = int(upsample.scale_factor)
+    # one pixel becomes up x up equal ones, each with a kernel: their sum
+    ones = torch.ones(up + 2, 3).tril().triu(1 - up)
+    weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
+    folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
+    folded.weight = nn.Parameter(weight)
+    folded.bias = conv.bias
+    return folded
 
 
 def keep_memory():
@@ -525,8 +512,7 @@ class LivePortrait:
         if compiled:
             self.render = torch.compile(self.render, dynamic=False)
         self.batch = 8 if self.device.type == "cuda" else 1            # a CPU gains little
-        if self.device.type == "cpu":
-            keep_memory()
+        keep_memory()
         root = Path(weights_dir)
         if (root / "liveportrait").is_dir():
             root /= "liveportrait"
@@ -563,7 +549,7 @@ class LivePortrait:
         for part in x_d.split(self.batch):
             # all of one size, to be compiled
             full = part.repeat(self.batch, 1, 1)[:self.batch]
-            f_s = source.f_s.expand(len(full), 32, 16, 64, 64)
+            f_s = source.f_s.repeat_interleave(self.batch, 0)
             frames = self.render(f_s, x_s.expand_as(full), full, stitch)
             yield from frames[:len(part)].cpu().numpy()
 
@@ -609,12 +595,12 @@ def paste_back(frames, image, box):
     zoom = min(1, 1280 / max(image.size))
     x, y, size = [int(v * zoom) for v in box]
     picture = image.resize([int(v * zoom) // 2 * 2 for v in image.size])
-    mask = ImageOps.expand(Image.new("L", (SIZE - 16, SIZE - 16), 255), 8)
-    mask = mask.filter(ImageFilter.BoxBlur(8)).resize((size, size))    # the edge, 16 wide, fades
+    alpha = np.full((SIZE - 32, SIZE - 32), 255, np.uint8)
+    alpha = np.pad(alpha, 16, "linear_ramp")                           # the edge fades
     for frame in frames:
         whole = picture.copy()
-        square = Image.fromarray(frame).resize((size, size))
-        whole.paste(square, (x, y), mask)
+        square = Image.fromarray(np.dstack([frame, alpha])).resize((size, size))
+        whole.paste(square, (x, y), square)
         yield np.asarray(whole)
 
 

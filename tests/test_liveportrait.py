@@ -223,7 +223,7 @@ def test_a_folded_network_holds_convolutions_alone(face):
     assert names.count("BatchNorm2d") == 0
     assert names.count("BatchNorm3d") == 1                     # of `compress`, with four channels
     assert "Upsample" not in repr(face.G)
-    layer = face.G.up_1.norm_0.mlp_shared[1]
+    layer = face.G.up_1.norm_0.mlp_shared
     assert isinstance(layer, torch.nn.ConvTranspose2d)
     assert layer.kernel_size == (6, 6) and layer.stride == (4, 4)
 
