@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from imageio_ffmpeg import get_ffmpeg_exe
 from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import open_memmap
+from PIL import Image
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
@@ -68,23 +69,21 @@ CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv
 
 
 @contextmanager
-def ffmpeg(complaint, error, *args, **pipes):
-    """A running ffmpeg; if it fails, `error` is raised: the complaint and what ffmpeg said."""
+def ffmpeg(complaint, *args, **pipes):
+    """A running ffmpeg; if it fails, ValueError: the complaint and what ffmpeg said."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:        # a full pipe would stop it
         command = [get_ffmpeg_exe(), "-v", "error", *args]
         with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as child:
             CHILDREN.add(child)
             try:
                 yield child
-            except BrokenPipeError:                # it stopped reading, and said why
-                pass
             except BaseException:
                 child.kill()                       # or it waits for input forever
                 raise
         log.seek(0)
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        raise error(f"{complaint} ({'; '.join(said[:2]):.300})")
+        raise ValueError(f"{complaint} ({'; '.join(said[:2]):.300})")
 
 
 def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
@@ -99,7 +98,7 @@ def decoded(path, what, options, size):
     """What ffmpeg makes of a file, in pieces of `size` bytes, the last shorter; ValueError if it
     makes nothing of it."""
     options = f"-abort_on empty_output {options} -"
-    with ffmpeg(f"{path}: no {what} could be read", ValueError, *source(path), *options.split(),
+    with ffmpeg(f"{path}: no {what} could be read", *source(path), *options.split(),
                 stdout=PIPE) as decoder:
         while piece := decoder.stdout.read(size):
             yield piece
@@ -170,13 +169,12 @@ def write_video(path, frames, sound, pipe=None):
     pipes = [pipe] if pipe else []
     voice = source(sound.path, f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe}")
     options = f"-f ppm_pipe -framerate 25 -i - -af {FILTERS} {CODING}"
-    with ffmpeg(f"{path.name}: could not be written", OSError, "-vn", "-sn", "-dn", *voice,
+    with ffmpeg(f"{path.name}: could not be written", "-vn", "-sn", "-dn", *voice,
                 *options.split(), *target, stdin=PIPE, pass_fds=pipes) as encoder:
         for pipe in pipes:
             os.close(pipe)                         # ffmpeg has its own
         for frame in frames:
-            height, width, _ = frame.shape
-            encoder.stdin.write(b"P6 %d %d 255\n" % (width, height) + frame.tobytes())
+            Image.fromarray(frame).save(encoder.stdin, "ppm")
 
 
 def regroup(pieces, size):
@@ -908,13 +906,11 @@ class ToyTalker(Clips):
     """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=300, T=200):
-        self.wavs, self.clips, rows = [], [], []
-        for k in tqdm(range(clips), f"toy talker, {split}", leave=False):
-            wav, motion, emotion, identity = toy_clip((split != "train", k), T)
-            self.wavs.append(wav)
-            self.clips.append((motion, log_mel(wav).numpy(), identity))
-            rows.append(dict(frames=T, emotion=emotion))
-        motions, _, identities = zip(*self.clips)
+        numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
+        toys = [toy_clip((split != "train", k), T) for k in numbers]
+        self.wavs, motions, emotions, identities = zip(*toys)
+        self.clips = [(motion, log_mel(wav).numpy(), x_c) for wav, motion, _, x_c in toys]
+        rows = [dict(frames=T, emotion=emotion) for emotion in emotions]
         self.index(rows, (1, 160), moments_of(motions), moments_of([identities]))
 
     def arrays(self, k, start=0, n=None):

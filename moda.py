@@ -494,9 +494,10 @@ def windows(frames, chunk, overlap, emotions):
     `stride` frames later. emotions: [(label, frames), ...]; a new one begins a new window."""
     if not 0 <= overlap < chunk:
         raise ValueError(f"overlap={overlap}, chunk={chunk}: should be 0 <= overlap < chunk")
-    voice, already_seen = [], 0
+    voice, already_seen, frames_left = [], 0, 0
     frames = iter(frames)
-    for emotion, frames_left in emotions:
+    for emotion, duration in emotions:
+        frames_left += duration                    # and what was left of a frame, to keep in time
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
             if len(voice) <= already_seen:         # nothing new is left

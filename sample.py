@@ -159,13 +159,12 @@ def amounts(flag, text, known, default, lowest=-1e4):
 
 
 def emotions_in_turn(text):
-    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream, without drift."""
-    pairs = list(amounts("emotion", text, LABELS, 2, lowest=0))
-    if not pairs:
+    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream."""
+    pairs = amounts("emotion", text, LABELS, 2, lowest=0)
+    turns = [(LABELS[name], 25 * seconds) for name, seconds in pairs]
+    if not turns:
         raise UsageError("--emotion= is empty: should be none, or another name")
-    names, seconds = zip(*pairs)
-    ends = np.round(25 * np.cumsum(seconds))       # ends are rounded, not lengths, to keep in time
-    return list(zip([LABELS[name] for name in names], np.diff(ends, prepend=0)))
+    return turns
 
 
 # --------------------------------------------------------------------- sound -> features -> motion
@@ -199,16 +198,6 @@ def motion_of(settings, model, source, features, saved, frames=None):
 
 
 # ----------------------------------------------------------------------------------------- video
-def rendered(settings, face, source, motion, times):
-    """Frames of motion that comes piece by piece; when a frame's motion came, and when it was
-    drawn, goes to the list `times`."""
-    for piece in motion:
-        ready = perf_counter()
-        for frame in face.frames(source, piece, stitch=settings.stitch):
-            times.append((ready, perf_counter()))
-            yield frame
-
-
 def make_video(settings, model):
     """From the voice to the file: each stage pulls from the one before it."""
     began = perf_counter()
@@ -222,8 +211,14 @@ def make_video(settings, model):
     motion = motion_of(settings, model, source, features, saved, sound.frames)
     if live:
         motion = ahead(motion)
-    frames = place(rendered(settings, face, source, motion, times))
-    bar = tqdm(frames, "frames", sound.frames, unit="")
+
+    def rendered():
+        for piece in motion:
+            ready = perf_counter()
+            for frame in face.frames(source, piece, stitch=settings.stitch):
+                times.append((ready, perf_counter()))                  # of its motion, and its own
+                yield frame
+    bar = tqdm(place(rendered()), "frames", sound.frames)
     with appearing(settings.output_path) as video, appearing(settings.save_motion) as kept:
         write_video(video, bar, sound, pipe)
         if saved:
