@@ -37,7 +37,7 @@ def rotation(degrees):
     x_c R. Each of the three turns is Rodrigues' formula."""
     angle = degrees.deg2rad()[..., None, None]
     axes = torch.eye(3, device=degrees.device)
-    K = torch.linalg.cross(axes[:, None], axes[None])                  # x K: axis x x, per axis
+    K = torch.linalg.cross(axes[:, None], axes[None])                  # v @ K[i] is axis i cross v
     pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
     return pitch @ yaw @ roll
 
@@ -81,9 +81,10 @@ def checked(motion):
 
 
 # ------------------------------------------------------------------------- LivePortrait's templates
-# A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so here
-# it may name nothing but what an array is made of, and gets numpy's own types of floats: of a new
-# dtype it could say that any bytes are pointers, which numpy would follow.
+# A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so only
+# the three names that an array needs are allowed: one makes an empty array, which the pickle then
+# fills. Of types only numpy's own floats are: a dtype of the file's making could declare its bytes
+# to be pointers, which numpy would follow.
 ARRAY_PARTS = {
     "_reconstruct": lambda *unused: np.empty(0),
     "ndarray": None,
@@ -134,7 +135,8 @@ def write_template(motion, path):
             scale=m[None, SCALE],
             t=m[None, TRANS],
             R=R[None]))
-    # roughly how open eyes and mouth are, height over width: a lid goes down by 0.013 to shut
+    # roughly how open eyes and mouth are, height over width, from the y of points 11 and 15, the
+    # lids, which go down by 0.013 to shut, and of points 17 and 19, the lips
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
     lips = 5 * motion[:, None, [52, MOUTH]].diff().clip(0)
     template = dict(
@@ -302,6 +304,7 @@ class DenseMotion(nn.Module):
         super().__init__()
         self.compress = nn.Conv3d(32, 4, 1)
         self.norm = nn.BatchNorm3d(4)
+        # 22 = 21 points and the background; 110 = 22 x (1 + 4); 142 = 110 + 32; 2272 = 142 x 16
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
         sizes = (512, 256, 128, 64, 32)            # a block gets 2 n from below and 2 n skipped
@@ -314,8 +317,8 @@ class DenseMotion(nn.Module):
 
     def forward(self, f, x_s, x_d):
         """f (B, 32, 16, 64, 64), keypoints x_s of the source and x_d, driving, (B, 21, 3)."""
-        points = F.pad(torch.stack([x_s, x_d]), (0, 0, 1, 0))          # (2, B, 22, 3)
-        shift = points[0] - points[1]                                  # (B, 22, 3); 0: background
+        points = F.pad(torch.stack([x_s, x_d]), (0, 0, 1, 0))          # (2, B, 22, 3); the first
+        shift = points[0] - points[1]                                  # is 0, of the background
         still = torch.eye(3, 4, device=f.device)[None]
         grid = F.affine_grid(still, f[:1].shape, align_corners=True)   # (1, 16, 64, 64, 3)
         distance = torch.cdist(points, grid.flatten(1, 3))             # (2, B, 22, 16 * 64 * 64)
@@ -324,6 +327,7 @@ class DenseMotion(nn.Module):
         c = F.relu(self.norm(self.compress(f.to(self.mask.weight))))
         # the grid is made with align_corners and read without: so the weights were trained
         moved = grid[:, None] + shift[:, :, None, None, None]          # (B, 22, 16, 64, 64, 3)
+        # all 22 volumes in one call, one behind the other
         moved = F.grid_sample(c.float(), moved.flatten(1, 2), align_corners=False)
         moved = moved.unflatten(2, (22, 16)).transpose(1, 2)           # (B, 22, 4, 16, 64, 64);
         x = torch.cat([heat, moved], 2)                                # 22 x 5 = 110 channels
@@ -466,7 +470,8 @@ def transposed(upsample, conv):
     """Nearest upsampling of height and width, and the convolution after it, as one transposed
     convolution, which needs less than half of the products."""
     up = int(upsample.scale_factor)
-    # one pixel becomes up x up equal ones, each with a kernel: their sum
+    # A pixel becomes up x up equal ones, each of which adds the flipped kernel, shifted by one:
+    # their sum is up + 2 high and wide. `ones` (up + 2, 3) adds shifted rows, its transpose too.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -476,8 +481,8 @@ def transposed(upsample, conv):
 
 
 def keep_memory():
-    """glibc keeps large blocks (M_MMAP_MAX, M_TRIM_THRESHOLD): to give them back each time, and pay
-    for their pages anew, costs a twentieth of the time on a CPU. Other systems have no mallopt."""
+    """Let glibc keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD): to return it and fetch it again
+    costs a twentieth of the time on a CPU. Other systems have no mallopt."""
     if hasattr(ctypes.pythonapi, "mallopt"):
         ctypes.pythonapi.mallopt(-4, 0)
         ctypes.pythonapi.mallopt(-1, 2**31 - 1)
@@ -489,7 +494,7 @@ def load(network, path):
 
     ValueError names the file and its first key that is missing, too many or of another shape."""
     state = read_checkpoint(path, GET)
-    state = state.get("retarget_shoulder", state)                      # S's, beside eyes' and lips'
+    state = state.get("retarget_shoulder", state)                      # S's, beside two others
     consume_prefix_in_state_dict_if_present(state, "module.")
     consume_prefix_in_state_dict_if_present(state, "detector.")
     with torch.device("meta"):
@@ -503,8 +508,8 @@ def load(network, path):
 
 
 class LivePortrait:
-    """The five networks with the public weights, from the folder that holds base_models, or the one
-    above; W and G compute in `dtype`, else in float32, if `compiled` through torch.compile.
+    """The five networks with the public weights. weights_dir holds base_models, or liveportrait,
+    which does. W and G compute in `dtype`, else in float32; `compiled`: through torch.compile.
     ValueError says which file does not fit."""
 
     def __init__(self, weights_dir, device="cpu", dtype=None, compiled=False):
@@ -547,7 +552,7 @@ class LivePortrait:
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
         for part in x_d.split(self.batch):
-            # all of one size, to be compiled
+            # repeated to a whole batch, for torch.compile wants one size
             full = part.repeat(self.batch, 1, 1)[:self.batch]
             f_s = source.f_s.repeat_interleave(self.batch, 0)
             frames = self.render(f_s, x_s.expand_as(full), full, stitch)
@@ -632,10 +637,13 @@ POINTS = np.loadtxt("""
 FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
-# What the drawing makes of the 63 offsets. A row is a name and a sum of terms "name,right,down": a
-# place and so many % from it or, if the name is in capitals, so many times a signal. Signals, 0 to
-# 1, are what expressions are made of: how far points move (D and number) times gains right, down,
-# in. All is said of the picture's left half; the right half is mirrored, with its own points
+# What the drawing makes of the 63 offsets; nothing else depends on it. A row is a name and terms
+# that are added: the first a place, by its name or a point's number, and so many % right and down
+# of it; the others signals, 0 to 1, and how far they move it. So "corner 14 UP,-3.4,-5.3" is point
+# 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's name is in capitals, its row
+# a sum of offsets (D and a point's number) or signals, times numbers for right, down and in:
+# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards.
+# All is said of the picture's left half; the right half is mirrored, with its own points.
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
     MILD      D1,0,100 D2,0,40
@@ -764,7 +772,8 @@ for ellipse in """\
 
 
 def weighted(term, known):
-    """A place or signal that is known, and the way from or by it -> (2, 3), left and mirrored."""
+    """"name,right,down,in" -> a place shifted so far, or a signal or offset times these numbers:
+    (2, 3), of the left half and mirrored."""
     name, *way = f"{term},0,0,0".split(",")[:4]
     way = MIRROR * np.array(way, float)
     return known[name] * way if name.isupper() else known[name] + way
@@ -773,7 +782,8 @@ def weighted(term, known):
 def find_places(x):
     """Keypoints in percent and their offsets, (2, 21, 3) -> all that PLACES names: places (2, 3) in
     percent, signals (2, 1)."""
-    x[1, [2, 20], 1] *= -1, 2          # these move less, or the other way, than their mirror images
+    # where 1 goes down 2 goes up, and 20 half as far as 14: unlike mirror images
+    x[1, [2, 20], 1] *= -1, 2
     known = {}
     for k, twin in enumerate(POINTS[:, 3].astype(int)):
         known[f"{k}"], known[f"D{k}"] = x[:, [k, twin]]
@@ -787,7 +797,8 @@ def find_places(x):
 
 
 def outline(corners):
-    """(2, n, 3) -> points of closed curves, (2, 4 n, 3): corners are cut off twice (Chaikin)."""
+    """(2, n, 3) -> points of closed curves, (2, 4 n, 3), by cutting off all corners, twice: points
+    are doubled, then neighbours averaged, then again (Chaikin's quadratic B-spline)."""
     for _ in range(2):
         corners = corners.repeat(2, 1)
         for _ in range(2):
