@@ -22,7 +22,7 @@ EXP = slice(0, 63)               # expression, 21 points x 3
 SCALE = slice(63, 64)
 TRANS = slice(64, 67)            # translation
 ROT = slice(67, 70)              # pitch, yaw, roll in degrees
-MOUTH = 58                       # (19, y): the mouth opening, the widest channel of real speech
+MOUTH = 58                       # y of point 19, the lower lip: moves most in speech
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = "anger contempt disgust fear happiness neutral sadness surprise none".split()
 NO_EMOTION = 8                   # the null label of classifier-free guidance
@@ -47,14 +47,14 @@ class Config:
     cfg_both: float = 0.2        # and by both dropped together
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
-    straight: bool = False       # set by train.py --reflow: two steps do
+    straight: bool = False       # a student of train.py --reflow: sampled in two steps
 
 
 TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1,
            audio_layers=1, audio_dim=160, p_drop_audio=0.1,
            focus=4.0, cfg_both=0.5, smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
-# of a student of guided motion
+# what a student changes: guidance is in the motion that it learned already
 STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0.0,
                 cfg_emotion=0.0, cfg_both=0.0)
 
@@ -91,6 +91,7 @@ def timestep_embedding(t):
 
 # ------------------------------------------------------------------------ motion transformer blocks
 def modulate(x, shift, scale):
+    """AdaLN, with RMSNorm in place of LayerNorm, as in the released network."""
     normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
     return normed * (1 + scale) + shift
 
@@ -200,15 +201,17 @@ class Head(nn.Module):
 
 
 def init_weights(model):
-    """Xavier-uniform linear layers with zero biases; closed gates; attention on the diagonal."""
+    """Xavier-uniform weights, zero biases; AdaLN begins at zero, so that a block adds nothing, and
+    attention on each frame's own moment."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "head.linear":     # that stays PyTorch's
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
-        # Not in the paper: with equal biases in every q and k, RoPE makes each frame attend to its
-        # own moment in every stream from the first step on. A short training needs that.
+        # Not in the paper: equal biases in every q and k, turned by RoPE, agree most at the same
+        # position. So each frame attends to its own moment in every stream from the first step on,
+        # which a short training needs.
         if name.endswith(("qkv", "qkv_mlp")):
             nn.init.ones_(layer.bias[:2 * layer.in_features])
 
@@ -227,7 +230,8 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """How large a face is against the training data's: (..., 70) -> factors (..., 70)."""
+        """The face's scale over the mean one, where motion grows with it, in scale and translation;
+        else 1: (..., 70) -> factors (..., 70). For absolute motion, see sample.py."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -276,7 +280,7 @@ def embedder(n_in, D):
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under conditions."""
 
-    compiled = False             # torch.compile the faster network below, which samples
+    compiled = False             # whether the network that samples goes through torch.compile
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -313,9 +317,9 @@ class MoDA(MotionModel):
         prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
-        a = self.embed_audio(audio, drop_audio).type_as(m)             # autocast left it float32
+        a = self.embed_audio(audio, drop_audio).type_as(m)             # RMSNorm made it float32
         e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
-        # standardised, for faces differ by little of what a face measures
+        # standardised, for faces differ by a small part of their size
         x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
         i = self.identity_embedder(x_c.type_as(m))[:, None].expand_as(m)
         c = self.conditioning(t, emotion)
@@ -382,7 +386,7 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
 
 @torch.no_grad()
 def reflow(teacher, batch, steps=10):
-    """A batch for `losses` in which z0 is where the teacher's guided path from eps ends.
+    """A batch for `losses` whose z0 is what the teacher, with its guidance, makes of eps.
 
     Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
     steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Each pair is learned
@@ -415,9 +419,9 @@ class ResidualConv(nn.Conv1d):
 class ALSE(MotionModel):
     """Adaptive Lip-motion Synchronization Expert (Sec. 3.2.4): do voice and lips belong together?
 
-    The paper's supplement is not public; its text and SyncNet support this reading: an audio and a
-    lip-motion tower, a unit vector per frame each, their cosine trained as the probability of sync,
-    against shifted and foreign pairs."""
+    The paper's supplement is not public; its text and SyncNet support this reading. Two towers, of
+    audio and lip motion, give a unit vector per frame each, whose cosine is trained to be the
+    probability of sync, against shifted and foreign pairs."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -438,7 +442,7 @@ class ALSE(MotionModel):
         return F.normalize(a, dim=-1), F.normalize(m, dim=-1)
 
     def pretraining_loss(self, audio, motion, shift):
-        """In sync as recorded; not with the voice `shift` frames late, nor with another clip's."""
+        """In sync: a clip as recorded. Not: its voice `shift` frames late, and another's voice."""
         a, m = self(audio, motion)
         late = sync_loss(a.roll(shift, 1), m, in_sync=False)
         foreign = sync_loss(a.roll(1, 0), m, in_sync=False)
@@ -457,23 +461,24 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
     guidance {c: lambda_c}, "audio+emotion" for both together; t (), the rest as in MoDA.forward
     -> (B, N, 70). All passes are one batch."""
-    passes = {"": 1 + sum(guidance.values())}      # what each drops, and how much it counts
+    weights = {"": 1 + sum(guidance.values())}     # of passes, by what they drop
     for condition, scale in guidance.items():
         if scale:
-            passes[condition] = -scale
-    n, B = len(passes), len(z)
-    drops = torch.tensor([("audio" in dropped, "emotion" in dropped) for dropped in passes])
+            weights[condition] = -scale
+    n, B = len(weights), len(z)
+    # "audio+emotion" holds both words
+    drops = torch.tensor([("audio" in dropped, "emotion" in dropped) for dropped in weights])
     drop_audio, drop_emotion = drops.repeat_interleave(B, 0).T.to(z.device)
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion.repeat(n))
     # with the type and device of the weights, one copy per pass
     z, audio, identity, prev = [torch.cat([x.to(model.null_audio)] * n)
                                 for x in (z, audio, identity, prev)]
     v = model(z, t.expand(n * B), audio, emotion, identity, prev, drop_audio).float()
-    return sum(scale * v_ for scale, v_ in zip(passes.values(), v.chunk(n)))
+    return sum(weight * v_ for weight, v_ in zip(weights.values(), v.chunk(n)))
 
 
 def euler_times(steps):
-    """When steps begin: `steps` equal ones from 1, noise, or a list as it is."""
+    """The times at which steps begin, from 1, noise, on: `steps` equal ones, or the given list."""
     times = steps if isinstance(steps, list) else [1 - k / steps for k in range(steps)]
     if not times:
         raise ValueError(f"steps={steps} should be 1 or more, or times from 1 down")
@@ -490,8 +495,8 @@ def euler(velocity, z, times):
 def windows(frames, chunk, overlap, emotions):
     """Cut a voice, as it arrives, into windows: yields (voice, stride, emotion).
 
-    voice (n, L, A), to be filled up with silence to `chunk` frames; the next window begins
-    `stride` frames later. emotions: [(label, frames), ...]; a new one begins a new window."""
+    voice (n, L, A), n <= chunk; the next window begins `stride` frames later. emotions: [(label,
+    frames), ...]; a new one begins a new window, if more than the overlap of the last is left."""
     if not 0 <= overlap < chunk:
         raise ValueError(f"overlap={overlap}, chunk={chunk}: should be 0 <= overlap < chunk")
     voice, already_seen, frames_left = [], 0, 0
@@ -500,7 +505,7 @@ def windows(frames, chunk, overlap, emotions):
         frames_left += duration                    # and what was left of a frame, to keep in time
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
-            if len(voice) <= already_seen:         # nothing new is left
+            if len(voice) <= already_seen:         # nothing but what the last window had as well
                 return
             stride = int(min(chunk - overlap, frames_left))
             yield torch.stack(voice), stride, emotion
@@ -524,7 +529,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     overlap  so many of them fade into the next chunk
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks, as released
-    Yields (n, 70) as soon as no later sound can change it. ValueError: what cannot be followed."""
+    Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
     if steps is None:
         steps = 2 if model.cfg.straight else 10
     if guidance is None:
@@ -547,7 +552,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
                            identity=identity.view(1, 63), prev=prev.view(1, M), guidance=guidance)
         fresh = torch.randn(chunk - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
-        z = next(noises, eps).view(1, chunk, M).to(times.device)
+        z = next(noises, eps).view(1, chunk, M).to(times.device)       # what is given, or drawn
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
@@ -561,7 +566,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         eps = eps[stride:]                         # and their noise
     if not len(before):
         raise ValueError("the audio has no frames")
-    if len(ready) > stride:                        # the last window's overlap
+    if len(ready) > stride:                        # the last window's overlap has no successor
         yield ready[stride:]
 
 
@@ -582,18 +587,21 @@ def smooth_pose(motion):
 # all steps at once, and the last block for motion alone.
 
 def fast_network(model, times, emotions, N):
-    """A copy of the model that shares its weights, for N frames at these times and emotions."""
+    """A copy of the model that shares its weights, for N frames at these times and emotions.
+
+    Where a block computes adaln(c), c is here the number of a time and emotion, and adaln a table
+    of what it would compute, a row for each of them."""
     conditions = torch.cartesian_prod(times, times.new_tensor(emotions))
     t, emotion = conditions.T
     c = model.conditioning(t, emotion.long())[:, 0]
-    shared = {id(p): p for p in model.parameters()}                    # not to be copied
+    shared = {id(p): p for p in model.parameters()}                    # deepcopy's memo
     network = copy.deepcopy(model, shared)
     for module in [*network.modules()]:
-        if hasattr(module, "adaln"):               # a table of its outputs, a row per condition
+        if hasattr(module, "adaln"):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
 
     def row(t, emotion):
-        """t (B,), emotion (B,) -> (B, 1)."""
+        """t (B,), emotion (B,) -> which row it is, (B, 1)."""
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, conditions, p=1).argmin(1, keepdim=True)
     network.conditioning = row
@@ -615,7 +623,7 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
 
 def load_strictly(places, tensors):
     """Copy tensors into those of the same names; ValueError tells the first that does not fit."""
-    def shape(x):                                  # axes of size 1 do not count
+    def shape(x):                                  # public files differ in axes of size 1
         return "absent" if x is None else f"of shape {[*x.squeeze().shape]}"
     for name in places | tensors:
         needed = shape(places.get(name))
@@ -635,8 +643,9 @@ def load_statistics(model, path):
         raise ValueError(f"{path}: no mean and std of motion ({error}); {advice}") from None
 
 
-# What becomes what, from a parameter's name of ours, four.0.paths.1.qkv.weight, to the one in
-# net-200.pth, blocks4.0.attn1.qkv_au1.weight. Streams are called xs (motion) and au or audio there.
+# Regular expressions, applied from top to bottom, each to what the one before made, turn a
+# parameter's name of ours, four.0.paths.1.qkv.weight, into the one in net-200.pth,
+# blocks4.0.attn1.qkv_au1.weight. Streams are called xs (motion) and au or audio there.
 RELEASED = [row.split() for row in r"""
     null_audio                          null_audio_feat
     emotion_embedder                    emo_embedder.embedding_table
@@ -681,10 +690,11 @@ def from_released(state, path, **changes):
     with torch.device("meta"):
         model = MoDA(Config(**RELEASED_CONFIG | changes))
     model.to_empty(device="cpu")
-    for name, buffer in model.named_buffers():     # there are no statistics yet
+    for name, buffer in model.named_buffers():     # no statistics yet: mean 0, std and weight 1
         buffer.fill_("mean" not in name)
-    if "null_audio_feat" not in state:             # the authors' Parameter(...).to("cuda") was no
-        generator = torch.Generator().manual_seed(42)                  # parameter: drawn, not saved
+    # the authors' nn.Parameter(...).to("cuda") is a plain tensor, and so was never saved
+    if "null_audio_feat" not in state:
+        generator = torch.Generator().manual_seed(42)
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
         print(f"{path}: holds no null_audio_feat, one was drawn")
     places = {released_name(name): value.detach() for name, value in model.named_parameters()}
