@@ -60,7 +60,7 @@ class Settings:
     edit: str = ""               # expression added to the motion: smile:0.5,brow:5
     seed: int = 1                # another seed, another head motion
     steps: int = 10              # of Euler
-    # of these five the checkpoint has defaults of its own, see moda.Config
+    # of the next five the checkpoint has defaults of its own, see moda.Config
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
     cfg_both: float = 0.0        # and by both dropped together
@@ -70,8 +70,8 @@ class Settings:
     pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
-    stream: bool = False         # take a file no sooner than it is spoken, and print the delays
-    latency: float = 0.0         # so many seconds from a sound to its motion, by short chunks
+    stream: bool = False         # take a file in real time, like a microphone; print the delays
+    latency: float = 0.0         # the longest, in seconds, from a sound to its motion: short chunks
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
     eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
@@ -117,8 +117,8 @@ def open_model(settings, given):
 
 
 def short_chunks(latency):
-    """chunk and overlap that keep a latency in seconds: when the last frame of a chunk has been
-    heard, in blocks, the sound of its first is chunk - 1 frames old; one more is for the work."""
+    """chunk and overlap that keep a latency in seconds: the first frame of a chunk waits for the
+    sound of its last, chunk - 1 frames, in whole blocks; the time of one frame is left for work."""
     chunk = int(25 * latency) // BLOCK * BLOCK
     if chunk < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -128,7 +128,7 @@ def short_chunks(latency):
 def open_face(settings, device):
     """The face to animate, its Source, and what puts its frames where they belong."""
     if not settings.weights:
-        return Sketch(), Sketch().source(), iter
+        return Sketch(), Sketch().source(), iter   # which leaves them as they are
     image = read_image(settings.image_path)
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
@@ -174,8 +174,9 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
+    # absolute: as the model has it, for `relative` to the portrait itself changes nothing
     neutral, size = portrait, model.size(portrait)
-    if settings.motion != "absolute":              # relative to a face at rest, in mean pose
+    if settings.motion != "absolute":              # from a face at rest, in mean pose, to portrait
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
     edit = portrait.new_tensor(expression(**controls))
@@ -205,6 +206,7 @@ def make_video(settings, model):
     face, source, place = open_face(settings, model.mean.device)
     spoken, times, saved = [], [], []
     live = settings.stream or sound.path == "-"
+    # live sound goes two ways, to the features and through a pipe to the video
     pipe, copy = os.pipe() if sound.path == "-" else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
@@ -228,10 +230,11 @@ def make_video(settings, model):
     print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
           f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
+        # the sound began no later than any of these times, so the first of them is the nearest
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
-        motion, frame = waits.T.round(2)
-        print(f"median, 95 %, worst: sound to motion {motion} s, sound to frame {frame} s")
+        to_motion, to_frame = waits.T.round(2)
+        print(f"median, 95 %, worst: sound to motion {to_motion} s, sound to frame {to_frame} s")
 
 
 def make_videos(settings, model, given):
@@ -297,9 +300,10 @@ def main(argv):
 
 # ------------------------------------------------------------------------------ the live microphone
 def microphone(sound, pipe, spoken):
-    """Sound as it comes, a file's no sooner than it is spoken; a copy goes to the video's pipe.
+    """Sound as it comes, a file's in real time; a copy goes to the video's pipe.
 
-    When the first sample was spoken, at the latest, goes to the list `spoken` with every piece."""
+    With every piece, the latest time at which the sound may have begun goes to the list `spoken`.
+    """
     writer = ThreadPoolExecutor(1)                 # for the pipe may be full
     began = perf_counter()
     heard = 0.0
@@ -324,8 +328,8 @@ def ahead(motion):
 
 # --------------------------------------------------------------------------------------- evaluation
 def beginnings(data, count, model):
-    """Of the longest clips, cut to one length, 7.4 seconds at most: normalised motion (K, T, 70),
-    audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
+    """How the K longest clips begin, all cut to one length, 7.4 seconds at most: normalised motion
+    (K, T, 70), audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     frames = min(185, *data.lengths[longest])      # two chunks, and the one before
     clips = []
@@ -336,8 +340,8 @@ def beginnings(data, count, model):
     return torch.utils.data.default_collate(clips)
 
 
-# of which channels and differences from frame to frame the means are compared
-MOVES = {
+# mean sizes that are compared: of which channels, differenced how often from frame to frame
+SIZES = {
     "head motion": (ROT, 0),
     "jerk, lips": (LIPS, 3),
     "jerk, rotation": (ROT, 3),
@@ -346,19 +350,20 @@ MOVES = {
 
 
 def compare(z, truth, std):
-    """Metrics of normalised motion beside the true one, (K, T, 70); std (70,) is what 1 stands for.
+    """Metrics of normalised motion beside the true one, (K, T, 70); std (70,) of LivePortrait's
+    units is what 1 stands for.
 
     Correlation, error and slope are of each clip's mouth; the others of all clips together."""
     both = torch.stack([truth, z]).double()                            # (2, K, T, 70)
-    moves = both - both.mean(2, keepdim=True)
-    true, ours = moves[..., MOUTH]
+    centred = both - both.mean(2, keepdim=True)
+    true, ours = centred[..., MOUTH]
     corr = F.cosine_similarity(true, ours)
     slope = corr * ours.std(1) / true.std(1)       # of a regression of ours on the true one
     error = both[..., MOUTH].diff(dim=0).square().mean(2) / true.var(1)
     row = {"mouth corr": corr.mean(), "mouth error": error.mean()}
     row["opening, least"], row["opening, most"] = slope.aminmax()
-    for name, (channels, order) in MOVES.items():
-        moved = moves.diff(order, dim=2) * std
+    for name, (channels, order) in SIZES.items():
+        moved = centred.diff(order, dim=2) * std
         true, ours = moved[..., channels].abs().mean((1, 2, 3))
         row[name] = ours / true
     row["heads apart"] = both[..., ROT].diff(dim=0).std()
@@ -391,7 +396,7 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in CONTROLS}
+    held = {name: MANNERS[name] for name in CONTROLS}                  # (8,) each
     prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean()
@@ -399,10 +404,11 @@ def emotion_accuracy(motion, emotion):
 
 @torch.inference_mode()
 def evaluate(settings, model, data):
-    """Print and return a table {row: {metric: x}} on clips of `data`.
+    """Print and return a table {column: {metric: x}} on clips of `data`.
 
-    Beside the truth: the truth; the model; the model given another clip's voice, from a face at
-    rest, emotions in turn. Beside the model: another seed."""
+    Compared with the truth: the truth; the model; the model given another clip's voice, from a face
+    at rest, emotions in turn, which should lose the mouth and keep the emotion. Compared with the
+    model: another seed."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8
