@@ -145,7 +145,7 @@ def write_template(motion, path):
         motion=frames,
         c_eyes_lst=[*eyes.numpy()],
         c_lip_lst=[*lips.numpy()])
-    path.write_bytes(pickle.dumps(template))
+    Path(path).write_bytes(pickle.dumps(template))
 
 
 # --------------------------------------------------------------------------------- building blocks
