@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
+import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ import data
 import sample
 import train
 from data import save
+from forks import Script
 from moda import ALSE, PRESETS, Config
 
 ROOT = Path(__file__).parent.parent
@@ -194,8 +195,13 @@ def refused(run):
     return refused
 
 
-def start(folder, script, *flags, stdout=subprocess.DEVNULL, **options):
-    """A command in a process group of its own, as a terminal starts it."""
-    command = [sys.executable, ROOT / script, *flags]
-    return subprocess.Popen(command, cwd=folder, process_group=0, text=True, stdout=stdout,
-                            stderr=subprocess.PIPE, **options)
+def start(folder, script, *flags, stdout=None, largest=resource.RLIM_INFINITY):
+    """A command in a process group of its own, as a terminal starts it: its stdin is open."""
+    stdin, typed = os.pipe()
+    errors, stderr = os.pipe()
+    process = Script(script, *flags, cwd=folder, stdin=stdin, stdout=stdout, stderr=stderr,
+                     largest=largest)
+    os.close(stdin)
+    os.close(stderr)
+    process.stdin, process.stderr = open(typed, "w"), open(errors)
+    return process

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+import forks
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
@@ -43,6 +45,7 @@ def training(request, tmp_path_factory):
     if not any("trained" in item.fixturenames for item in request.session.items):
         yield
         return
+    forks.begin()                                  # many tests will want it
     out = tmp_path_factory.mktemp("toy")
     flags = "--clips=48 --batch_size=4 --p_drop_audio=0.1 --steps=180 --eval_clips=4".split()
     command = [sys.executable, ROOT / "train.py", *flags, f"--out_dir={out}"]
@@ -52,6 +55,12 @@ def training(request, tmp_path_factory):
     yield out, process
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_stays():
+    yield
+    forks.kill_all()
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,7 @@ def test_on_windows_a_live_voice_is_refused_and_no_pipe_inherited(run, refused, 
         def __init__(self, *args, pass_fds=(), **options):
             assert not pass_fds, "pass_fds not supported on Windows."
             super().__init__(*args, **options)
+    data.get_ffmpeg_exe()                          # remembered: it looks at the platform too
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(data, "Popen", Popen)
     assert run("sample --stream")[0] == 0
@@ -193,7 +194,7 @@ def test_on_windows_a_live_voice_is_refused_and_no_pipe_inherited(run, refused, 
     (32_000, ["--overlap=500"], "overlap=500")])
 def test_a_mistake_is_reported_while_the_microphone_is_open(good, tmp_path, samples, flags, words):
     usual = ["--ckpt=ckpt.pt", "--audio_path=-", f"--output_path={tmp_path}/video.mp4"]
-    process = start(good, "sample.py", *usual, *flags, stdin=subprocess.PIPE)
+    process = start(good, "sample.py", *usual, *flags)
     process.stdin.write("x" * 2 * samples)
     if samples:
         process.stdin.flush()

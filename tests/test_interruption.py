@@ -3,9 +3,9 @@ written under a final name."""
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 import data
-from bad import FLAGS, SCRIPTS, contents, folder, good, preparable, reported, run, start
+from bad import FLAGS, ROOT, SCRIPTS, contents, folder, good, preparable, reported, run, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,15 +60,18 @@ def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
     seen = first_frames(process)
     time.sleep(random.random() / 10)
     os.killpg(process.pid, signal.SIGINT)
-    rest = process.communicate()[1]
-    assert reported(seen + rest) == ["error: interrupted"] and process.returncode == 1
+    rest = process.stderr.read()
+    assert process.wait() == 1 and reported(seen + rest) == ["error: interrupted"]
     assert contents() == before
 
 
-def test_ctrl_c_while_the_scripts_are_imported_is_no_traceback(good):
+def test_ctrl_c_while_the_scripts_are_imported_is_no_traceback():
     for script in ("sample.py", "train.py"):
-        process = start(good, script, "--help")
-        time.sleep(0.3)
+        command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
+        process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE)
+        while "torch." not in process.stderr.readline():       # what is imported, line by line
+            assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in process.communicate()[1]
         assert process.returncode
@@ -85,8 +88,8 @@ def test_every_way_to_be_stopped_cleans_up(folder, number):
     process.send_signal(number)
     time.sleep(0.01)
     process.send_signal(number)                # nor do impatient ones
-    rest = process.communicate()[1]            # ends when no ffmpeg holds stderr any more
-    assert reported(seen + rest) == ["error: interrupted"] and process.returncode == 1
+    rest = process.stderr.read()               # ends when no ffmpeg holds it any more
+    assert process.wait() == 1 and reported(seen + rest) == ["error: interrupted"]
     assert time.perf_counter() - began < 4     # 2 where no training runs beside
     assert contents() == before
 
@@ -94,7 +97,7 @@ def test_every_way_to_be_stopped_cleans_up(folder, number):
 def test_one_ctrl_c_ends_a_run_whose_stdin_is_open_and_silent(folder):
     before = contents()
     flags = [*FLAGS["sample"].split(), "--audio_path=-"]
-    process = start(folder, "sample.py", *flags, stdin=subprocess.PIPE)
+    process = start(folder, "sample.py", *flags)
     while not list(folder.glob("tmp*")):
         assert process.poll() is None
         time.sleep(0.1)
@@ -135,13 +138,11 @@ def test_ctrl_c_in_a_second_preparation_leaves_the_data_set(run, preparable, mon
     ("train", 50_000, "ckpt.pt: could not be saved")])
 def test_a_full_disk_harms_no_file(folder, command, size, words):
     """Files end after so many bytes, in the command and in its ffmpeg."""
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     before = contents()
     script = f"{SCRIPTS[command].__name__}.py"
-    process = start(folder, script, *FLAGS[command].split(), preexec_fn=full)
-    lines = reported(process.communicate()[1])
-    assert process.returncode == 1 and len(lines) == 1, lines
+    process = start(folder, script, *FLAGS[command].split(), largest=size)
+    lines = reported(process.stderr.read())
+    assert process.wait() == 1 and len(lines) == 1, lines
     assert lines[0].startswith("error: ") and words in lines[0]
     assert contents() == before
 
@@ -171,5 +172,5 @@ def test_a_reader_that_leaves_is_one_line(good):
     os.close(read)
     process = start(good, "tests/tools/check.py", "--data_dir=set", stdout=write)
     os.close(write)
-    lines = reported(process.communicate()[1])
-    assert lines == ["error: [Errno 32] Broken pipe"] and process.returncode == 1
+    lines = reported(process.stderr.read())
+    assert process.wait() == 1 and lines == ["error: [Errno 32] Broken pipe"]

@@ -8,7 +8,6 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bad
 import data
 import train
 from build import ffmpeg, video
@@ -57,13 +57,8 @@ def prepare(videos, data_dir, *flags):
 
 def start(videos, data_dir, largest=resource.RLIM_INFINITY):
     """The same in a process of its own, which may write files of so many bytes."""
-    command = [sys.executable, HERE / "stand_in.py", f"--videos={videos}",
-               f"--data_dir={data_dir}", "--weights=unused"]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    return subprocess.Popen(command, preexec_fn=limit, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return bad.start(".", "tests/stand_in.py", f"--videos={videos}", f"--data_dir={data_dir}",
+                     "--weights=unused", largest=largest)
 
 
 def contents(folder):
@@ -97,8 +92,8 @@ def load(clip):
 def prepared(videos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "set"
     process = start(videos, folder)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    stderr = process.stderr.read()
+    assert process.wait() == 0, stderr
     return folder
 
 
@@ -270,11 +265,11 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(videos, prepare
             time.sleep(0.002)
         time.sleep(0.1 * rng.random())
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.stderr.read()                                  # its ffmpeg has ended too
         assert complete(folder).items() <= complete(prepared).items()
     process = start(videos, folder)
-    process.communicate()
-    assert process.returncode == 0
+    stderr = process.stderr.read()
+    assert process.wait() == 0, stderr
     assert contents(folder) == contents(prepared)
 
 
@@ -282,9 +277,9 @@ def test_a_full_disk_is_one_line_and_a_second_run_completes_the_set(
         stand_in, videos, prepared, tmp_path):
     folder = tmp_path / "set"
     process = start(videos, folder, largest=30_000)            # the audio of a clip: 32 kB
-    _, stderr = process.communicate()
+    stderr = process.stderr.read()
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 1
+    assert process.wait() == 1
     assert len(errors) == 1
     assert "audio.npy: could not be saved" in errors[0]
     assert "Traceback" not in stderr

@@ -19,8 +19,9 @@ import data
 import moda
 import sample
 import train
-from bad import folder, good, run, write
+from bad import folder, good, run, start, write
 from data import RATE, Sound, ToyTalker, UsageError, parse_flags, toy_clip, write_video
+from forks import Script
 from moda import MoDA
 from renderer import LivePortrait, Sketch
 
@@ -173,19 +174,20 @@ def test_motion_is_relative_to_the_portraits_own_pose_by_default(drawn):
 
 
 def test_a_live_voice_gives_the_motion_and_the_video_of_its_file(trained, tmp_path):
-    """Raw sound on stdin, a video on stdout as it grows, and the same numbers as offline."""
+    """Raw sound through a pipe, a video on stdout as it grows, and the same numbers as offline."""
     flags = "--chunk=20 --steps=2 --emotion=neutral:1,happiness".split()
     filed = speak(trained, tmp_path, 25_600, *flags)
     sound, _ = soundfile.read(tmp_path / "v.wav", dtype="int16")
-    command = [sys.executable, "sample.py", f"--ckpt={trained}/ckpt.pt", "--audio_path=-",
-               "--output_path=-", f"--save_motion={tmp_path}/live.npy", *flags]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}                # as here: rounding differs
-    done = subprocess.run(command, cwd=ROOT, input=sound.tobytes(), capture_output=True,
-                          env=one_thread, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert b"sound to motion" in done.stderr and b"sound to frame" in done.stderr
     video = tmp_path / "live.ts"
-    video.write_bytes(done.stdout)
+    with open(video, "wb") as file:
+        process = start(ROOT, "sample.py", f"--ckpt={trained}/ckpt.pt", "--audio_path=-",
+                        "--output_path=-", f"--save_motion={tmp_path}/live.npy", *flags,
+                        stdout=file.fileno())
+    process.stdin.buffer.write(sound.tobytes())
+    process.stdin.close()
+    stderr = process.stderr.read()
+    assert process.wait() == 0, stderr
+    assert "sound to motion" in stderr and "sound to frame" in stderr
     about = next(imageio_ffmpeg.read_frames(video))
     assert about["audio_codec"] == "aac"
     assert imageio_ffmpeg.count_frames_and_secs(video)[0] == 40
@@ -227,12 +229,15 @@ def test_the_bar_knows_how_long_the_video_will_be(trained, tmp_path, capfd):
 def test_a_name_that_the_terminal_cannot_show_harms_nothing(trained, tmp_path, encoding):
     soundfile.write(tmp_path / "v.wav", np.zeros(640), RATE)
     name = os.fsencode(tmp_path) + "/film\u00e9".encode() + b"\xff.mp4"
-    command = [sys.executable, "sample.py", f"--ckpt={trained}/ckpt.pt",
-               f"--audio_path={tmp_path}/v.wav", b"--output_path=" + name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert done.returncode == 0, done.stderr
-    assert b"1 frames" in done.stdout and b"error" not in done.stderr
+    with open(tmp_path / "said", "w+") as file:
+        process = Script("sample.py", f"--ckpt={trained}/ckpt.pt", f"--audio_path={tmp_path}/v.wav",
+                         b"--output_path=" + name, env={"PYTHONIOENCODING": encoding},
+                         stdout=file.fileno(), stderr=file.fileno())
+        process.wait()
+        file.seek(0)
+        said = file.read()
+    assert process.returncode == 0, said
+    assert "1 frames" in said and "error" not in said
     assert os.path.getsize(name) > 1000
 
 

@@ -12,10 +12,8 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +24,9 @@ import data
 import moda
 import train
 from data import Clips, ToyTalker, UsageError, save
+from forks import Script
 from moda import ALSE, Config, MoDA, read_checkpoint
 
-ROOT = Path(__file__).parent.parent
 TINY = "--width=32 --heads=1 --eval_clips=0 --eval_every=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3 --eval_every=4 --init_from=auto".split()
 SPLIT = "--passes=2 --workers=1".split()
@@ -44,26 +42,30 @@ def arguments(out, flags):
 
 
 def start(out, *flags, ranks=1):
-    """Processes of a training, as torchrun starts them; each leads its group of data workers."""
+    """Processes of a training, as torchrun starts them; each leads its group of data workers and
+    prints into a file."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(ranks),
-                            OMP_NUM_THREADS="1")
-    command = [sys.executable, "train.py", *arguments(out, flags)]
+    env = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
     run = []
     for rank in range(ranks):
-        process = subprocess.Popen(command, cwd=ROOT, env=env | dict(RANK=str(rank)), text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   process_group=0)
+        file = tempfile.TemporaryFile("w+")
+        process = Script("train.py", *arguments(out, flags), env=env | dict(RANK=str(rank)),
+                         stdout=file.fileno(), stderr=file.fileno())
+        process.file = file
         run.append(process)
     return run
 
 
+def printed(process):
+    process.file.seek(0)
+    return process.file.read()
+
+
 def finish(run):
     for process in run:
-        printed = process.communicate(timeout=100)[0]
-        assert process.returncode == 0, printed
+        assert process.wait(timeout=200) == 0, printed(process)
 
 
 def send(run, number):
@@ -91,7 +93,7 @@ def wait_for(out, step, run):
     """Until the log shows that `step` is done."""
     log = out / "log.csv"
     while not log.exists() or f"\n{step}," not in log.read_text():
-        assert run[0].poll() is None, run[0].communicate()[0]
+        assert run[0].poll() is None, printed(run[0])
         time.sleep(0.01)
 
 
@@ -361,14 +363,13 @@ def test_a_worker_that_can_read_no_clip_ends_the_command_in_one_line(tmp_path):
     data_dir = f"--data_dir={all_damaged(tmp_path / 'set')}"
     process, = run = start(tmp_path / "out", data_dir, "--model=alse", "--workers=1")
     try:
-        printed, _ = process.communicate(timeout=30)
+        assert process.wait(timeout=100) == 1
     finally:
         if process.poll() is None:                             # it hangs
             send(run, signal.SIGKILL)
-    assert process.returncode == 1
-    assert printed.count("error: ") == 1
-    assert re.search(DAMAGED[all_damaged], printed)
-    assert "Traceback" not in printed
+    assert printed(process).count("error: ") == 1
+    assert re.search(DAMAGED[all_damaged], printed(process))
+    assert "Traceback" not in printed(process)
 
 
 # ------------------------------------------------------------------------------------------ options
