@@ -27,7 +27,6 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, Sound, ToyTalker, UsageError,
                   appearing, check_effects, expression, feature_blocks, find_device, parse_flags,
                   read_rows, report, run, write_npy, write_video)
-from moda import (ALSE, EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
+from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
                   guidance_of, load_statistics, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
                       relative, write_template)
@@ -420,7 +419,6 @@ def evaluate(settings, model, data):
         options = sampling(settings) | other
         return torch.stack([generate(model, *clip, **options) for clip in clips])
 
-
     def judge(z, reference, label):
         motion = model.denormalise(z)
         row = compare(z, reference, model.std)
@@ -439,16 +437,6 @@ def evaluate(settings, model, data):
     for metric in table["truth"]:
         print(f"{metric:17}", *[f"{row[metric]:14.3}" for row in table.values()])
     return table
-
-
-def after_training(folder, talker):
-    """The table, and a video of an unseen clip's voice, in the folder of a checkpoint."""
-    settings = Settings(f"{folder}/sample.wav", f"{folder}/sample.mp4", ckpt=f"{folder}/ckpt.pt",
-                        emotion=EMOTIONS[talker.emotion[0]])
-    soundfile.write(settings.audio_path, talker.wavs[0], RATE)
-    model = open_model(settings, {})
-    evaluate(settings, model, talker)
-    make_video(settings, model)
 
 
 if __name__ == "__main__":

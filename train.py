@@ -18,11 +18,12 @@ if __name__ == "__main__":                         # Ctrl-C ends the imports wit
 import copy
 import math
 import os
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
+import soundfile
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -30,9 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sample
-from data import (RANK, WORLD, Clips, ToyTalker, UsageError, check_effects, find_device,
-                  parse_flags, read_ahead, run, save)
-from moda import (ALSE, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock,
+from data import (RANK, RATE, WORLD, Clips, ToyTalker, UsageError, check_effects, find_device,
+                  parse_flags, read_ahead, report, run, save)
+from moda import (ALSE, EMOTIONS, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock,
                   load_statistics, losses, read_checkpoint, reflow)
 
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -67,6 +68,8 @@ class Settings:
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
     eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
     eval_clips: int = 12         # val clips of the toy, for a table at the end too; 0 = no table
+    sample_every: int = 0        # steps; videos samples/STEP.mp4 by the model so far; 0 = none
+    sample: str = ""             # flags of sample.py for them; but for the toy, --audio_path
     seed: int = 1                # of the weights and all that is drawn
     device: str = ""             # cuda if there is one
     workers: int = 0             # processes that read windows
@@ -162,9 +165,10 @@ def open_log(out, first_step, kind):
     rows = log.readlines()[:first_step + 1] if first_step else []
     log.truncate(len("".join(rows)))
     terms = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss
-    if not rows:
-        for name in CHECKPOINTS:
+    for name in CHECKPOINTS:
+        if not first_step:
             (out / name).unlink(missing_ok=True)
+    if not rows:
         print(f"step,loss,{terms},lips,grad_norm,learning_rate,seconds,waiting,epochs,val_loss,"
               "val_lips", file=log)
     return log
@@ -219,8 +223,24 @@ def is_due(step, every, settings):
     return every and (step % every == 0 or step == settings.steps)
 
 
-def save_run(out, settings, parts, step, stop, best, improved):
-    """The checkpoints that are due: settings, step, and the state of every part of the run."""
+def make_video(out, settings, name, val):
+    """A video by sample.py of what the last checkpoint makes of the toy's first val clip, or what
+    --sample says; if it fails, the training goes on."""
+    video = out / f"{name}.mp4"
+    video.parent.mkdir(exist_ok=True)
+    flags = [f"--ckpt={out}/ckpt.pt", f"--output_path={video}", f"--device={settings.device}"]
+    if not settings.data_dir:
+        soundfile.write(out / "sample.wav", val.wavs[0], RATE)
+        flags += f"--audio_path={out}/sample.wav", f"--emotion={EMOTIONS[val.emotion[0]]}"
+    try:
+        sample.main([*flags, *settings.sample.split()])
+    except Exception as error:
+        report(f"{video}: could not be made: {error}")
+
+
+def save_run(out, settings, parts, step, stop, best, improved, val):
+    """The checkpoints that are due: settings, step, and the state of every part of the run; then a
+    video, if one is due."""
     model = parts["model"]
     state = dict(kind=type(model).__name__, config=vars(model.cfg), settings=vars(settings),
                  step=step, best=best)
@@ -229,8 +249,17 @@ def save_run(out, settings, parts, step, stop, best, improved):
         save(out / "best.pt", state)
     if is_due(step, settings.keep_every, settings):
         save(out / f"ckpt-{step}.pt", state)
-    if stop or is_due(step, settings.save_every, settings):            # last, or a kill might lose
-        save(out / "ckpt.pt", state, keep="previous.pt")               # the others
+    sampling = is_due(step, settings.sample_every, settings)
+    if stop or sampling or is_due(step, settings.save_every, settings):
+        save(out / "ckpt.pt", state, keep="previous.pt")               # last, or a kill might lose
+    if sampling:                                                       # the others
+        make_video(out, settings, f"samples/{step}", val)
+
+
+def on_signals(handler):
+    """What Ctrl-C and SIGTERM do."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
 
 
 def load_expert(path, model):
@@ -307,16 +336,15 @@ def main(argv):
 
     # the loop; a signal ends it after a step
     stops = []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: stops.append(True))
+    on_signals(lambda *_: stops.append(True))
     batches = read_ahead(data, model, settings, range(first_step, settings.steps))
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
     expert = load_expert(settings.alse, model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
     log = open_log(out, first_step, kind)
-    began = time.perf_counter()
+    began = perf_counter()
     for step, batch in enumerate(bar, first_step):
-        waiting = time.perf_counter() - began
+        waiting = perf_counter() - began
 
         # forward and backward, pass by pass
         means = 0
@@ -344,7 +372,7 @@ def main(argv):
             decay = min(settings.ema, (1 + step) / (10 + step))        # to forget the random start
             weights = [p.detach() for p in model.parameters()]
             torch._foreach_lerp_([*sampled.parameters()], weights, 1 - decay)
-        seconds = time.perf_counter() - began
+        seconds = perf_counter() - began
         step += 1
 
         # validate, log and save
@@ -361,19 +389,20 @@ def main(argv):
                             f"{settings.batch_size / seconds:.0f} windows/s, "
                             f"{waiting / seconds:.0%} waiting")
         if RANK == 0:
-            save_run(out, settings, parts, step, stop, best, val_loss == best)
+            save_run(out, settings, parts, step, stop, best, val_loss == best, val)
         if stop:
             return
-        began = time.perf_counter()
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.default_int_handler)
+        began = perf_counter()
+    on_signals(signal.default_int_handler)
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK > 0:
         return
     print(f"{out}: finished, {settings.steps} steps")
     if kind is MoDA and settings.eval_clips and not settings.data_dir:
-        sample.after_training(out, val)
+        options = sample.Settings(ckpt=f"{out}/ckpt.pt")
+        sample.evaluate(options, sample.open_model(options, {}), val)
+        make_video(out, settings, "sample", val)
 
 
 if __name__ == "__main__":
