@@ -563,15 +563,21 @@ class LivePortrait:
 Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of over twice as many
 
 
-def read_image(path):
-    """Any picture that Pillow reads, upright and on white -> RGB.
+def read_image(path, crop=""):
+    """Any picture that Pillow reads, upright and on white -> RGB; reduced to 2048 pixels, a JPEG
+    while it is read, unless its pixels count for a crop.
 
-    ValueError: it is no picture, has more than 250 megapixels, or over 8 bits of grey."""
+    ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
     try:
         image = Image.open(path)
-        if image.mode[0] in "IF":
-            raise ValueError("it has 16 or 32 bits of grey, of which nobody says what is white")
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+        if not crop:
+            image.thumbnail((2048, 2048))
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("it has floats of grey, of which nobody says what is white")
+        if image.mode[0] == "I":                                       # 16 bits of grey
+            image = image.convert("F").point(lambda v: v / 257).convert("L")
+        image = image.convert("RGBA")
     except Exception as error:
         raise ValueError(f"{path}: no picture could be read ({error}); take another") from None
     opaque = Image.new("RGB", image.size, "white")

@@ -128,7 +128,7 @@ def open_face(settings, device):
     """The face to animate, its Source, and what puts its frames where they belong."""
     if not settings.weights:
         return Sketch(), Sketch().source(), iter   # which leaves them as they are
-    image = read_image(settings.image_path)
+    image = read_image(settings.image_path, settings.crop)
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
     dtype = torch.bfloat16 if settings.bf16 else None

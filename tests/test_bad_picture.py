@@ -28,9 +28,9 @@ def test_a_picture_that_would_fill_the_memory(refused):
 
 
 def test_a_picture_without_a_white(refused):
-    """Above 8 bits of grey nobody knows what is white."""
+    """Of floats nobody knows what is white."""
     Image.new("F", (64, 64), 1e20).save("me.tif")
-    refused("portrait --image_path=me.tif", "me.tif: no picture could be read (it has 16 or 32 bits")
+    refused("portrait --image_path=me.tif", "me.tif: no picture could be read (it has floats of grey")
 
 
 def test_a_picture_of_one_pixel(refused):
