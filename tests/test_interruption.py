@@ -46,7 +46,7 @@ def test_ctrl_c_at_any_moment_is_one_line_and_no_file(run, ctrl_c, command, mome
 def first_frames(process):
     """What a run prints until its bar counts frames."""
     seen = ""
-    while not re.search(r"[| ][1-9]\d*/25000", seen):
+    while not re.search(r"[| ][1-9]\d*/5000", seen):
         character = process.stderr.read(1)
         assert character, seen                     # it ended before
         seen += character
@@ -54,7 +54,7 @@ def first_frames(process):
 
 
 def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
-    silence(1000)
+    silence(200)
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
     seen = first_frames(process)
@@ -80,7 +80,7 @@ def test_ctrl_c_while_the_scripts_are_imported_is_no_traceback():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_every_way_to_be_stopped_cleans_up(folder, number):
     """Signals to the script alone, as from `kill` or a closed window: its ffmpegs end as well."""
-    silence(1000)
+    silence(200)
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
     seen = first_frames(process)
