@@ -79,7 +79,7 @@ class Settings:
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
-REFLOW = dict(steps=300, batch_size=8, learning_rate=3e-4)       # begins with a teacher's weights
+REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)       # begins with a teacher's weights
 
 
 def read_settings(argv):

@@ -2,7 +2,7 @@
 
     python tests/tools/pictures.py                   all of them
     python tests/tools/pictures.py --only=flow       one: talk, strip, emotions, keypoints, flow,
-                                                     network, attention or claims
+                                                     straight, network, attention or claims
 
 claims takes its numbers from the table of tests/tools/README.md. Flags:
 """
@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sample
 from data import FRAME, RATE, ToyTalker, expression, load_audio, log_mel, parse_flags, run, toy_clip
-from moda import EMOTIONS, EXP, MOUTH, M, MoDA, euler_times, generate, guided_velocity
+from moda import (EMOTIONS, EXP, MOUTH, ROT, M, MoDA, euler_times, generate, guidance_of,
+                  guided_velocity)
 from renderer import FACE, Sketch, keypoints
 
 matplotlib.use("Agg")
@@ -36,6 +37,7 @@ EIGHT = [name for name in EMOTIONS if name != "none"]
 @dataclass
 class Settings:
     ckpt: str = "out/toy/ckpt.pt"  # a trained toy
+    student: str = "out/toy-straight/ckpt.pt"  # its student, by train.py --reflow
     out: str = "assets"          # where the pictures go
     only: str = ""               # the name of one picture; else all
     voice: str = ""              # any sound for talk and emotions; else a made-up one
@@ -238,6 +240,43 @@ def flow(settings, path, steps=10):
     save_figure(figure, path)
 
 
+@torch.inference_mode()
+def straight(settings, path, steps=20):
+    """Two channels of some frames on their way from noise to motion, before reflow and after."""
+    talker = ToyTalker("val", 1)
+    motion, audio, identity = [torch.tensor(x) for x in talker.clips[0]]
+    noise = torch.randn(1, 80, M, generator=torch.Generator().manual_seed(1))
+    times = np.linspace(1, 0, steps + 1)
+    channels = {"the mouth": MOUTH, "the head's pitch": ROT.start}
+    figure, panels = plt.subplots(len(channels), 2, figsize=(9.6, 5.6), sharex=True, sharey="row",
+                                  layout="constrained")
+    for column, (title, ckpt) in enumerate({
+            "before: the trained, guided flow": settings.ckpt,
+            "after reflow: straight, without guidance": settings.student}.items()):
+        model = MoDA.from_pretrained(ckpt)
+        given = dict(audio=audio[None, 1:81], emotion=torch.tensor([talker.emotion[0]]),
+                     identity=identity[None], prev=model.normalise(motion[:1]),
+                     guidance=guidance_of(model.cfg))
+        z = noise
+        way = [z]
+        for t in euler_times(steps):
+            z = z - guided_velocity(model, z, t, **given) / steps
+            way.append(z)
+        way = torch.cat(way)                                           # (steps + 1, 80, M)
+        for row, (name, channel) in enumerate(channels.items()):
+            panel = panels[row, column]
+            for frame in range(4, 80, 9):
+                line, = panel.plot(times, way[:, frame, channel], linewidth=1.5)
+                panel.plot([1, 0], way[[0, -1], frame, channel], "--", color=line.get_color(),
+                           linewidth=0.8)
+            if not column:
+                panel.set_ylabel(f"{name}, normalised")
+        panels[0, column].set_title(title, fontsize=11)
+        panel.set_xlim(1.03, -0.03)
+        panel.set_xlabel("time t of the flow: noise to motion; dashed: straight lines")
+    save_figure(figure, path, 32)
+
+
 # ------------------------------------------------------------------------------------- the attention
 def attention_weights(model, audio, identity, emotion):
     """Softmax weights (H, queries, keys) of every block in the last Euler step."""
@@ -430,6 +469,7 @@ PICTURES = {
     "emotions": (emotions, "emotions.png"),
     "keypoints": (keypoints_of_a_face, "keypoints.png"),
     "flow": (flow, "flow.png"),
+    "straight": (straight, "straight.png"),
     "network": (network, "moda.png"),
     "attention": (attention, "attention.png"),
     "claims": (claims, "claims.png")}

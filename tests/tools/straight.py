@@ -2,12 +2,12 @@
 
     python tests/tools/straight.py --teacher=out/toy/ckpt.pt --student=out/toy-straight/ckpt.pt
 
-Unseen toy clips; mean ± standard deviation over seeds of the noise. Beside the truth: correlation
-and error of the mouth, error over variance; jerk of lips and head over the truth's. Beside the
-teacher's usual ten steps from the same noise: distance over standard deviation, correlation of
-lips. Then how bent the paths are, each model's own: the mean over t of |(eps - z0) - v(z_t, t)|^2;
-and motion of short chunks, with the jump from frame to frame at their borders over the 99th
-percentile of all jumps. Flags:
+The clips and metrics of sample.py --eval, the mean over seeds of the noise ± its standard
+deviation. Beside the truth: the mouth, head motion and jerk. Beside the teacher's usual ten steps
+from the same noise: distance over standard deviation, correlation of lips. Then how bent the paths
+are, each model's own: the mean over t of |(eps - z0) - v(z_t, t)|^2; motion of short chunks, with
+the jump from frame to frame at their borders over the 99th percentile of all jumps; and the work
+between the last sound of a chunk and its motion, of both models in turns. Flags:
 """
 import statistics
 import sys
@@ -19,30 +19,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from data import ToyTalker, parse_flags, run
-from moda import (LIPS, M, MOUTH, SCALE, MoDA, generate, guidance_of, guided_velocity,
-                  reflow)
+from moda import LIPS, M, MoDA, generate, guidance_of, guided_velocity, reflow, stream
+from sample import beginnings, compare
 
-HEAD = range(SCALE.start, M)
-CHUNKS = (100, 16), (20, 5), (15, 5), (10, 5), (8, 3), (5, 0)
+CHUNKS = (100, 16), (20, 5), (10, 5)
+COLUMNS = ["mouth corr", "mouth error", "head motion", "jerk, lips", "jerk, rotation",
+           "jerk, translation", "jerk, scale"]
 
 
 @dataclass
 class Settings:
     teacher: str = "out/toy/ckpt.pt"
     student: str = "out/toy-straight/ckpt.pt"
-    clips: int = 6               # unseen ones
-    seeds: int = 2               # of the noise
+    clips: int = 12              # unseen ones
+    seeds: int = 3               # of the noise
 
 
-def correlation(a, b):
-    """Of the channels of two motions, clip by clip: (K, T, c) twice -> mean."""
-    return statistics.mean(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].item()
-                           for x, y in zip(a, b))
-
-
-def jerk(z, truth, channels):
-    shakes = [x[..., channels].diff(3, dim=1).abs().mean() for x in (z, truth)]
-    return (shakes[0] / shakes[1]).item()
+def alike(a, b):
+    """Correlation of lips, clip by clip: (K, T, 70) twice -> mean."""
+    lips = torch.stack([a, b])[..., LIPS].flatten(2)                   # (2, K, T * 18)
+    x, y = lips - lips.mean(2, keepdim=True)
+    return torch.cosine_similarity(x, y).mean().item()
 
 
 def jump(z, chunk, overlap):
@@ -50,19 +47,6 @@ def jump(z, chunk, overlap):
     steps = z.diff(dim=1).norm(dim=-1)
     stride = chunk - overlap
     return (steps[:, stride - 1::stride].mean() / steps.quantile(0.99)).item()
-
-
-def beside(z, truth, usual):
-    mouth, true_mouth = z[..., [MOUTH]], truth[..., [MOUTH]]
-    error = (mouth - true_mouth).square().mean() / true_mouth.var()
-    distance = (z - usual).square().mean().sqrt() / usual.std()
-    return {
-        "mouth corr": correlation(mouth, true_mouth),
-        "mouth error": error.item(),
-        "jerk, lips": jerk(z, truth, LIPS),
-        "jerk, head": jerk(z, truth, HEAD),
-        "distance": distance.item(),
-        "lips alike": correlation(z[..., LIPS], usual[..., LIPS])}
 
 
 @torch.no_grad()
@@ -82,10 +66,25 @@ def bent(model, clips, seed):
     return statistics.mean(errors)
 
 
+def delays(model, clip, **options):
+    """Seconds of work from the last sound of each chunk to its motion, on one thread."""
+    audio, *given = clip
+    asked = []
+
+    def frames():
+        for frame in audio:
+            asked.append(time.process_time())
+            yield frame
+    seconds = []
+    for _ in stream(model, frames(), *given, smooth=model.cfg.smooth, **options):
+        seconds.append(time.process_time() - asked[-1])
+    return seconds[1:-1]                           # the first made tables, the last had no sound
+
+
 def show(name, rows):
     cells = []
     for column in rows[0]:
-        values = [row[column] for row in rows]
+        values = [float(row[column]) for row in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -97,38 +96,49 @@ def main(argv):
     teacher = MoDA.from_pretrained(settings.teacher)
     student = MoDA.from_pretrained(settings.student)
     talker = ToyTalker("val", settings.clips)
-    motion, audio, identity = torch.utils.data.default_collate(talker.clips)
-    prev, truth = teacher.normalise(motion).tensor_split([1], 1)
-    clips = audio[:, 1:], identity, prev[:, 0], torch.tensor(talker.emotion)
+    truth, *clips = beginnings(talker, settings.clips, teacher)
     seeds = range(1, settings.seeds + 1)
 
     def speak(model, seed, **options):
         options = dict(smooth=model.cfg.smooth, seed=seed) | options
         return torch.stack([generate(model, *clip, **options) for clip in zip(*clips)])
-    usual = [speak(teacher, seed, steps=10) for seed in seeds]
-    columns = list(beside(truth, truth, usual[0]))
-    print("|", " | ".join(["model, steps", *columns, "seconds per second"]), "|")
-    print("|---" * (len(columns) + 2) + "|")
+    usual = [speak(teacher, seed) for seed in seeds]
+
+    def beside(z, seed):
+        row = compare(z, truth, teacher.std)
+        row = {column: row[column] for column in COLUMNS}
+        ten = usual[seed - 1]
+        row["distance"] = (z - ten).square().mean().sqrt() / ten.std()
+        return row | {"lips alike": alike(z, ten)}
+
+    columns = [*COLUMNS, "distance", "lips alike"]
+    print("|", " | ".join(["model, steps", *columns]), "|")
+    print("|---" * (len(columns) + 1) + "|")
     for name, model in {"teacher": teacher, "student": student}.items():
         for steps in 1, 2, 4, 10:
-            rows = []
-            for seed in seeds:
-                began = time.perf_counter()
-                z = speak(model, seed, steps=steps)
-                seconds = (time.perf_counter() - began) / (truth[..., 0].numel() / 25)
-                rows.append(beside(z, truth, usual[seed - 1]) | {"seconds": seconds})
-            show(f"{name}, {steps}", rows)
+            show(f"{name}, {steps}", [beside(speak(model, seed, steps=steps), seed)
+                                      for seed in seeds])
     for name, model in {"teacher": teacher, "student": student}.items():
         bends = [bent(model, clips, seed) for seed in seeds]
         print(f"paths of the {name} are bent by {statistics.mean(bends):.4f}", flush=True)
-    print("|", " | ".join(["student, chunk/overlap", *columns, "jump at borders"]), "|")
+    print("|", " | ".join(["chunk/overlap", *columns, "jump at borders"]), "|")
+    print("|---" * (len(columns) + 2) + "|")
+    for name, model in {"teacher": teacher, "student": student}.items():
+        for chunk, overlap in CHUNKS:
+            rows = []
+            for seed in seeds:
+                z = speak(model, seed, chunk=chunk, overlap=overlap)
+                rows.append(beside(z, seed) | {"jump": jump(z, chunk, overlap)})
+            show(f"{name}, {chunk}/{overlap}", rows)
+    torch.set_num_threads(1)                       # seconds are of one processor, however busy
     for chunk, overlap in CHUNKS:
-        rows = []
-        for seed in seeds:
-            z = speak(student, seed, chunk=chunk, overlap=overlap)
-            at_borders = jump(z, chunk, overlap)
-            rows.append(beside(z, truth, usual[seed - 1]) | {"jump": at_borders})
-        show(f"{chunk}/{overlap}", rows)
+        waits = {teacher: [], student: []}
+        for clip in zip(*clips):
+            for model in waits:
+                waits[model] += delays(model, clip, chunk=chunk, overlap=overlap)
+        slow, fast = [1e3 * statistics.median(wait) for wait in waits.values()]
+        print(f"{chunk}/{overlap}: motion {slow:.1f} ms after a chunk's last sound by the teacher, "
+              f"{fast:.1f} ms by the student: {slow / fast:.1f} x less", flush=True)
 
 
 if __name__ == "__main__":
