@@ -125,6 +125,8 @@ class Sound:
             n += len(block)
             power += np.square(block, dtype=float).sum(0)
         self.frames = math.ceil(n / FRAME)
+        if max(power) < 1e-6 * n:                  # -60 dBFS
+            report(f"{path}: all but silent; if it has another track, take that one out")
         if 16 * power[0] < max(power):
             self.column = power.argmax()
             report(f"{path}: its channels cancel; the louder one is taken")
@@ -190,7 +192,7 @@ def regroup(pieces, size):
 
 
 # 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)
-ENDS = np.log([700 + 60, 700 + 7600])
+ENDS = np.log([760, 8300])
 BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)), ENDS, [0, 41])
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
@@ -364,7 +366,7 @@ def read_ahead(data, model, settings, steps):
     damaged = 0
     for batch, reports in loader:
         for line in reports:
-            tqdm.write(f"passed over: {line}", sys.stderr)
+            report(f"passed over: {line}")
         damaged += len(reports)
         if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
             raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
@@ -664,8 +666,8 @@ def encoder_tensors(file):
     """A public file's tensors by our names."""
     tensors = {}
     for key, value in file.items():
-        public = re.search(r"\b(feature_extractor|feature_projection|encoder)\..*", key)
-        if public:                                 # the rest served its training
+        # the rest served its training
+        if public := re.search(r"\b(feature_extractor|feature_projection|encoder)\..*", key):
             key = public[0]
             for theirs, ours in RENAMED:           # in this order
                 key = key.replace(theirs, ours)
@@ -903,14 +905,14 @@ def toy_room(rng, wav):
 
 
 class ToyTalker(Clips):
-    """The embedded data set: `clips` made-up clips of T frames; clip k of a split never changes."""
+    """The embedded data set: made-up clips of 200 frames; clip k of a split never changes."""
 
-    def __init__(self, split="train", clips=300, T=200):
+    def __init__(self, split, clips=60):
         numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
-        toys = [toy_clip((split != "train", k), T) for k in numbers]
+        toys = [toy_clip((split != "train", k), 200) for k in numbers]
         self.wavs, motions, emotions, identities = zip(*toys)
         self.clips = [(motion, log_mel(wav).numpy(), x_c) for wav, motion, _, x_c in toys]
-        rows = [dict(frames=T, emotion=emotion) for emotion in emotions]
+        rows = [dict(frames=200, emotion=emotion) for emotion in emotions]
         self.index(rows, (1, 160), moments_of(motions), moments_of([identities]))
 
     def arrays(self, k, start=0, n=None):
@@ -929,7 +931,7 @@ def parse_flags(argv, doc, *settings):
 
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is
     wrong; --help prints `doc` and the classes, where every field has a comment."""
-    if {"-h", "--help"} & set(argv):
+    if "-h" in argv or "--help" in argv:
         print(doc)
         for owner in settings:
             print(inspect.getsource(type(owner)))

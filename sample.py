@@ -204,9 +204,10 @@ def make_video(settings, model):
     sound = Sound(settings.audio_path)
     face, source, place = open_face(settings, model.mean.device)
     spoken, times, saved = [], [], []
-    live = settings.stream or sound.path == "-"
+    stdin = sound.path == "-"
+    live = settings.stream or stdin
     # live sound goes two ways, to the features and through a pipe to the video
-    pipe, copy = os.pipe() if sound.path == "-" else (None, os.devnull)
+    pipe, copy = os.pipe() if stdin else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
     motion = motion_of(settings, model, source, features, saved, sound.frames)
@@ -286,8 +287,8 @@ def main(argv):
         check(settings, given)
     model = open_model(settings, given)
     if settings.eval:
-        data = Clips(settings.data_dir, "val") if settings.data_dir else ToyTalker("val", 16)
-        return evaluate(settings, model, data)
+        clips = partial(Clips, settings.data_dir) if settings.data_dir else ToyTalker
+        return evaluate(settings, model, clips("val"), clips("train"))
     model.to(find_device(settings.device))
     if settings.bf16:
         for p in model.parameters():               # the statistics stay float32
@@ -337,6 +338,21 @@ def beginnings(data, count, model):
         z = model.normalise(motion)
         clips.append([z[1:], audio[1:], identity, z[0], data.emotion[k]])
     return torch.utils.data.default_collate(clips)
+
+
+def seven_frames(audio):
+    """Features (K, T, L, A) of each frame and three on either side, a mean over layers; ones beside
+    them and beyond the ends: (K, T, 7 A + 7)."""
+    padded = F.pad(audio.mean(2), (0, 1, 3, 3), value=1)
+    return padded.unfold(1, 7, 1).flatten(2)
+
+
+def linear_baseline(model, training, audio):
+    """What ridge regression, in closed form, on 60 training clips makes of audio (K, T, L, A)."""
+    z, heard, *_ = beginnings(training, 60, model)
+    x = seven_frames(heard).flatten(0, 1)
+    gram = x.T @ x + 100 * torch.eye(x.size(1))
+    return seven_frames(audio) @ torch.linalg.solve(gram, x.T @ z.flatten(0, 1))
 
 
 # mean sizes that are compared: of which channels, differenced how often from frame to frame
@@ -402,12 +418,12 @@ def emotion_accuracy(motion, emotion):
 
 
 @torch.inference_mode()
-def evaluate(settings, model, data):
+def evaluate(settings, model, data, training):
     """Print and return a table {column: {metric: x}} on clips of `data`.
 
     Compared with the truth: the truth; the model; the model given another clip's voice, from a face
-    at rest, emotions in turn, which should lose the mouth and keep the emotion. Compared with the
-    model: another seed."""
+    at rest, emotions in turn, which should lose the mouth and keep the emotion; a linear model of
+    `training` clips. Compared with the model: another seed."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8
@@ -432,6 +448,7 @@ def evaluate(settings, model, data):
         "truth": judge(truth, truth, emotion),
         "model": judge(ours, truth, emotion),
         "other voice": judge(speak(foreign, identity, rest, in_turn), truth, in_turn),
+        "linear": judge(linear_baseline(model, training, audio), truth, emotion),
         "other seed": judge(speak(*given, seed=settings.seed + 1), ours, emotion)}
     print(f"{'':17}", *[f"{name:>14}" for name in table])
     for metric in table["truth"]:

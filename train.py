@@ -401,7 +401,7 @@ def main(argv):
     print(f"{out}: finished, {settings.steps} steps")
     if kind is MoDA and settings.eval_clips and not settings.data_dir:
         options = sample.Settings(ckpt=f"{out}/ckpt.pt")
-        sample.evaluate(options, sample.open_model(options, {}), val)
+        sample.evaluate(options, sample.open_model(options, {}), val, data)
         make_video(out, settings, "sample", val)
 
 

@@ -146,6 +146,20 @@ def test_channels_that_do_not_cancel_are_averaged(folder, capfd):
     assert not capfd.readouterr().err
 
 
+@pytest.mark.parametrize("dB, silent", [(-61, True), (-59, False)])
+def test_a_voice_that_is_all_but_silent_is_reported(folder, capfd, dB, silent):
+    sound(np.full(3000, 10 ** (dB / 20)), subtype="FLOAT")
+    load_audio("voice.wav")
+    assert ("voice.wav: all but silent" in capfd.readouterr().err) == silent
+
+
+def test_an_empty_track_that_is_played_by_default_is_reported(folder, capfd):
+    sound(np.zeros(3000), name="empty.wav")
+    ffmpeg("-i", "empty.wav", "-i", "voice.wav", "-map", "0", "-map", "1", "two.mkv")
+    load_audio("two.mkv")
+    assert "two.mkv: all but silent; if it has another track" in capfd.readouterr().err
+
+
 @pytest.fixture
 def two_tracks(folder):
     """A video with a tone of 440 Hz and, the default, one of 1500 Hz."""
@@ -268,7 +282,8 @@ def a_flac_called_wav():
 def test_what_is_merely_odd_becomes_a_video(run, odd):
     odd()
     code, lines = run("sample --save_motion=m.npy")
-    assert code == 0 and not lines
+    warned = ["voice.wav: all but silent; if it has another track, take that one out"]
+    assert code == 0 and lines == (warned if odd is silence else [])
     motion = np.load("m.npy", allow_pickle=False)
     assert motion.shape[1] == 70 and np.isfinite(motion).all()
     assert imageio.get_reader("video.mp4").count_frames() == len(motion)

@@ -10,7 +10,6 @@ import build
 import sample
 from data import CONTROLS, MANNERS, RATE, expression
 from moda import EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, M
-from tools.linear import linear_baseline
 from tools.voices import speech_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +144,7 @@ def recorded(lengths, lag, layers=2):
 def test_the_linear_baseline_looks_three_frames_back_and_ahead(tiny, lag, found):
     data = recorded([185] * 4, lag)
     truth, audio, *_ = sample.beginnings(data, 2, tiny)
-    z = linear_baseline(tiny, recorded([200] * 30, lag), audio)
+    z = sample.linear_baseline(tiny, recorded([200] * 30, lag), audio)
     explained = 1 - (z - truth)[:, 5:-5].var() / truth.var()
     assert (explained > 0.95) == found
 
@@ -178,8 +177,8 @@ def spoken(monkeypatch):
 
 def test_the_other_voice_meets_a_face_at_rest_and_emotions_in_turn(tiny, spoken):
     data = recorded([185] * 9, lag=0)
-    table = sample.evaluate(sample.Settings(alse=""), tiny, data)
-    assert [*table] == ["truth", "model", "other voice", "other seed"]
+    table = sample.evaluate(sample.Settings(alse=""), tiny, data, data)
+    assert [*table] == ["truth", "model", "other voice", "linear", "other seed"]
     own, other, again = spoken[:9], spoken[9:18], spoken[18:]
     assert [call["emotion"] for call in own] == [*range(9)]
     assert [call["emotion"] for call in other] == [*range(8), 0]
@@ -195,7 +194,7 @@ def test_the_other_voice_meets_a_face_at_rest_and_emotions_in_turn(tiny, spoken)
 
 def test_a_single_clip_is_not_given_its_own_voice_as_the_other_one(tiny, spoken):
     data = recorded([185], lag=0)
-    sample.evaluate(sample.Settings(alse=""), tiny, data)
+    sample.evaluate(sample.Settings(alse=""), tiny, data, data)
     own, other, again = [call["audio"] for call in spoken]
     assert not torch.equal(own, other)
     assert torch.equal(own, again)
@@ -213,7 +212,7 @@ def test_the_val_clips_of_a_data_set_are_judged_but_not_their_emotions(tmp_path,
     assert table["model"]["mouth corr"] < 0.5
     assert "emotion" not in table["truth"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == "truth model other voice other seed".split()
+    assert printed[0].split() == "truth model other voice linear other seed".split()
     assert len(printed) == 1 + len(table["truth"])
 
 

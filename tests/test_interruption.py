@@ -19,8 +19,8 @@ from bad import FLAGS, ROOT, SCRIPTS, contents, folder, good, preparable, report
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def silence(seconds):
-    soundfile.write("voice.wav", np.zeros(seconds * 16_000), 16_000)
+def hum(seconds):
+    soundfile.write("voice.wav", np.full(seconds * 16_000, 0.1), 16_000)
 
 
 # ------------------------------------------------------------------------------------------ Ctrl-C
@@ -36,7 +36,7 @@ def ctrl_c():
 @pytest.mark.parametrize("moment", range(6))
 @pytest.mark.parametrize("command", ["sample", "train --steps=100000 --save_every=100000"])
 def test_ctrl_c_at_any_moment_is_one_line_and_no_file(run, ctrl_c, command, moment):
-    silence(25)
+    hum(25)
     before = contents()
     ctrl_c((moment + random.random()) / 12)
     assert run(command) == (1, ["error: interrupted"])
@@ -54,7 +54,7 @@ def first_frames(process):
 
 
 def test_ctrl_c_in_a_terminal_reaches_ffmpeg_too(folder):
-    silence(200)
+    hum(200)
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
     seen = first_frames(process)
@@ -80,7 +80,7 @@ def test_ctrl_c_while_the_scripts_are_imported_is_no_traceback():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_every_way_to_be_stopped_cleans_up(folder, number):
     """Signals to the script alone, as from `kill` or a closed window: its ffmpegs end as well."""
-    silence(200)
+    hum(200)
     before = contents()
     process = start(folder, "sample.py", *FLAGS["sample"].split())
     seen = first_frames(process)

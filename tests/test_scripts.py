@@ -56,10 +56,11 @@ def frames_of(path):
 def test_a_short_training_already_moves_the_lips_with_the_voice(trained):
     printed = (trained / "stdout").read_text()
     metrics = {line[:17].strip(): line[17:].split() for line in printed.splitlines()}
-    truth, model, other_voice, other_seed = map(float, metrics["mouth corr"])
+    truth, model, other_voice, linear, other_seed = map(float, metrics["mouth corr"])
     assert truth == 1.0
     assert model > 0.5
     assert other_voice < 0.3
+    assert 0.85 < linear < 0.95
     assert other_seed > 0.8
     with open(trained / "log.csv") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
@@ -84,7 +85,7 @@ def test_the_expert_trains_supervises_and_scores(trained, tmp_path):
         assert float(next(csv.DictReader(file))["sync"]) > 0
     settings = sample.Settings(steps=2, alse=str(expert))
     model = MoDA.from_pretrained(trained / "ckpt.pt")
-    table = sample.evaluate(settings, model, ToyTalker("val", 2))
+    table = sample.evaluate(settings, model, ToyTalker("val", 2), ToyTalker("train", 2))
     truth, ours, other_voice = table["truth"], table["model"], table["other voice"]
     assert truth["mouth corr"] > 0.999
     assert truth["Sync-D"] > 0

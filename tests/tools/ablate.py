@@ -190,7 +190,7 @@ def main(argv):
     train.ToyTalker = talker
 
     class Shared(ToyTalker):                       # made once for all variants
-        def __init__(self, split, clips):
+        def __init__(self, split, clips=60):
             number = settings.eval_clips if split == "val" else clips
             vars(self).update(vars(talker(split, number)))
     sample.ToyTalker = Shared
