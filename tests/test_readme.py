@@ -1,8 +1,10 @@
 """Every command of the README works as it is written; what one downloads has stand-ins."""
+import operator
 import re
 import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +117,13 @@ def test_what_the_readme_names_exists():
     for module, name in re.findall(r"`(moda|renderer|data|train|sample)\.(\w+)", README):
         if name not in ("py", "csv"):
             assert hasattr(globals().get(module) or __import__(module), name), f"{module}.{name}"
+    for module, names in re.findall(r"\| `(\w+)\.py`: ([^|]*) \|", README):
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert operator.attrgetter(name)(sys.modules[module]), f"{module}.{name}"
     for link in re.findall(r"\]\(((?:assets|tests)/[^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    known = {"local", "include", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    known = {"local", "include", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
+             "max_restarts"}
     for owner in (sample.Settings, data.Settings, train.Settings, moda.Config):
         known |= vars(owner()).keys()
     for tool, flag in re.findall(r"(tests/tools/\w+\.py) --(\w+)", README):

@@ -335,7 +335,7 @@ def measured(claim):
     """Rows "claim: variant" of the table of ablations -> {variant: {column: (mean, deviation)}}."""
     lines = Path(__file__).with_name("README.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    header, = [row for row in cells if row[:2] == ["", "mouth corr"]]
+    header = next(row for row in cells if row[:2] == ["", "mouth corr"])
     rows = {}
     for name, *values in cells:
         if name.startswith(f"{claim}: "):
@@ -345,33 +345,30 @@ def measured(claim):
 
 
 def claims(settings, path):
-    """Steps against jerk; sync against the diversity of heads. Means and deviations over seeds."""
+    """Steps against jerk; guidance and the sync loss against sync. Means and deviations."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
-    rows = measured("Euler steps")
-    steps = [int(name) for name in rows]
-    for column, colour in (("jerk", RED), ("mouth corr", TEAL)):
-        mean, deviation = zip(*[row[column] for row in rows.values()])
-        left.errorbar(steps, mean, deviation, fmt="o-", color=colour, label=column, capsize=3)
-    left.set_xscale("log")
-    left.set_xticks(steps, steps)
-    left.minorticks_off()
-    left.set_xlabel("Euler steps")
+    curves(left, "Euler steps", ("jerk", RED), ("mouth corr", TEAL))
     left.set_title("more steps: the lips stay, the shaking falls", fontsize=11)
+    left.set_xscale("log")
+    left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
+    left.minorticks_off()
+    curves(right, "audio guidance", ("Sync-C", TEAL))
+    mean, deviation = measured("sync loss")["tau 0.4"]["Sync-C"]
+    right.axhline(mean, color=RED, label="Sync-C, trained with the sync loss")
+    right.axhspan(mean - deviation, mean + deviation, color=RED, alpha=0.15)
+    right.set_title("guidance and the sync loss: better sync", fontsize=11)
     left.legend()
-    for claim, colour, place in (("audio guidance", TEAL, (-16, -14)), ("sync loss", RED, (6, 5))):
-        rows = measured(claim)
-        x, dx = zip(*[row["pose diversity"] for row in rows.values()])
-        y, dy = zip(*[row["Sync-C"] for row in rows.values()])
-        right.errorbar(x, y, dy, dx, fmt="o", color=colour, capsize=2, label=claim)
-        for name, *point in zip(rows, x, y):
-            right.annotate(name, point, xytext=place, textcoords="offset points", fontsize=9,
-                           color=colour)
-    right.margins(0.1)
-    right.set_xlabel("diversity of heads")
-    right.set_ylabel("Sync-C")
-    right.set_title("better sync costs diversity; the gate keeps it", fontsize=11)
-    right.legend(loc="lower left")
+    right.legend(loc="lower right")
     save_figure(figure, path)
+
+
+def curves(panel, claim, *columns):
+    rows = measured(claim)
+    x = [float(name) for name in rows]
+    for column, colour in columns:
+        mean, deviation = zip(*[row[column] for row in rows.values()])
+        panel.errorbar(x, mean, deviation, fmt="o-", color=colour, label=column, capsize=3)
+    panel.set_xlabel(claim)
 
 
 # --------------------------------------------------------------------------------------- the network
