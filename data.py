@@ -56,7 +56,7 @@ def table(text):
 
 # --------------------------------------------------------------------------------- sound and video
 CHILDREN = weakref.WeakSet()     # every ffmpeg that was started
-# a user's file may be one of these, but no script, which would have ffmpeg read other files
+# a user's file may be one of these, but no playlist, which would have ffmpeg read other files
 FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ircam,m4v,matroska,"
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
 # what starts late or has gaps is filled with silence, to stay in step
@@ -71,7 +71,8 @@ CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv
 @contextmanager
 def ffmpeg(complaint, *args, **pipes):
     """A running ffmpeg; if it fails, ValueError: the complaint and what ffmpeg said."""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:        # a full pipe would stop it
+    # a file, for a pipe that is full would stop it
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [get_ffmpeg_exe(), "-v", "error", *args]
         with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as child:
             CHILDREN.add(child)
@@ -95,8 +96,8 @@ def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
 
 
 def decoded(path, what, options, size):
-    """What ffmpeg makes of a file, in pieces of `size` bytes, the last shorter; ValueError if it
-    makes nothing of it."""
+    """ffmpeg's output for a file, in pieces of `size` bytes, of which the last may be shorter;
+    ValueError if there is none."""
     options = f"-abort_on empty_output {options} -"
     with ffmpeg(f"{path}: no {what} could be read", *source(path), *options.split(),
                 stdout=PIPE) as decoder:
@@ -149,8 +150,8 @@ def load_audio(path):
 
 @contextmanager
 def appearing(path):
-    """A place to write to, in a folder that goes away: what is there when all has succeeded appears
-    at `path`. "-", which is stdout, and "" are left alone."""
+    """A place to write to; what is there moves to `path` when all has succeeded, and only then.
+    "-", which is stdout, and "" are left alone."""
     path = Path(path)
     if not path.suffix:
         yield path
@@ -205,23 +206,26 @@ def log_mel_blocks(pieces):
     blocks have one size: the features of a sound are the same to the bit however it was cut. Power
     is relative to the loudest second so far, which fades by 1 dB a second: the gain of a recording
     does not matter, and its pauses stay silent."""
-    taper = np.hanning(400)
+    taper = np.hanning(400)                        # 25 ms
     wav = np.zeros(400)
     second, loudest = [], SILENCE
     for block in regroup(pieces, BLOCK * FRAME):
         silence = np.zeros(BLOCK * FRAME - len(block))
-        wav = np.concatenate([wav[HOP - 400:], block, silence])
+        wav = np.concatenate([wav[HOP - 400:], block, silence])        # 240 samples from before
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
-        second = [*second[1 - 5:], np.mean(block ** 2)]              # five blocks
-        loudest = max(np.mean(second), loudest * 10 ** -0.02, SILENCE)
-        features = np.log1p(300 * power @ MEL / loudest) / 4
+        second = [*second[-4:], np.mean(block ** 2)]                   # five blocks; one is 0.2 s,
+        loudest = max(np.mean(second), loudest * 10 ** -0.02, SILENCE)                 # or 0.2 dB
+        features = np.log1p(300 * power @ MEL / loudest) / 4           # of speech, about 0 to 1
         frames = math.ceil(len(block) / FRAME)
         yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
 
 
-def log_mel(wav):
-    """wav (N,) -> (T, 1, 160), T = ceil(N / 640); see log_mel_blocks."""
+def log_mel(wav, n_frames=None):
+    """wav (N,) -> (T, 1, 160), T = ceil(N / 640), or n_frames, to which the sound is cut, or filled
+    up with silence; see log_mel_blocks."""
+    if n_frames:
+        wav = np.pad(wav, (0, n_frames * FRAME))[:n_frames * FRAME]
     return torch.cat(list(log_mel_blocks([wav])))
 
 
@@ -319,9 +323,10 @@ class Clips(torch.utils.data.Dataset):
 
 
 def draw_batch(step, data, cfg, settings):
-    """What this process learns from in a step, and lines about windows that cannot be read.
+    """This process's part of the batch of a step, and lines about windows that cannot be read.
 
-    Windows, times, noise and dropped conditions are drawn for all processes alike."""
+    Windows, times, noise and dropped conditions are drawn for all processes alike; ten windows for
+    each that is needed, in case some cannot be read."""
     generator = torch.Generator().manual_seed((settings.seed * 10**9 + step) % 2**63)
     index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
     drawn = draw(cfg, settings.batch_size, data.frames, generator)
@@ -332,7 +337,7 @@ def draw_batch(step, data, cfg, settings):
         return None, damaged
     batch = torch.utils.data.default_collate(windows)
     for name, x in drawn.items():
-        batch[name] = x.chunk(WORLD)[RANK].clone()                     # or a worker passes on all
+        batch[name] = x.chunk(WORLD)[RANK].clone()              # a worker would pass it whole
     return batch, damaged
 
 
@@ -355,7 +360,7 @@ def read_ahead(data, model, settings, steps):
 
     Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
     what a process reads in a whole training, which for a few steps of validation is any number."""
-    loader = torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(          # the "data set" is the numbers of steps
         steps,
         batch_size=None,
         collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
@@ -602,13 +607,13 @@ class AudioEncoder(nn.Module):
     def forward(self, wav):
         """Sound (640 T,) -> the outputs of all L layers, (T, L, A)."""
         x = wav[None, None]
-        for _ in range(2):                         # as released, which is other than 40 at once
+        for _ in range(2):                         # as released; 40 at once gives other samples
             x = F.pad(x, (20, 20), mode="reflect")
         for conv in self.convs:
             x = F.gelu(conv(x))                                        # (1, channels, 2 T) at last
         x = F.interpolate(x, x.size(-1) // 2, mode="linear", align_corners=True)       # to 25 Hz
         x = self.projection(x.mT)                                      # (1, T, A)
-        near = F.gelu(self.position(x.mT)[..., :-1])
+        near = F.gelu(self.position(x.mT)[..., :-1])                   # an even kernel: T + 1
         x = self.norm(x + near.mT)
         outputs = []
         for layer in self.layers:
@@ -682,8 +687,8 @@ def encoder_tensors(file):
 # A made-up talker in LivePortrait's own 70 numbers: syllables of a formant synthesiser, and the
 # motion of mouth, head, brows and lids that belongs to them. Emotion and identity act on both.
 
-# By how many thousandths a channel, 3 point + axis, moves per unit of a control: LivePortrait's own
-# numbers. Point and axis stand behind them.
+# The controls are sliders for expressions in LivePortrait's own numbers: by how many thousandths a
+# channel, 3 point + axis, moves per unit of each. Point and axis stand behind them.
 MOVES = table("""
     channel  aaa  eee  woo  smile  brow  frown  blink  sneer  smirk
     58       1    0    0    0      0     0      0      0      0        # 19 y
@@ -789,6 +794,7 @@ def toy_clip(seed, T):
     delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide mouths move further
     motion = np.hstack([delta, toy_head(rng, phones)])
     wav = toy_voice(rng, voice, phones)
+    # motion in the middle of each frame
     return wav, np.float32(motion[2::4]), emotion, np.float32(face.ravel())
 
 
@@ -803,7 +809,7 @@ def articulation(rng, n, rate):
         for kind, chance, shortest, longest in SYLLABLE:
             if rng.random() > chance:
                 continue
-            phone = rng.choice(PHONES[PHONES["kind"] == kind])
+            phone = rng.choice(PHONES[PHONES["kind"] == kind])         # a copy
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
             if kind == "vowel":
                 phone["voice"] *= stress
@@ -897,7 +903,7 @@ def toy_room(rng, wav):
     room *= rng.uniform(0, 0.7) / room.std()
     wav += room
     music = rng.choice([0, 0, 0.25]) * rng.random()
-    for hum in (0, 0, 0, 0.5):
+    for hum in (0, 0, 0, 0.5):                     # three tones come and go, one stays
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
         wav += music * swell * tone
@@ -907,7 +913,7 @@ def toy_room(rng, wav):
 class ToyTalker(Clips):
     """The embedded data set: made-up clips of 200 frames; clip k of a split never changes."""
 
-    def __init__(self, split, clips=60):
+    def __init__(self, split="train", clips=60):
         numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
         toys = [toy_clip((split != "train", k), 200) for k in numbers]
         self.wavs, motions, emotions, identities = zip(*toys)
@@ -947,7 +953,7 @@ def parse_flags(argv, doc, *settings):
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
-            if kind is not str and not abs(value) < 2 ** 63:           # NaN is not
+            if kind is not str and not abs(value) < 2 ** 63:           # nor is NaN
                 raise ValueError
         except (KeyError, ValueError):
             raise UsageError(f"{arg}: expected {kind.__name__}, as in "
@@ -996,14 +1002,14 @@ def run(main):
         sys.stdout.flush()
         return
     except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        for child in list(CHILDREN):               # one may wait for a stdin that is silent
+        for child in list(CHILDREN):               # which may wait for a silent stdin
             child.kill()
         if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
-            raise                                  # a mistake of ours
+            raise                                  # not the user's mistake
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
-        sys.stdout = None                          # or a closed pipe is reported once more
+        sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    sys.exit(code)                                 # here, where the error lets go of workers
+    sys.exit(code)                                 # only now: the error kept workers alive
 
 
 @dataclass
