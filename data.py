@@ -193,8 +193,8 @@ def regroup(pieces, size):
 
 
 # 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)
-ENDS = np.log([760, 8300])
-BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)), ENDS, [0, 41])
+BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)),
+                  np.log([760, 8300]), [0, 41])
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
@@ -911,14 +911,14 @@ def toy_room(rng, wav):
 
 
 class ToyTalker(Clips):
-    """The embedded data set: made-up clips of 200 frames; clip k of a split never changes."""
+    """The embedded data set: made-up clips of T frames; clip k of a split never changes."""
 
-    def __init__(self, split="train", clips=60):
+    def __init__(self, split="train", clips=60, T=200):
         numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
-        toys = [toy_clip((split != "train", k), 200) for k in numbers]
+        toys = [toy_clip((split != "train", k), T) for k in numbers]
         self.wavs, motions, emotions, identities = zip(*toys)
         self.clips = [(motion, log_mel(wav).numpy(), x_c) for wav, motion, _, x_c in toys]
-        rows = [dict(frames=200, emotion=emotion) for emotion in emotions]
+        rows = [dict(frames=T, emotion=emotion) for emotion in emotions]
         self.index(rows, (1, 160), moments_of(motions), moments_of([identities]))
 
     def arrays(self, k, start=0, n=None):

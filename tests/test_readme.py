@@ -76,7 +76,7 @@ def stand_ins(preparable, monkeypatch):
     monkeypatch.setattr(data.AudioEncoder, "from_pretrained", lambda *args: Encoder())
 
     class OneClip(ToyTalker):
-        def __init__(self, split, clips):
+        def __init__(self, split, clips=1):
             super().__init__(split, 1, 90)
     for script in sample, train:
         monkeypatch.setattr(script, "ToyTalker", OneClip)
