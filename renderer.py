@@ -73,7 +73,7 @@ def angles(R):
 
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
-    motion = torch.as_tensor(motion).detach().float()
+    motion = torch.as_tensor(motion).float()
     if motion.shape[1:] != (M,) or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: "
                          f"should be finite numbers of shape (frames, {M})")
