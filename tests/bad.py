@@ -44,7 +44,7 @@ FLAGS = dict(
     resume="--data_dir=set --out_dir=old --init_from=resume --width=32 --heads=2 --n_one=2 "
            "--steps=2",
     prepare="--videos=videos --data_dir=new --weights=lp",
-    check="--data_dir=set")
+    check="--data_dir=set --report=")
 # what a run may begin before it fails
 BEGUN = {"new_run/log.csv", "old/log.csv", "new/manifest.json", "new_run/ckpt.pt.tmp"}
 

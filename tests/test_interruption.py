@@ -170,7 +170,7 @@ def test_what_may_not_be_read_or_written_is_named(run, locked, command, words, c
 def test_a_reader_that_leaves_is_one_line(good):
     read, write = os.pipe()
     os.close(read)
-    process = start(good, "tests/tools/check.py", "--data_dir=set", stdout=write)
+    process = start(good, "tests/tools/check.py", "--data_dir=set", "--report=", stdout=write)
     os.close(write)
     lines = reported(process.stderr.read())
     assert process.wait() == 1 and lines == ["error: [Errno 32] Broken pipe"]

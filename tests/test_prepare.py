@@ -413,15 +413,21 @@ def test_the_classifiers_table_labels_what_no_folder_does(
     assert labels["angry/30.mp4"] == 0
 
 
-def test_the_check_finds_the_shifted_soundtrack(prepared, capsys):
+def test_the_check_finds_the_shifted_soundtrack(prepared, tmp_path, capsys):
     tool = runpy.run_path(HERE / "tools/check.py")
-    tool["main"]([f"--data_dir={prepared}"])
+    (tmp_path / "labels.csv").write_text("clip,emotion\nLATE,fear\n25,sad\n")
+    tool["main"]([f"--data_dir={prepared}", f"--labels={tmp_path}/labels.csv", "--report="])
     out = capsys.readouterr().out
-    for words in "5 clips", "anger 1, ", "none 4", "-2.3407 +-  8.8819":
+    for words in "5 clips", "anger 1, ", "none 4", "-2.3407 +-  8.8819", "24.mp4: no emotion", \
+            "labels.csv: no clip is called 25\n":
         assert words in out
-    odd = [line for line in out.splitlines() if ".mp4" in line or ".mkv" in line]
+    assert "called late" not in out
+    odd = [line for line in out.splitlines() if ".mp4: voice" in line or "jumps" in line]
     assert len(odd) == 1
     assert "voice.mp4: voice +8 frames after the lips" in odd[0]
+    pytest.importorskip("matplotlib")
+    tool["draw"](tmp_path / "report.png", *tool["check"](prepared))
+    assert Image.open(tmp_path / "report.png").width > 1000
 
 
 def test_training_takes_the_prepared_set(prepared, tmp_path):
