@@ -19,9 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
-from torch.nn.utils import (convert_conv2d_weight_memory_format,
-                            convert_conv3d_weight_memory_format, fuse_conv_bn_eval,
-                            remove_spectral_norm, spectral_norm)
+from torch.nn.utils import fuse_conv_bn_eval, remove_spectral_norm, spectral_norm
 
 from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, read_checkpoint
 
@@ -459,11 +457,7 @@ def fold_for_inference(net, device):
             module.norm = nn.Identity()
         if hasattr(module, "mlp_shared"):          # of Spade
             module.mlp_shared = transposed(*module.mlp_shared)
-    net.to(device)
-    if device.type == "cuda":                                          # what tensor cores work on
-        convert_conv2d_weight_memory_format(net, torch.channels_last)
-        convert_conv3d_weight_memory_format(net, torch.channels_last_3d)
-    return net.requires_grad_(False)
+    return net.to(device).requires_grad_(False)
 
 
 def transposed(upsample, conv):

@@ -50,7 +50,6 @@ class Settings:
     crop: str = ""               # which square of it: x,y,size; else the largest in the centre
     weights: str = ""            # folder of LivePortrait's weights; else a drawn face
     paste_back: bool = False     # put the moving square back into the whole picture
-    stitch: bool = True          # LivePortrait's correction for a seamless square
     motion: str = ""             # relative to the portrait's own, or absolute, as the model has it
     ckpt: str = "out/toy/ckpt.pt"  # MoDA's weights, ours or the released net-200.pth
     stats: str = "mean.pt"       # the statistics that belong to net-200.pth
@@ -66,7 +65,6 @@ class Settings:
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
     overlap: int = 16            # so many of them fade into the next chunk
-    pose_scale: float = 1.0      # exaggerate or calm the head, around the portrait's pose
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
@@ -84,13 +82,13 @@ load_face = cache(LivePortrait)
 load_features = cache(feature_blocks)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
-    "with --weights": "crop paste_back stitch",
+    "with --weights": "crop paste_back",
     "with --eval": "alse data_dir",
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
                              "chunk overlap smooth latency stream",
     "without --pairs": "audio_path image_path emotion save_motion",
     "without --eval": "audio_path output_path pairs image_path weights motion emotion "
-                      "edit pose_scale save_motion motion_path stream bf16 device"}
+                      "edit save_motion motion_path stream bf16 device"}
 
 
 # --------------------------------------------------------------------------------- model and face
@@ -192,7 +190,6 @@ def motion_of(settings, model, source, features, saved, frames=None):
         if settings.save_motion:
             saved.append(motion.cpu())
         motion = motion.to(portrait) * size
-        motion[:, ROT] = neutral[ROT].lerp(motion[:, ROT], settings.pose_scale)
         motion[:, EXP] += edit
         yield relative(motion, portrait, neutral).cpu()
 
@@ -217,7 +214,7 @@ def make_video(settings, model):
     def rendered():
         for piece in motion:
             ready = perf_counter()
-            for frame in face.frames(source, piece, stitch=settings.stitch):
+            for frame in face.frames(source, piece):
                 times.append((ready, perf_counter()))                  # of its motion, and its own
                 yield frame
     bar = tqdm(place(rendered()), "frames", sound.frames)

@@ -326,12 +326,12 @@ def test_help_lists_every_setting_with_a_comment(capsys, module, settings):
 
 def test_flags_have_the_types_of_their_defaults():
     settings, cfg = sample.Settings(), moda.Config()
-    given = parse_flags(["--steps=3", "--pose_scale=2", "--bf16", "--stitch=False", "--edit=brow:1=",
+    given = parse_flags(["--steps=3", "--latency=2", "--bf16", "--smooth=False", "--edit=brow:1=",
                          "--width=64"], "", settings, cfg)
-    assert given == dict(steps=3, pose_scale=2.0, bf16=True, stitch=False, edit="brow:1=", width=64)
-    assert (settings.steps, settings.pose_scale, cfg.width) == (3, 2.0, 64)
-    assert (settings.bf16, settings.stitch, settings.edit) == (True, False, "brow:1=")
-    assert type(settings.pose_scale) is float
+    assert given == dict(steps=3, latency=2.0, bf16=True, smooth=False, edit="brow:1=", width=64)
+    assert (settings.steps, settings.latency, cfg.width) == (3, 2.0, 64)
+    assert (settings.bf16, settings.smooth, settings.edit) == (True, False, "brow:1=")
+    assert type(settings.latency) is float
     assert settings.chunk == 100
 
 
