@@ -55,7 +55,7 @@ class Settings:
     tau: float = 0.4             # Eq. 7: its loss counts only below this
     steps: int = 2200            # of training
     batch_size: int = 4          # windows per step, over all processes
-    passes: int = 1              # parts of a process's windows, one after the other, to save memory
+    passes: int = 1              # gradient accumulation: a process's windows in so many parts
     learning_rate: float = 2.5e-3  # of Adam
     warmup: int = 50             # steps
     cooldown: float = 0.5        # last share of the steps, over which the rate falls to zero
@@ -63,11 +63,11 @@ class Settings:
     ema: float = 0.99            # decay of a moving average of the weights, for sampling; 0 = none
     bf16: bool = False           # bfloat16 where autocast knows it to be safe
     compile: bool = False        # torch.compile the model
-    checkpointing: bool = False  # recompute activations: slower, but ten times as many windows fit
+    checkpointing: bool = False  # of activations: slower, but ten times as many windows fit
     save_every: int = 250        # steps; the last two are kept, ckpt.pt and previous.pt
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
     eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
-    eval_clips: int = 12         # val clips of the toy, for a table at the end too; 0 = no table
+    eval_clips: int = 12         # val clips of the toy, also for the table at the end; 0 = none
     sample_every: int = 0        # steps; videos samples/STEP.mp4 by the model so far; 0 = none
     sample: str = ""             # flags of sample.py for them; but for the toy, --audio_path
     seed: int = 1                # of the weights and all that is drawn
@@ -175,16 +175,17 @@ def open_log(out, first_step, kind):
 
 
 def loss_terms(net, model, batch, expert, tau, teacher):
-    """What the loss is the sum of: L_RF, L_vel and L_ALSE of a MoDA (Eq. 6), or an ALSE's own; and
-    the lips' part of L_RF, which is not in the sum.
+    """The terms of the loss, L_RF, L_vel and L_ALSE of a MoDA (Eq. 6), or an ALSE's own; and last a
+    number that is only logged, the lips' part of L_RF.
 
     net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
     them; expert: from load_expert, or None; teacher: a MoDA whose paths are to be made straight, or
     None."""
     if isinstance(model, ALSE):
         late = int(3 + 27 * batch["t"][0])         # frames; an expert has no other use for t
+        # net in place of self, for DDP has to see the forward pass
         loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
-        return loss, loss.detach()                 # of lips alone
+        return loss, loss.detach()                 # an expert knows nothing but lips
     batch = dict(batch)
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
@@ -250,9 +251,10 @@ def save_run(out, settings, parts, step, stop, best, improved, val):
     if is_due(step, settings.keep_every, settings):
         save(out / f"ckpt-{step}.pt", state)
     sampling = is_due(step, settings.sample_every, settings)
+    # the last, for a run that goes on from it will not save the others again
     if stop or sampling or is_due(step, settings.save_every, settings):
-        save(out / "ckpt.pt", state, keep="previous.pt")               # last, or a kill might lose
-    if sampling:                                                       # the others
+        save(out / "ckpt.pt", state, keep="previous.pt")
+    if sampling:
         make_video(out, settings, f"samples/{step}", val)
 
 
@@ -263,11 +265,11 @@ def on_signals(handler):
 
 
 def load_expert(path, model):
-    """ALSE as a judge of normalised motion, if there is a path; it has statistics of its own."""
+    """The frozen expert as a function of voice and of motion as `model` normalises it, for it has
+    statistics of its own; None without a path."""
     if not path:
         return None
     expert = ALSE.from_pretrained(path).to(model.mean.device).requires_grad_(False)
-
     return lambda audio, z0: expert(audio, model.denormalise(z0))
 
 
@@ -293,7 +295,7 @@ def main(argv):
     out = Path(settings.out_dir or f"out/{default}")
     out.mkdir(parents=True, exist_ok=True)
 
-    # one process, or one of those that torchrun started, the first of which looks for a run
+    # with torchrun the first process looks for a run, and sends all others what it found
     found = [find_run(out, settings) if RANK == 0 else None]
     if WORLD > 1:
         dist.init_process_group()
