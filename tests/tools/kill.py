@@ -2,8 +2,9 @@
 moments and started again, until each has ended, over and over.
 
     python tests/tools/kill.py --kills=200
+    python tests/tools/kill.py --kills=0 --restarts=3
 
-After every kill each file under a final name must load: checkpoints, clips and manifest. A run that
+The second: one of two processes of a training is killed, and torchrun starts both again. After every kill each file under a final name must load: checkpoints, clips and manifest. A run that
 ended must hold the same weights, clips and statistics as one that was never killed. If any differs,
 the exit code is 1. Flags:
 """
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +40,7 @@ MOST = 8                         # kills of one run, before it may end
 @dataclass
 class Settings:
     kills: int = 200             # of both kinds of runs together
+    restarts: int = 1            # trainings of which torchrun starts both processes again
     seed: int = 1                # of the moments
 
 
@@ -168,6 +171,43 @@ def trial(job, out, whole, rng, kills):
     return count
 
 
+# ----------------------------------------------------------------------------- torchrun's restarts
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def restarted(job, out, rng, kill):
+    """Train with two processes; one is killed after a random step, if asked -> files, seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max_restarts=3", TESTS.parent / "train.py", *job.argv(out)]
+    began = time.monotonic()
+    log, step = out / "log.csv", rng.randrange(2, 30)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as process:
+        while kill and not (log.exists() and f"\n{step}," in log.read_text()):
+            if process.poll() is not None:
+                raise ValueError("torchrun ended before the kill")
+            time.sleep(0.001)
+        if kill:
+            os.kill(rng.choice(children(process.pid)), signal.SIGKILL)
+    if process.returncode:
+        raise ValueError(f"torchrun ended with {process.returncode}")
+    return files(out), time.monotonic() - began
+
+
+def restarts(job, folder, rng, count):
+    """So many trainings by torchrun, each beside one that nobody disturbs."""
+    whole, seconds = restarted(job, folder / "whole torchrun", rng, kill=False)
+    print(f"two processes by torchrun, never killed: {seconds:.1f} s", flush=True)
+    for k in range(count):
+        found, seconds = restarted(job, folder / f"torchrun {k}", rng, kill=True)
+        if not same(found, whole):
+            raise ValueError("the restarted training ended otherwise than one never killed")
+        print(f"one of two processes killed, both restarted: {seconds:.1f} s, then the same as "
+              "never killed", flush=True)
+
+
 def main(argv):
     settings = Settings()
     parse_flags(argv, __doc__, settings)
@@ -178,6 +218,10 @@ def main(argv):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         jobs = [Training(folder), Preparation(folder)]
+        if settings.restarts:
+            restarts(jobs[0], folder, rng, settings.restarts)
+        if not settings.kills:
+            return
         whole = {job.name: never_killed(job, folder / f"whole {job.name}") for job in jobs}
         kills = {job.name: [] for job in jobs}     # of each run
         for job in itertools.cycle(jobs):
