@@ -420,7 +420,8 @@ class Spade(nn.Module):
 
     def forward(self, x, h):
         a = F.relu_(self.mlp_shared(h))                                # (B, 128, H, W)
-        return torch.addcmul(self.mlp_beta(a), F.instance_norm(x), 1 + self.mlp_gamma(a))
+        scale = self.mlp_gamma(a).add_(1)                              # in place to save memory
+        return self.mlp_beta(a).addcmul_(F.instance_norm(x), scale)
 
 
 # -------------------------------------------------------------------------------- S: the stitching
@@ -464,6 +465,8 @@ def transposed(upsample, conv):
     """Nearest upsampling of height and width, and the convolution after it, as one transposed
     convolution, which needs less than half of the products."""
     up = int(upsample.scale_factor)
+    if up == 1:
+        return conv
     # A pixel becomes up x up equal ones, each of which adds the flipped kernel, shifted by one:
     # their sum is up + 2 high and wide. `ones` (up + 2, 3) adds shifted rows, its transpose too.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
