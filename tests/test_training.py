@@ -219,14 +219,14 @@ def test_milestones_are_kept(tmp_path):
 
 def test_videos_in_mid_training_change_no_number_and_one_that_fails_ends_nothing(
         tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "ToyTalker", lambda split, clips: toy(split, 1, 85))
+    monkeypatch.setattr(train, "ToyTalker", lambda split, clips: toy(split, 1))
     flags = "--steps=3", "--batch_size=2", "--sample=--steps=1"
     plain = train_here(tmp_path / "plain", *flags)
     assert train_here(tmp_path / "every", *flags, "--sample_every=2") == plain
     assert_same(tmp_path / "every/ckpt.pt", tmp_path / "plain/ckpt.pt")
     for step in 2, 3:
         video = tmp_path / f"every/samples/{step}.mp4"
-        assert imageio_ffmpeg.count_frames_and_secs(video)[0] == 85
+        assert imageio_ffmpeg.count_frames_and_secs(video)[0] == 200
         assert np.abs(data.load_audio(video)).max() > 0.01
     train_here(tmp_path / "failing", *flags[:2], "--sample_every=2", "--sample=--audio_path=no.wav")
     assert "samples/2.mp4: could not be made: no.wav: no sound" in capsys.readouterr().err
