@@ -31,6 +31,7 @@ from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import open_memmap
 from PIL import Image
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from moda import EMOTIONS, NO_EMOTION, M, draw, load_strictly, read_checkpoint
@@ -264,7 +265,7 @@ def read_frames(folder, name, kind, T, start, n):
                          "again") from None
 
 
-class Clips(torch.utils.data.Dataset):
+class Clips(Dataset):
     """Windows of 1 + 80 consecutive frames (Sec. 4.1.2) of the clips that data.py prepared.
 
     An item: motion (80, 70) and prev (70,), the frame before, in LivePortrait units; audio
@@ -335,7 +336,7 @@ def draw_batch(step, data, cfg, settings):
     windows = [readable(data, row, damaged) for row in mine.tolist()]
     if None in windows:
         return None, damaged
-    batch = torch.utils.data.default_collate(windows)
+    batch = default_collate(windows)
     for name, x in drawn.items():
         batch[name] = x.chunk(WORLD)[RANK].clone()              # a worker would pass it whole
     return batch, damaged
@@ -360,7 +361,7 @@ def read_ahead(data, model, settings, steps):
 
     Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
     what a process reads in a whole training, which for a few steps of validation is any number."""
-    loader = torch.utils.data.DataLoader(          # the "data set" is the numbers of steps
+    loader = DataLoader(                           # the "data set" is the numbers of steps
         steps,
         batch_size=None,
         collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
@@ -593,7 +594,7 @@ class AudioEncoder(nn.Module):
         first = nn.Conv1d(1, channels, 10, stride=5, bias=False)
         group_norm = nn.GroupNorm(channels, channels)
         self.convs = nn.ModuleList([nn.Sequential(first, group_norm)])
-        for kernel in (3, 3, 3, 3, 2, 2):
+        for kernel in 3, 3, 3, 3, 2, 2:
             self.convs.append(nn.Conv1d(channels, channels, kernel, stride=2, bias=False))
         self.projection = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width))
         position = nn.Conv1d(width, width, 128, padding=64, groups=groups)
@@ -886,7 +887,7 @@ def toy_filter(rng, phones):
     khz = rfftfreq(FRAME, 1000 / RATE)
     tract = (0.02 + khz) ** rng.uniform(0.2, 1.0)  # lips radiate what is high
     shorter = rng.uniform(0.85, 1.2)               # and short tracts have higher formants
-    for name in ("f1", "f2", "f3"):
+    for name in "f1", "f2", "f3":
         f = shorter * smooth(phones[name], 3)[:, None]
         tract = tract * f ** 2 / np.hypot(f ** 2 - khz ** 2, 0.1 * khz)
     hiss = 6 * np.exp(-0.35 * (khz - phones["centre"][:, None]) ** 2)
@@ -903,7 +904,7 @@ def toy_room(rng, wav):
     room *= rng.uniform(0, 0.7) / room.std()
     wav += room
     music = rng.choice([0, 0, 0.25]) * rng.random()
-    for hum in (0, 0, 0, 0.5):                     # three tones come and go, one stays
+    for hum in 0, 0, 0, 0.5:                       # three tones come and go, one stays
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
         wav += music * swell * tone
@@ -992,7 +993,7 @@ def interrupt(number, frame):
 def run(main):
     """Call a script's main(argv). A mistake of the user is one line on stderr and exit code 1, or 2
     for a flag."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
         number = getattr(signal, name, signal.SIGINT)                  # Windows lacks one
         if signal.getsignal(number) != signal.SIG_IGN:                 # nohup's
             signal.signal(number, interrupt)

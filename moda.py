@@ -175,16 +175,16 @@ class SingleBlock(nn.Module):
         self.heads = Heads(cfg)
         self.out = nn.Linear(5 * D, D)
 
-    def forward(self, x, c, rope, n=None):
-        """x (B, 4N, D) -> the same, or its first n tokens alone, which still attend to all."""
+    def forward(self, x, c, rope):
+        """x (B, 4N, D) -> the same."""
         D = x.size(-1)
         shift, scale, gate = self.adaln(c).chunk(3, -1)
         x_ = modulate(x, shift, scale)
         qkv, h = self.qkv_mlp(x_).split([3 * D, 4 * D], -1)
         q, k, v = self.heads(qkv, rope)
-        y = attention(q[:, :, :n], k, v)
-        h = F.gelu(h[:, :n], approximate="tanh")
-        return x[:, :n] + gate * self.out(torch.cat([y, h], -1))
+        y = attention(q, k, v)
+        h = F.gelu(h, approximate="tanh")
+        return x + gate * self.out(torch.cat([y, h], -1))
 
 
 class Head(nn.Module):
@@ -391,7 +391,7 @@ def reflow(teacher, batch, steps=10):
     Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
     steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Each pair is learned
     at its t and at t = 1, where a single step goes all the way."""
-    conditions = {name: batch[name] for name in ("audio", "emotion", "identity", "prev")}
+    conditions = {name: batch[name] for name in "audio emotion identity prev".split()}
     velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
     times = euler_times(steps).to(batch["eps"])
     batch = batch | dict(z0=euler(velocity, batch["eps"], times))
@@ -539,7 +539,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
@@ -584,10 +584,10 @@ def smooth_pose(motion):
 
 # --------------------------------------------------------------------------------- faster sampling
 # The same numbers with less work, to which tests/test_sampler.py holds it: AdaLN is computed for
-# all steps at once, and the last block for motion alone.
+# all steps at once, and its weights, a third of the network's, are not read again in each.
 
-def fast_network(model, times, emotions, N):
-    """A copy of the model that shares its weights, for N frames at these times and emotions.
+def fast_network(model, times, emotions):
+    """A copy of the model that shares its weights, for these times and emotions.
 
     Where a block computes adaln(c), c is here the number of a time and emotion, and adaln a table
     of what it would compute, a row for each of them."""
@@ -605,10 +605,8 @@ def fast_network(model, times, emotions, N):
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, conditions, p=1).argmin(1, keepdim=True)
     network.conditioning = row
-    for block in network.one[-1:]:
-        block.forward = partial(block.forward, n=N)
     if model.compiled:
-        network.compile(mode="reduce-overhead", dynamic=False)
+        network.compile()
     return network
 
 

@@ -219,11 +219,11 @@ class MotionExtractor(nn.Module):
         super().__init__()
         stem = ChannelsLastConv2d(3, 96, 4, stride=4)
         self.downsample_layers = nn.ModuleList([nn.Sequential(stem, layer_norm(96))])
-        for n in (96, 192, 384):
+        for n in 96, 192, 384:
             halve = ChannelsLastConv2d(n, 2 * n, 2, stride=2)
             self.downsample_layers.append(nn.Sequential(layer_norm(n), halve))
         self.stages = nn.ModuleList()
-        for n, depth in ((96, 3), (192, 3), (384, 9), (768, 3)):
+        for n, depth in (96, 3), (192, 3), (384, 9), (768, 3):
             blocks = [convnext_block(n) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.norm = layer_norm(768)

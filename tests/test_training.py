@@ -464,7 +464,7 @@ def test_on_windows_workers_start_anew_with_what_can_be_sent_to_them(monkeypatch
     def loader(*args, **options):
         given.update(options)
         return []
-    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    monkeypatch.setattr(data, "DataLoader", loader)
     model = MoDA(Config(**build.SMALL))
     list(data.read_ahead(toy("train", 4), model, train.Settings(workers=1), range(9)))
     assert given["multiprocessing_context"] is None
