@@ -16,9 +16,13 @@ import signal
 import sys
 import tempfile
 import weakref
+import zlib
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
+from glob import glob
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -26,9 +30,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from imageio_ffmpeg import get_ffmpeg_exe
+from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from numpy.fft import irfft, rfft, rfftfreq
-from numpy.lib.format import open_memmap
+from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
 from PIL import Image
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -42,6 +46,7 @@ FRAME = 640                      # samples per video frame
 HOP = 160                        # samples from spectrum to spectrum, 10 ms
 BLOCK = 5                        # frames of sound that are read and analysed at once
 RANK = int(os.environ.get("RANK", 0))              # torchrun's number of this process,
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine,
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # and how many there are
 
 
@@ -89,11 +94,16 @@ def ffmpeg(complaint, *args, **pipes):
 
 
 def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
-    """What tells ffmpeg to read a user's file, and no other; or for "-", what is live."""
+    """What tells ffmpeg to read a user's file, and no other; or for "-", what is live. #t=2,5 after
+    a file's name means these seconds of it."""
     if path == "-":
         return live.split()
-    options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {FORMATS} -i"
-    return [*options.split(), f"file:{path}"]
+    file, _, span = str(path).partition("#t=")
+    options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {FORMATS}".split()
+    if span:
+        start, end = span.split(",")
+        options += "-ss", start, "-to", end
+    return [*options, "-i", f"file:{file}"]
 
 
 def decoded(path, what, options, size):
@@ -242,11 +252,12 @@ def feature_blocks(encoder, device):
 # identity.npy (63,), loudness.npy (T,); and manifest.json, which alone knows lengths and labels.
 
 def opened(folder, *names):
-    """Arrays of a clip; what is looked at is read. ValueError if one is damaged."""
+    """Arrays of a clip; what is looked at is read. ValueError if it is damaged or was left out."""
     try:
         return [open_memmap(folder / f"{name}.npy", mode="r") for name in names]
     except Exception as error:
-        raise ValueError(f"{folder}: cannot be used ({error}); delete it and prepare the data "
+        why = folder.read_text() if folder.is_file() else error
+        raise ValueError(f"{folder}: cannot be used ({why}); delete it and prepare the data "
                          "again") from None
 
 
@@ -384,16 +395,72 @@ def moments_of(motions):
     sums = 0
     for motion in motions:
         motion = np.asarray(motion, float)
-        sums = sums + np.stack([np.ones_like(motion), motion, motion ** 2]).sum(1)
+        sums = sums + np.stack([motion ** k for k in range(3)]).sum(1)
     mean, square = sums[1:] / sums[0]
     return np.stack([mean, (square - mean ** 2).clip(0) ** 0.5])
 
 
 # ------------------------------------------------------------------------------------- preparation
-VIDEOS = set(".mp4 .m4v .mov .mkv .webm .avi .flv .wmv .mpg .mpeg .ts .mts .3gp".split())
+VIDEOS = "3gp|avi|flv|m4v|mkv|mov|mp4|mpeg|mpg|mts|ts|webm|wmv"
+VIDEO = re.compile(rf"(?i)\.({VIDEOS})$")
 # our names, and MEAD's folders where they differ
 LABELS = {name: k for k, name in enumerate(EMOTIONS)}
 LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
+
+
+def read_rows(path):
+    """csv file, whose first line names the columns -> [{column: text}, ...]."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file, restval=""))
+
+
+def plain(name):
+    """A clip as labels name it: in lower case, without ./ and without a video's suffix."""
+    return VIDEO.sub("", name.strip().lower()).removeprefix("./")
+
+
+def read_labels(path):
+    """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder."""
+    try:
+        rows = read_rows(path) if path else []
+        return {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
+                         f"names {' '.join(LABELS)}") from None
+
+
+def find_clips(settings):
+    """{clip: its row of the table}; without a table, of every video in the folder.
+
+    What has no emotion gets that of the nearest name in the labels, then of the nearest folder that
+    is called like one; what has no speaker, that of the first folder, or its own name."""
+    labels = read_labels(settings.labels)
+    if settings.clips:
+        rows = read_rows(settings.clips)
+    else:                                          # also in linked folders, each once
+        paths = filter(VIDEO.search, glob("**", root_dir=settings.videos, recursive=True))
+        videos = {os.path.realpath(Path(settings.videos, path)): dict(video=path)
+                  for path in sorted(paths, key=len, reverse=True)}
+        rows = videos.values()
+    clips = {}
+    for row in rows:
+        row = defaultdict(str, row)
+        if row["start"] + row["end"]:
+            row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
+        name = f"{row['video']}{row['span']}@{row['crop']}".strip("@./")
+        if row["video"]:                           # a path below clips/, wherever the video lies
+            clips[name] = row
+        video = Path(plain(row["video"]))
+        names = [str(video), *video.parts[::-1]]
+        found = [labels[key] for key in names if key in labels]
+        found += [LABELS[key] for key in (row["emotion"].lower(), *names[2:]) if key in LABELS]
+        row["emotion"] = [*found, NO_EMOTION][0]
+        row["speaker"] = row["speaker"] or names[-1]
+        row["audio"] = row["audio"] or row["video"]
+    if not clips:
+        raise ValueError(f"{settings.clips or settings.videos}: no videos there; "
+                         f"looked for {VIDEOS}")
+    return clips
 
 
 def pictures(path, crop, batch=16):
@@ -412,35 +479,14 @@ def pictures(path, crop, batch=16):
         yield pixels.view(-1, 256, 256, 3)
 
 
-def read_rows(path):
-    """csv file, whose first line names the columns -> [{column: text}, ...]."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file, restval=""))
-
-
-def plain(name):
-    """A clip as labels name it: in lower case, without ./ and without a video's suffix."""
-    path = Path(name.strip().lower())
-    return str(path.with_suffix("") if path.suffix in VIDEOS else path)
-
-
-def read_labels(path):
-    """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder. What names
-    an emotion need not be listed."""
-    try:
-        rows = read_rows(path)
-        return LABELS | {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
-                         f"names {' '.join(LABELS)}") from None
-
-
 @torch.inference_mode()
-def extract(path, face, features, crop):
-    """One video -> the arrays of its clip; ValueError if it cannot be used."""
-    wav = load_audio(path)
+def extract(row, settings, face, features):
+    """The arrays of a clip, in blocks; ValueError if it cannot be used."""
+    path = Path(settings.videos, row["video"])
+    sound = Path(settings.videos, row["audio"])
+    wav = load_audio(f"{sound}{row['span']}")
     motion, x_c = [], []
-    for images in pictures(path, crop):
+    for images in pictures(f"{path}{row['span']}", row["crop"] or settings.crop):
         heads = face.M(images.to(face.device).movedim(-1, 1) / 255)
         motion.append(to_motion(heads).cpu())
         x_c.append(heads["kp"].cpu())
@@ -450,16 +496,11 @@ def extract(path, face, features, crop):
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     wav = wav[:T * FRAME]
     # the sound in one, for features depend on where it is cut; identity is the mean of all frames
-    audio = torch.cat([block.half() for block in features([wav])])
-    clip = dict(
-        motion=motion[:T],
-        audio=audio,
-        identity=torch.cat(x_c)[:T].mean(0),
-        loudness=log_mel(wav).mean((1, 2)))
-    for name, array in clip.items():
-        if not array.isfinite().all():
-            raise ValueError(f"{path}: its {name} holds NaN or infinity")
-    return clip
+    return dict(
+        motion=[motion[:T]],
+        audio=(block.half() for block in features([wav])),
+        identity=[torch.cat(x_c)[:T].mean(0)],
+        loudness=[log_mel(wav).mean((1, 2))])
 
 
 def save(path, state, keep=None, write=torch.save):
@@ -474,112 +515,115 @@ def save(path, state, keep=None, write=torch.save):
         if keep and path.exists():
             path.replace(path.with_name(keep))
         part.replace(path)
-    except Exception as error:
+    except (OSError, RuntimeError) as error:       # torch.save's
         part.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be saved ({error}); an earlier one stays") from None
 
 
-def write_npy(array, path):
-    with open(path, "wb") as file:                 # np.save would add .npy to a name
-        np.save(file, array)
-    open_memmap(path, mode="r")                    # for np.save overlooks a full disk
+def write_npy(blocks, path):
+    """Frames that come in blocks, of which one is in memory; ValueError if they are not finite."""
+    n = 0
+    with open(path, "wb") as file:
+        file.seek(128)                             # the header, which is known at last
+        for block in blocks:
+            if not block.isfinite().all():
+                raise ValueError(f"{path}: holds NaN or infinity")
+            file.write(block.numpy())
+            n += len(block)
+        header = header_data_from_array_1_0(block.numpy())
+        header["shape"] = n, *block.shape[1:]
+        file.seek(0)
+        write_array_header_1_0(file, header)
 
 
-def write_manifest(manifest, path):
-    path.write_text(json.dumps(manifest, indent=1))
+def write_json(x, path):
+    path.write_text(json.dumps(x))
 
 
-def find_videos(root):
-    """Every video below a folder, by its path from there; ValueError if there are none."""
-    videos = [path.relative_to(root) for path in Path(root).rglob("*")
-              if path.suffix.lower() in VIDEOS]
-    if not videos:
-        raise ValueError(f"{root}: no videos there; looked for {' '.join(sorted(VIDEOS))}")
-    return sorted(videos)
+def write_clip(folder, *work):
+    """A folder of .npy files that appears when it is complete, or a file that says why there is
+    none."""
+    part = folder.with_name(f"{folder.name}.part")
+    try:
+        for name, blocks in extract(*work).items():
+            save(part / f"{name}.npy", blocks, write=write_npy)
+        part.rename(folder)
+    except ValueError as error:
+        save(folder, str(error), write=write_json)
 
 
 def prepare(settings):
-    """Talking videos -> a data set. A run that was cut off goes on; bad videos are listed.
-
-    A speaker is a folder below --videos, or a video there, and keeps the split that he had."""
-    root, folder = Path(settings.videos), Path(settings.data_dir)
-    videos = find_videos(root)
-    labels = read_labels(settings.labels) if settings.labels else LABELS
+    """Talking videos -> a data set, or more of one. Processes share the clips; a run that was cut
+    off goes on; bad videos are listed."""
+    clips = find_clips(settings)
     face = LivePortrait(settings.weights, settings.device)
     features = feature_blocks(settings.audio_encoder, settings.device)
-    begun = {}
-    for name in "videos weights audio_encoder crop".split():
-        begun[name] = getattr(settings, name)
-    path = folder / "manifest.json"
-    before = begin(path, begun)
-
-    splits = {row.get("speaker"): row["split"] for row in before}
-    rows, left_out = [], []
-    for name in tqdm(videos, "preparing", unit="video"):
+    folder = Path(settings.data_dir)
+    if RANK == 0:
+        manifest = begin(folder / "manifest.json", settings)
+    if WORLD > 1:                                  # all wait for the first one
+        torch.distributed.init_process_group("gloo", timeout=timedelta(weeks=9))
+    for name, row in tqdm([*clips.items()][RANK::WORLD], "preparing", disable=RANK > 0):
         clip = folder / "clips" / name
-        try:
-            if not clip.exists():
-                arrays = extract(root / name, face, features, settings.crop)
-                write_clip(arrays, clip)
-            motion, audio = opened(clip, "motion", "audio")
-        except ValueError as error:
-            left_out.append(error)
-            continue
-        speaker = name.parts[0]
-        if speaker not in splits:                  # the second of every twenty is for validation
-            splits[speaker] = "val" if len(splits) % 20 == 1 else "train"
-        rows.append(dict(
-            clip=name.as_posix(),
-            frames=len(motion),
-            emotion=label_of(name, labels),
-            speaker=speaker,
-            split=splits[speaker]))
-    print(f"{folder}: {len(rows)} clips; {len(left_out)} videos left out", *left_out, sep="\n")
-    if not rows:
-        raise ValueError(f"{root}: none of its {len(videos)} videos can be used")
-    training = [row for row in rows if row["split"] == "train"] or rows
-    training = [folder / "clips" / row["clip"] for row in training]
-    moments = moments_of(opened(clip, "motion")[0] for clip in training)
-    x_c_moments = moments_of(opened(clip, "identity") for clip in training)
-    manifest = dict(
-        settings=begun,
-        audio_shape=audio.shape[1:],
-        moments=moments.tolist(),
-        x_c_moments=x_c_moments.tolist(),
-        clips=rows)
-    save(path, manifest, write=write_manifest)
+        if not clip.exists():
+            write_clip(clip, row, settings, face, features)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    if RANK == 0:
+        complete(folder, manifest, clips)
 
 
 def begin(path, settings):
-    """Begin a manifest, or go on with one -> its clips; ValueError if it was begun with other
-    settings."""
+    """Begin a manifest, or go on with one; ValueError if it was begun with other settings: another
+    crop or networks, wherever they lie."""
+    files = (f"{settings.weights}/base_models/motion_extractor.pth",
+             f"{settings.weights}/liveportrait/base_models/motion_extractor.pth",
+             settings.audio_encoder, f"{settings.audio_encoder}/pytorch_model.bin")
+    begun = dict(crop=settings.crop, networks=[
+        zlib.crc32(Path(file).read_bytes()) for file in files if os.path.isfile(file)])
+    tools = [settings.weights, settings.audio_encoder, torch.__version__, get_ffmpeg_version()]
     if not path.exists():
-        save(path, dict(settings=settings, clips=[]), write=write_manifest)
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["settings"] == settings:
-            return manifest["clips"]
-        error = manifest["settings"]
-    except Exception as damage:
-        error = damage
-    raise ValueError(f"{path}: begun with other settings ({error}); use another --data_dir")
+        manifest = dict(settings=begun, tools=tools, splits={}, clips=[], left_out={})
+        save(path, manifest, write=write_json)
+    manifest = json.loads(path.read_text())
+    if manifest.get("settings") != begun:
+        raise ValueError(f"{path}: begun with other settings ({manifest.get('settings')}); "
+                         "use another --data_dir")
+    if manifest["tools"] != tools:
+        print(f"{path}: begun with {manifest['tools']}, goes on with {tools}")
+    return manifest
 
 
-def write_clip(clip, folder):
-    """A folder of .npy files that appears when it is complete."""
-    part = folder.with_name(f"{folder.name}.part")
-    for name, array in clip.items():
-        save(part / f"{name}.npy", array, write=write_npy)
-    part.rename(folder)
+def complete(folder, manifest, clips):
+    """Write the manifest of all clips, prepared now or before, and report.
 
-
-def label_of(name, labels):
-    """The emotion of a video: that of its path, name or nearest folder that has one."""
-    path = Path(plain(str(name)))
-    for key in (str(path), path.name, *path.parts[-2::-1]):
-        if key in labels:
-            return labels[key]
-    return NO_EMOTION
+    Of the first two speakers one is for training, one for validation, then one in 20 validates; who
+    has a split keeps it."""
+    clips = {row["clip"]: row for row in manifest["clips"]} | clips
+    splits, left_out, rows = manifest["splits"], manifest["left_out"], []
+    for name, row in sorted(clips.items()):
+        clip = folder / "clips" / name
+        try:
+            motion, audio = opened(clip, "motion", "audio")
+        except ValueError as error:
+            left_out[name] = str(error)
+            continue
+        left_out.pop(name, None)
+        speaker = row["speaker"]
+        lot = zlib.crc32(os.fsencode(speaker)) % 20
+        splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
+        rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
+    print(f"{folder}: {len(rows)} clips; {len(left_out)} left out", *left_out.values(), sep="\n")
+    if not rows:
+        raise ValueError(f"{folder}: none of its {len(clips)} videos can be used")
+    training = [row for row in rows if row["split"] == "train"] or rows
+    training = [folder / "clips" / row["clip"] for row in training]
+    manifest |= dict(
+        audio_shape=audio.shape[1:],
+        moments=moments_of(opened(clip, "motion")[0] for clip in training).tolist(),
+        x_c_moments=moments_of(opened(clip, "identity") for clip in training).tolist(),
+        clips=rows)
+    save(folder / "manifest.json", manifest, write=write_json)
 
 
 # ------------------------------------------------------------------------------- the audio encoder
@@ -968,9 +1012,10 @@ BOOLEANS = {"": True, "True": True, "False": False}
 
 def find_device(name):
     """The torch.device of --device, by default a GPU if there is one; UsageError if it is none."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name in ("", "cuda") and torch.cuda.is_available():             # processes share them out
+        name = f"cuda:{LOCAL_RANK % torch.cuda.device_count()}"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name or "cpu").device
     except Exception as error:
         raise UsageError(f"--device={name}: no such device here ({error!s:.200})") from None
 
@@ -1016,6 +1061,7 @@ def run(main):
 @dataclass
 class Settings:
     videos: str = ""             # folder of talking videos, one face each, searched deeply
+    clips: str = ""              # csv with columns video,audio,start,end,crop,emotion,speaker
     data_dir: str = ""           # the data set, for train.py --data_dir
     weights: str = ""            # folder of LivePortrait's weights
     audio_encoder: str = ""      # file or folder of wav2vec 2.0 or HuBERT; else log-mel features
@@ -1027,8 +1073,9 @@ class Settings:
 def main(argv):
     settings = Settings()
     parse_flags(argv, __doc__, settings)
-    if not settings.data_dir or not settings.videos:
-        raise UsageError("needed: --videos=FOLDER --data_dir=FOLDER")
+    if not settings.data_dir or not settings.videos + settings.clips:
+        raise UsageError("needed: --videos=FOLDER --data_dir=FOLDER; a table, --clips=FILE, may "
+                         "stand for the folder")
     if not re.fullmatch(r"(\d+,\d+,\d+)?", settings.crop):
         raise UsageError(f"--crop={settings.crop}: should be --crop=x,y,size in pixels")
     settings.device = find_device(settings.device)

@@ -221,8 +221,10 @@ def make_video(settings, model):
     with appearing(settings.output_path) as video, appearing(settings.save_motion) as kept:
         write_video(video, bar, sound, pipe)
         if saved:
-            write = write_template if kept.suffix == ".pkl" else write_npy
-            write(torch.cat(saved), kept)
+            if kept.suffix == ".pkl":
+                write_template(torch.cat(saved), kept)
+            else:
+                write_npy(saved, kept)
     taken = perf_counter() - began
     print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
           f"{25 * taken / bar.n:.3f} s per second of video")

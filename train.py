@@ -36,7 +36,6 @@ from data import (RANK, RATE, WORLD, Clips, ToyTalker, UsageError, check_effects
 from moda import (ALSE, EMOTIONS, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock,
                   load_statistics, losses, read_checkpoint, reflow)
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 VAL_BATCHES = 8
 
 
@@ -301,7 +300,6 @@ def main(argv):
         dist.init_process_group()
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                     # TF32
     torch.manual_seed(settings.seed)

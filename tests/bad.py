@@ -92,8 +92,8 @@ def preparable(folder, monkeypatch):
     """The same, where `prepare` needs no weights and every video becomes a clip of 90 frames."""
     def extract(*args):
         n = 90
-        return dict(motion=torch.zeros(n, 70), audio=torch.zeros(n, 1, 160).half(),
-                    identity=torch.zeros(63), loudness=torch.zeros(n))
+        return dict(motion=[torch.zeros(n, 70)], audio=[torch.zeros(n, 1, 160).half()],
+                    identity=[torch.zeros(63)], loudness=[torch.zeros(n)])
     monkeypatch.setattr(data, "LivePortrait", lambda *args: None)
     monkeypatch.setattr(data, "extract", extract)
 
@@ -195,12 +195,12 @@ def refused(run):
     return refused
 
 
-def start(folder, script, *flags, stdout=None, largest=resource.RLIM_INFINITY):
+def start(folder, script, *flags, stdout=None, largest=resource.RLIM_INFINITY, env=None):
     """A command in a process group of its own, as a terminal starts it: its stdin is open."""
     stdin, typed = os.pipe()
     errors, stderr = os.pipe()
-    process = Script(script, *flags, cwd=folder, stdin=stdin, stdout=stdout, stderr=stderr,
-                     largest=largest)
+    process = Script(script, *flags, cwd=folder, env=env, stdin=stdin, stdout=stdout,
+                     stderr=stderr, largest=largest)
     os.close(stdin)
     os.close(stderr)
     process.stdin, process.stderr = open(typed, "w"), open(errors)

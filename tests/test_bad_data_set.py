@@ -196,7 +196,7 @@ def test_few_damaged_windows_are_passed_over(run):
 # ------------------------------------------------------------------------------------- preparation
 @pytest.mark.parametrize("root", ["nowhere", "text.txt"])
 def test_no_videos(refused, root):
-    refused(f"prepare --videos={root}", f"{root}: no videos there; looked for .3gp")
+    refused(f"prepare --videos={root}", f"{root}: no videos there; looked for 3gp")
 
 
 def test_no_table_of_labels(refused):
@@ -226,5 +226,5 @@ def test_a_damaged_clip_is_left_out_of_a_second_preparation(run, preparable, cap
     cut("new/clips/second.mp4/motion.npy", size)
     data.main(FLAGS["prepare"].split())
     printed = capfd.readouterr().out
-    assert "new: 1 clips; 1 videos left out" in printed
+    assert "new: 1 clips; 1 left out" in printed
     assert "new/clips/second.mp4: " in printed and "prepare the data again" in printed

@@ -8,6 +8,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import time
 import types
@@ -46,6 +47,12 @@ def videos(tmp_path_factory):
     return root
 
 
+def still(*work):
+    """In place of data.extract: any video is a face that does not move, in silence."""
+    return dict(motion=[torch.zeros(T, 70)], audio=[torch.zeros(T, 1, 160).half()],
+                identity=[torch.zeros(63)], loudness=[torch.zeros(T)])
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(data, "LivePortrait", LivePortrait)
@@ -55,10 +62,18 @@ def prepare(videos, data_dir, *flags):
     data.main([f"--videos={videos}", f"--data_dir={data_dir}", "--weights=unused", *flags])
 
 
-def start(videos, data_dir, largest=resource.RLIM_INFINITY):
+def start(videos, data_dir, largest=resource.RLIM_INFINITY, env=None):
     """The same in a process of its own, which may write files of so many bytes."""
     return bad.start(".", "tests/stand_in.py", f"--videos={videos}", f"--data_dir={data_dir}",
-                     "--weights=unused", largest=largest)
+                     "--weights=unused", largest=largest, env=env)
+
+
+def start_both(videos, data_dir):
+    """The same in two processes that share the videos, as torchrun starts them."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])        # a free one
+    about = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    return [start(videos, data_dir, env=about | dict(RANK=rank)) for rank in "01"]
 
 
 def contents(folder):
@@ -203,6 +218,60 @@ def test_features_of_an_encoder_are_those_of_the_whole_clip(
         prepare(tmp_path / "v", tmp_path / "large", "--audio_encoder=hubert")
 
 
+@pytest.fixture
+def published(tmp_path):
+    """Videos as they lie on disks: pieces of long ones (HDTF), sound apart (CelebV-Text), folders of
+    actors, views and emotions (MEAD), to which a link leads."""
+    for folder in "hdtf", "celeb/videos", "celeb/audios", "mead":
+        (tmp_path / folder).mkdir(parents=True)
+    whole = tmp_path / "hdtf/WDA_Ann0.mp4"
+    video(whole, 1)
+    ffmpeg("-i", whole, "-an", "-c", "copy", tmp_path / "celeb/videos/a_1.mp4")
+    ffmpeg("-i", whole, "-vn", tmp_path / "celeb/audios/a_1.wav")
+    for actor in "M003", "W011":
+        picture = tmp_path / "actors" / actor / "video/front/angry/level_1/001.MTS"
+        picture.parent.mkdir(parents=True)
+        ffmpeg("-i", whole, "-f", "mpegts", picture)
+    (tmp_path / "mead/linked").symlink_to(tmp_path / "actors")
+    (tmp_path / "actors/W011/back").symlink_to(tmp_path / "actors")    # a circle
+    return tmp_path
+
+
+def test_published_layouts_become_one_set(stand_in, published, monkeypatch):
+    monkeypatch.setattr(Clips, "frames", 20)
+    (published / "clips.csv").write_text(
+        "video,audio,start,end,crop,emotion,speaker\n"
+        "hdtf/WDA_Ann0.mp4,,0,1.5,\"0,0,48\",Happy,Ann\n"
+        "hdtf/WDA_Ann0.mp4,,1.5,,\"8,0,40\",,Ann\n"
+        ",,,,,,\n"
+        "celeb/videos/a_1.mp4,celeb/audios/a_1.wav,,,,sad,a\n"
+        "./hdtf/../celeb/videos/a_1.mp4,hdtf/WDA_Ann0.mp4,,,,,b\n")
+    folder = published / "set"
+    prepare(published, folder, f"--clips={published}/clips.csv")
+    before = listed(folder)
+    assert {name: (row["emotion"], row["speaker"]) for name, row in before.items()} == {
+        "celeb/videos/a_1.mp4": (6, "a"),
+        "hdtf/../celeb/videos/a_1.mp4": (8, "b"),
+        "hdtf/WDA_Ann0.mp4#t=0,1.5@0,0,48": (4, "Ann"),
+        "hdtf/WDA_Ann0.mp4#t=1.5,99999@8,0,40": (8, "Ann")}
+    (published / "labels.csv").write_text("clip,emotion\nW011,Fear\n")
+    prepare(published / "mead/linked", folder, f"--labels={published}/labels.csv")
+    rows = listed(folder)
+    assert rows.items() >= before.items()                      # nobody has moved
+    mead = {name: (row["emotion"], row["speaker"])
+            for name, row in rows.items() if name not in before}
+    assert mead == {"M003/video/front/angry/level_1/001.MTS": (0, "m003"),
+                    "W011/video/front/angry/level_1/001.MTS": (3, "w011")}
+    whole = load(folder / "clips/celeb/videos/a_1.mp4")
+    for name in "celeb/videos/a_1.mp4", *mead:
+        assert abs(len(load(folder / "clips" / name)["motion"]) - T) <= 1
+    later = load(folder / "clips/hdtf/WDA_Ann0.mp4#t=1.5,99999@8,0,40")
+    assert np.allclose(later["motion"][:50, MOUTH], whole["motion"][37:87, MOUTH], atol=0.02)
+    speakers = [{row["speaker"] for row in rows.values() if row["split"] == split}
+                for split in ("train", "val")]
+    assert all(speakers) and not set.intersection(*speakers)
+
+
 def test_videos_are_shown_upright_whatever_their_pixels(tmp_path):
     """A disc stays a disc where pixels are no squares, also in a picture that lies on its side."""
     disc = "geq=lum='255*lte(hypot(X-80,2*(Y-40)),40)':cb=128:cr=128"      # in pixels 1 x 2
@@ -217,10 +286,7 @@ def test_videos_are_shown_upright_whatever_their_pixels(tmp_path):
 
 def test_any_number_of_videos_can_be_prepared(stand_in, tmp_path, monkeypatch):
     """Clips are looked at one after the other: a process may open a thousand files or so."""
-    def extract(*args):
-        return dict(motion=torch.zeros(T, 70), audio=torch.zeros(T, 1, 160),
-                    identity=torch.zeros(63), loudness=torch.zeros(T))
-    monkeypatch.setattr(data, "extract", extract)
+    monkeypatch.setattr(data, "extract", still)
     (tmp_path / "v").mkdir()
     for k in range(60):
         (tmp_path / f"v/{k}.mp4").touch()
@@ -235,10 +301,7 @@ def test_any_number_of_videos_can_be_prepared(stand_in, tmp_path, monkeypatch):
 
 
 def test_no_speaker_is_in_both_splits_and_none_moves(stand_in, tmp_path, monkeypatch):
-    def extract(*args):
-        return dict(motion=torch.zeros(T, 70), audio=torch.zeros(T, 1, 160),
-                    identity=torch.zeros(63), loudness=torch.zeros(T))
-    monkeypatch.setattr(data, "extract", extract)
+    monkeypatch.setattr(data, "extract", still)
     before = {}
     for n in 2, 10, 60:                                        # speakers: 0, 7, 14 ..
         for k in range(n):
@@ -257,19 +320,22 @@ def test_no_speaker_is_in_both_splits_and_none_moves(stand_in, tmp_path, monkeyp
 
 
 # -------------------------------------------------------------------------------- runs that are cut
-def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(videos, prepared, tmp_path):
+def test_killed_processes_that_share_the_work_go_on_and_end_in_the_same_bytes(
+        videos, prepared, tmp_path):
     rng, folder = random.Random(7), tmp_path / "set"
-    for n in 2, 17:                                            # files: in the first, fourth clip
-        process = start(videos, folder)
-        while process.poll() is None and n_files(folder) < n:
+    for n in 2, 12:                                            # files: in the first, third clip
+        both = start_both(videos, folder)
+        while both[0].poll() is None and n_files(folder) < n:
             time.sleep(0.002)
         time.sleep(0.1 * rng.random())
-        process.send_signal(signal.SIGKILL)
-        process.stderr.read()                                  # its ffmpeg has ended too
+        for process in both:
+            process.send_signal(signal.SIGKILL)
+        for process in both:
+            process.stderr.read()                              # its ffmpeg has ended too
         assert complete(folder).items() <= complete(prepared).items()
-    process = start(videos, folder)
-    stderr = process.stderr.read()
-    assert process.wait() == 0, stderr
+    for process in start_both(videos, folder):
+        stderr = process.stderr.read()
+        assert process.wait() == 0, stderr
     assert contents(folder) == contents(prepared)
 
 
@@ -288,11 +354,22 @@ def test_a_full_disk_is_one_line_and_a_second_run_completes_the_set(
     assert contents(folder) == contents(prepared)
 
 
-def test_other_settings_than_those_begun_with_are_refused(stand_in, videos, prepared):
-    before = contents(prepared)
+def test_other_networks_or_crops_than_those_begun_with_are_refused_other_places_are_not(
+        stand_in, videos, prepared, tmp_path, capsys):
+    folder = tmp_path / "set"
+    shutil.copytree(prepared, folder)
+    before = contents(folder)
     with pytest.raises(ValueError, match="begun with other settings.*'crop': ''"):
-        prepare(videos, prepared, "--crop=0,0,32")
-    assert contents(prepared) == before
+        prepare(videos, folder, "--crop=0,0,32")
+    weights = tmp_path / "other/base_models"
+    weights.mkdir(parents=True)
+    (weights / "motion_extractor.pth").write_text("another network")
+    with pytest.raises(ValueError, match="begun with other settings"):
+        prepare(videos, folder, f"--weights={tmp_path}/other")
+    (tmp_path / "elsewhere").symlink_to(videos)
+    prepare(tmp_path / "elsewhere", folder, f"--weights={tmp_path}/nowhere")
+    assert f"goes on with ['{tmp_path}/nowhere'" in capsys.readouterr().out
+    assert contents(folder) == before
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -318,7 +395,7 @@ def test_bad_videos_are_named_and_harm_no_other(stand_in, tmp_path, capsys):
     sys.stdout.reconfigure(errors="backslashreplace")          # as data.run does
     prepare(root, tmp_path / "set")
     first, *lines = capsys.readouterr().out.splitlines()
-    assert "4 clips; 9 videos left out" in first
+    assert "4 clips; 9 left out" in first
     reasons = {Path(line.split(": ")[0]).name: line for line in lines}
     assert sorted(reasons) == ["\\udcff.mp4", "blind.mp4", "cut.mp4", "empty.mp4", "moov.mp4",
                                "mute.mp4", "none.mkv", "short.mp4", "text.avi"]
@@ -327,7 +404,15 @@ def test_bad_videos_are_named_and_harm_no_other(stand_in, tmp_path, capsys):
     assert "no sound" in reasons["mute.mp4"]
     assert "7 frames" in reasons["short.mp4"]
     assert len(Clips(tmp_path / "set", "").lengths) == 4
-    assert len(complete(tmp_path / "set")) == 4 * 4 == len(contents(tmp_path / "set")) - 1
+    assert len(complete(tmp_path / "set")) == 4 * 4 + 9 == len(contents(tmp_path / "set")) - 1
+    manifest = (tmp_path / "set/manifest.json").read_bytes()
+    assert len(json.loads(manifest)["left_out"]) == 9
+    shutil.copy(good, root / "text.avi")                       # left out before: not tried again
+    prepare(root, tmp_path / "set")
+    assert (tmp_path / "set/manifest.json").read_bytes() == manifest
+    (tmp_path / "set/clips/text.avi").unlink()
+    prepare(root, tmp_path / "set")
+    assert "5 clips; 8 left out" in capsys.readouterr().out
 
 
 def test_nothing_usable_is_one_error(stand_in, tmp_path, videos):
@@ -372,12 +457,15 @@ def test_labels_come_from_a_table_or_a_folder(emotions, tmp_path):
         "it's: a né dir/12.5.mkv": 8}
 
 
-def test_the_nearest_name_labels_in_any_case():
-    for name, emotion in (
-            ("M003/Angry/1.mp4", 0), ("happy.mp4", 4), ("sad/Happy.MTS", 4), ("X/FEAR/sad/1", 6),
-            ("M003/front/angrily.mp4", 2)):
-        assert data.label_of(Path(name), data.LABELS | {"m003": 2}) == emotion
-    assert data.label_of(Path("clip.mp4"), data.LABELS) == 8
+def test_the_nearest_name_labels_in_any_case_but_a_video_is_not_labelled_by_its_own(tmp_path):
+    (tmp_path / "labels.csv").write_text("clip,emotion\nm003,disgust\n")
+    for row, emotion in (
+            ("sad/Angry/1.mp4,", 0), ("happy.mp4,", 8), ("sad/Happy.MTS,", 6), ("FEAR/sad/1,", 6),
+            ("M003/front/angry/1.mp4,", 2), ("sad/1.mp4,Surprised", 7), ("clip.mp4,", 8)):
+        (tmp_path / "clips.csv").write_text(f"video,emotion\n{row}\n")
+        settings = data.Settings(clips=tmp_path / "clips.csv", labels=tmp_path / "labels.csv")
+        clip, = data.find_clips(settings).values()
+        assert clip["emotion"] == emotion, row
 
 
 @pytest.mark.parametrize("text", [
@@ -406,8 +494,8 @@ def test_the_classifiers_table_labels_what_no_folder_does(
     monkeypatch.setitem(sys.modules, "hsemotion_onnx.facial_emotions", module)
     tool = runpy.run_path(HERE / "tools/hsemotion.py")
     tool["main"]([f"--videos={videos}"])
-    (tmp_path / "labels.csv").write_text(capsys.readouterr().out)
-    labels = emotions(f"--labels={tmp_path}/labels.csv")
+    (tmp_path / "clips.csv").write_text(capsys.readouterr().out)
+    labels = emotions(f"--clips={tmp_path}/clips.csv")
     assert labels["24.mp4"] == 6
     assert labels["late/voice.mp4"] == 6
     assert labels["angry/30.mp4"] == 0

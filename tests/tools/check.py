@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from data import (LABELS, Clips, UsageError, opened, parse_flags, plain, read_labels, run,
-                  table)
+from data import Clips, UsageError, opened, parse_flags, plain, read_labels, run, table
 from moda import EMOTIONS, MOUTH, NO_EMOTION
 
 # mean and standard deviation of some channels, as published with the released model
@@ -63,9 +62,9 @@ def look(path):
 
 def unused(labels, rows):
     """Labels that fit no clip of a manifest."""
-    used = {*LABELS}
+    used = set()
     for row in rows:
-        path = plain(row["clip"])
+        path = plain(row["video"])
         used.update([path, *path.split("/")])
     return sorted(read_labels(labels).keys() - used)
 

@@ -1,25 +1,20 @@
-"""Label videos by HSEmotion, the classifier of the paper (pip install hsemotion-onnx): a table for
+"""Label clips by HSEmotion, the classifier of the paper (pip install hsemotion-onnx): a table for
 data.py.
 
-    python tests/tools/hsemotion.py --videos=DIR > labels.csv
-    python data.py --videos=DIR --labels=labels.csv ...
+    python tests/tools/hsemotion.py --videos=DIR > clips.csv
+    python data.py --videos=DIR --clips=clips.csv ...
 
-One frame in 16 votes. Videos in a folder that names an emotion keep it. A video that cannot be read
-is named on stderr."""
+and --clips=FILE, if there is a table already. One frame in 16 votes. A folder or a table that names
+an emotion is believed. A clip that cannot be read is named on stderr."""
 import csv
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import data
-from moda import NO_EMOTION
+from moda import EMOTIONS, NO_EMOTION
 
-
-@dataclass
-class Settings:
-    videos: str = ""             # folder of talking videos, searched deeply
-    crop: str = ""               # x,y,size: the square around the face; else the central one
+COLUMNS = "video audio start end crop emotion speaker".split()
 
 
 def vote(net, path, crop):
@@ -33,18 +28,20 @@ def vote(net, path, crop):
 
 def main(argv):
     from hsemotion_onnx.facial_emotions import HSEmotionRecognizer
-    settings = Settings()
+    settings = data.Settings()
     data.parse_flags(argv, __doc__, settings)
     net = HSEmotionRecognizer("enet_b0_8_best_vgaf")
-    out = csv.writer(sys.stdout)
-    out.writerow(["clip", "emotion"])
-    for name in data.find_videos(settings.videos):
-        if data.label_of(name, data.LABELS) != NO_EMOTION:
-            continue
+    out = csv.DictWriter(sys.stdout, COLUMNS, extrasaction="ignore")
+    out.writeheader()
+    for row in data.find_clips(settings).values():
+        path = Path(settings.videos, row["video"] + row["span"])
+        emotion = EMOTIONS[row["emotion"]]
         try:
-            out.writerow([name.as_posix(), vote(net, Path(settings.videos, name), settings.crop)])
+            if row["emotion"] == NO_EMOTION:
+                emotion = vote(net, path, row["crop"] or settings.crop)
         except ValueError as error:
             print(error, file=sys.stderr)
+        out.writerow(row | dict(emotion=emotion))
 
 
 if __name__ == "__main__":
