@@ -15,7 +15,6 @@ import re
 import signal
 import sys
 import tempfile
-import weakref
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager, suppress
@@ -61,7 +60,7 @@ def table(text):
 
 
 # --------------------------------------------------------------------------------- sound and video
-CHILDREN = weakref.WeakSet()     # every ffmpeg that was started
+CHILDREN = set()                 # every ffmpeg that was started
 # a user's file may be one of these, but no playlist, which would have ffmpeg read other files
 FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ircam,m4v,matroska,"
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
@@ -378,8 +377,7 @@ def read_ahead(data, model, settings, steps):
         collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
         num_workers=settings.workers,
         multiprocessing_context="fork" if settings.workers and hasattr(os, "fork") else None,
-        worker_init_fn=ignore_sigterm,
-        pin_memory=torch.cuda.is_available())
+        worker_init_fn=ignore_sigterm)
     damaged = 0
     for batch, reports in loader:
         for line in reports:
@@ -387,7 +385,7 @@ def read_ahead(data, model, settings, steps):
         damaged += len(reports)
         if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
             raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
-        yield {name: x.to(model.mean.device, non_blocking=True) for name, x in batch.items()}
+        yield {name: x.to(model.mean.device) for name, x in batch.items()}
 
 
 def moments_of(motions):
@@ -959,7 +957,7 @@ class ToyTalker(Clips):
     """The embedded data set: made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=60, T=200):
-        numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
+        numbers = tqdm(range(clips), f"toy talker, {split}")
         toys = [toy_clip((split != "train", k), T) for k in numbers]
         self.wavs, motions, emotions, identities = zip(*toys)
         self.clips = [(motion, log_mel(wav).numpy(), x_c) for wav, motion, _, x_c in toys]
@@ -982,7 +980,7 @@ def parse_flags(argv, doc, *settings):
 
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is
     wrong; --help prints `doc` and the classes, where every field has a comment."""
-    if "-h" in argv or "--help" in argv:
+    if "--help" in argv:
         print(doc)
         for owner in settings:
             print(inspect.getsource(type(owner)))
@@ -1048,7 +1046,7 @@ def run(main):
         sys.stdout.flush()
         return
     except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        for child in list(CHILDREN):               # which may wait for a silent stdin
+        for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
         if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
             raise                                  # not the user's mistake

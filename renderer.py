@@ -518,8 +518,6 @@ class LivePortrait:
         root = Path(weights_dir)
         if (root / "liveportrait").is_dir():
             root /= "liveportrait"
-        if "animals" in root.name:
-            raise ValueError(f"{root}: these networks know animals only; {GET}")
 
         def folded(network, file):
             return fold_for_inference(load(network, root / file), self.device)

@@ -430,7 +430,7 @@ def evaluate(settings, model, data, training):
     foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
 
     def speak(*given, **other):
-        clips = tqdm([*zip(*given)], "evaluating", leave=False)
+        clips = tqdm([*zip(*given)], "evaluating")
         options = sampling(settings) | other
         return torch.stack([generate(model, *clip, **options) for clip in clips])
 

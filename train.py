@@ -208,12 +208,14 @@ def mean_over_processes(numbers):
 
 
 @torch.no_grad()
-def validate(model, data, settings, expert, teacher):
+def validate(model, data, settings, expert, teacher, autocast):
     """val_loss and the lips' part on the same windows, times, noise and dropped conditions each
     time."""
     total = 0
     for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
-        total = total + torch.stack(loss_terms(model, model, batch, expert, settings.tau, teacher))
+        with autocast:                             # but not the reading
+            terms = loss_terms(model, model, batch, expert, settings.tau, teacher)
+        total = total + torch.stack(terms)
     *terms, lips = mean_over_processes(total / VAL_BATCHES)
     return sum(terms), lips
 
@@ -378,8 +380,7 @@ def main(argv):
         # validate, log and save
         val_loss = val_lips = ""
         if val and is_due(step, settings.eval_every, settings):
-            with autocast:
-                val_loss, val_lips = validate(sampled, val, settings, expert, teacher)
+            val_loss, val_lips = validate(sampled, val, settings, expert, teacher, autocast)
             best = min(best, val_loss)
             bar.set_description(f"val_loss {val_loss:.3f}, val_lips {val_lips:.3f}")
         epochs = step * settings.batch_size * data.frames / data.lengths.sum()

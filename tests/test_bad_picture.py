@@ -51,5 +51,3 @@ def test_a_file_for_the_folder_of_live_portrait(refused):
     refused("portrait --weights=text.txt", "text.txt")
 
 
-def test_the_weights_for_animals(refused):
-    refused("portrait --weights=liveportrait_animals", "animals only")

@@ -546,9 +546,6 @@ def test_a_spoilt_file_is_named_with_its_key(copy, spoil):
 
 def test_other_weights_are_refused(copy):
     refused(["nowhere", "No such file"], LivePortrait, copy / "nowhere")
-    animals = copy / "liveportrait_animals"
-    animals.mkdir()
-    refused(["liveportrait_animals", "animals only"], LivePortrait, animals)
     rewrite(copy / STITCHING, (copy / APPEARANCE).read_bytes())
     refused([STITCHING, "Missing", "mlp.0.weight"], load, StitchingNetwork, copy / STITCHING)
 
