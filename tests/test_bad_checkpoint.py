@@ -139,13 +139,12 @@ def test_nothing_to_resume(refused):
 
 
 def test_the_run_of_another_network_to_resume(refused):
-    words = "ckpt.pt: was trained with other settings"
-    refused("resume --width=64", words, "use another --out_dir")
+    refused("resume --width=64", "not a MoDA that this version knows", "is of shape")
 
 
 def test_the_run_of_an_expert_to_resume(refused):
     shutil.copy("expert.pt", "old/ckpt.pt")
-    refused("resume", "ckpt.pt: was trained with other settings")
+    refused("resume", "not a MoDA that this version knows", "it holds ALSE")
 
 
 def test_a_run_to_resume_without_its_optimizer(refused):

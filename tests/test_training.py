@@ -220,6 +220,8 @@ def test_milestones_are_kept(tmp_path):
 def test_videos_in_mid_training_change_no_number_and_one_that_fails_ends_nothing(
         tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "ToyTalker", lambda split, clips: toy(split, 1))
+    grey = np.full((64, 64, 3), 128, np.uint8)                         # which is soon drawn
+    monkeypatch.setattr(train.sample.Sketch, "frames", lambda *given: [grey] * len(given[2]))
     flags = "--steps=3", "--batch_size=2", "--sample=--steps=1"
     plain = train_here(tmp_path / "plain", *flags)
     assert train_here(tmp_path / "every", *flags, "--sample_every=2") == plain
