@@ -205,6 +205,7 @@ def regroup(pieces, size):
 # 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)
 BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)),
                   np.log([760, 8300]), [0, 41])
+# BANDS is where each of the frequencies lies among the triangles 1 .. 40
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
@@ -218,15 +219,16 @@ def log_mel_blocks(pieces):
     does not matter, and its pauses stay silent."""
     taper = np.hanning(400)                        # 25 ms
     wav = np.zeros(400)
-    second, loudest = [], SILENCE
+    last_second, loudest = [], SILENCE
     for block in regroup(pieces, BLOCK * FRAME):
         silence = np.zeros(BLOCK * FRAME - len(block))
         wav = np.concatenate([wav[HOP - 400:], block, silence])        # 240 samples from before
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
-        second = [*second[-4:], np.mean(block ** 2)]                   # five blocks; one is 0.2 s,
-        loudest = max(np.mean(second), loudest * 10 ** -0.02, SILENCE)                 # or 0.2 dB
-        features = np.log1p(300 * power @ MEL / loudest) / 4           # of speech, about 0 to 1
+        last_second = [*last_second[-4:], np.mean(block ** 2)]         # five blocks; one is 0.2 s,
+        loudest = max(np.mean(last_second), loudest * 10 ** -0.02, SILENCE)            # or 0.2 dB
+        # logarithmic above a 300th of the loudest; of speech, about 0 to 1
+        features = np.log1p(300 * power @ MEL / loudest) / 4
         frames = math.ceil(len(block) / FRAME)
         yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
 
@@ -248,7 +250,9 @@ def feature_blocks(encoder, device):
 
 # --------------------------------------------------------------------------- windows and data sets
 # A data set is a folder: clips/VIDEO/motion.npy (T, 70), audio.npy (T, L, A) in float16,
-# identity.npy (63,), loudness.npy (T,); and manifest.json, which alone knows lengths and labels.
+# identity.npy (63,), loudness.npy (T,), which tests/tools/check.py compares with the mouth; and
+# manifest.json, which alone knows lengths and labels. A clip that was left out is a file in place
+# of a folder, which says why.
 
 def opened(folder, *names):
     """Arrays of a clip; what is looked at is read. ValueError if it is damaged or was left out."""
@@ -336,8 +340,8 @@ class Clips(Dataset):
 def draw_batch(step, data, cfg, settings):
     """This process's part of the batch of a step, and lines about windows that cannot be read.
 
-    Windows, times, noise and dropped conditions are drawn for all processes alike; ten windows for
-    each that is needed, in case some cannot be read."""
+    Windows, times, noise and dropped conditions are drawn for all processes alike; ten candidates
+    for each window, of which the first that can be read is used."""
     generator = torch.Generator().manual_seed((settings.seed * 10**9 + step) % 2**63)
     index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
     drawn = draw(cfg, settings.batch_size, data.frames, generator)
@@ -371,7 +375,8 @@ def read_ahead(data, model, settings, steps):
 
     Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
     what a process reads in a whole training, which for a few steps of validation is any number."""
-    loader = DataLoader(                           # the "data set" is the numbers of steps
+    # the "data set" is the numbers of steps: collate_fn makes a batch of each, in a worker
+    loader = DataLoader(
         steps,
         batch_size=None,
         collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
@@ -449,6 +454,7 @@ def find_clips(settings):
         if row["video"]:                           # a path below clips/, wherever the video lies
             clips[name] = row
         video = Path(plain(row["video"]))
+        # its path, its name, its folders from the nearest on, which may be named after an emotion
         names = [str(video), *video.parts[::-1]]
         found = [labels[key] for key in names if key in labels]
         found += [LABELS[key] for key in (row["emotion"].lower(), *names[2:]) if key in LABELS]
@@ -573,7 +579,7 @@ def prepare(settings):
 
 def begin(path, settings):
     """Begin a manifest, or go on with one; ValueError if it was begun with other settings: another
-    crop or networks, wherever they lie."""
+    crop or networks, by what their files hold. Other places and versions are reported."""
     files = (f"{settings.weights}/base_models/motion_extractor.pth",
              f"{settings.weights}/liveportrait/base_models/motion_extractor.pth",
              settings.audio_encoder, f"{settings.audio_encoder}/pytorch_model.bin")
@@ -595,7 +601,7 @@ def begin(path, settings):
 def complete(folder, manifest, clips):
     """Write the manifest of all clips, prepared now or before, and report.
 
-    Of the first two speakers one is for training, one for validation, then one in 20 validates; who
+    Of speakers the first trains, the second validates, then, by a hash of the name, one in 20; who
     has a split keeps it."""
     clips = {row["clip"]: row for row in manifest["clips"]} | clips
     splits, left_out, rows = manifest["splits"], manifest["left_out"], []
@@ -650,7 +656,7 @@ class AudioEncoder(nn.Module):
     def forward(self, wav):
         """Sound (640 T,) -> the outputs of all L layers, (T, L, A)."""
         x = wav[None, None]
-        for _ in range(2):                         # as released; 40 at once gives other samples
+        for _ in range(2):                         # as released: the mirror is mirrored again
             x = F.pad(x, (20, 20), mode="reflect")
         for conv in self.convs:
             x = F.gelu(conv(x))                                        # (1, channels, 2 T) at last
@@ -871,6 +877,7 @@ def toy_expression(rng, manner, phones, reach):
     before = manner
     if rng.random() < 0.5:                         # the face begins with another emotion
         before = rng.choice(MANNERS)
+    # from 0 to 1 over a second: the share of the emotion that counts from then on
     turned = np.arange(n) / 100 - rng.uniform(0, 1)
     turned = smooth(turned.clip(0, 1), 20)
     for name in CONTROLS:                                              # strong or weak, never still
@@ -957,7 +964,7 @@ class ToyTalker(Clips):
     """The embedded data set: made-up clips of T frames; clip k of a split never changes."""
 
     def __init__(self, split="train", clips=60, T=200):
-        numbers = tqdm(range(clips), f"toy talker, {split}")
+        numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
         toys = [toy_clip((split != "train", k), T) for k in numbers]
         self.wavs, motions, emotions, identities = zip(*toys)
         self.clips = [(motion, log_mel(wav).numpy(), x_c) for wav, motion, _, x_c in toys]
@@ -980,7 +987,7 @@ def parse_flags(argv, doc, *settings):
 
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is
     wrong; --help prints `doc` and the classes, where every field has a comment."""
-    if "--help" in argv:
+    if "-h" in argv or "--help" in argv:
         print(doc)
         for owner in settings:
             print(inspect.getsource(type(owner)))
@@ -1049,7 +1056,7 @@ def run(main):
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
         if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
-            raise                                  # not the user's mistake
+            raise                                  # no lack of memory or of an ffmpeg: ours
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1

@@ -204,7 +204,7 @@ def init_weights(model):
     """Xavier-uniform weights, zero biases; AdaLN begins at zero, so that a block adds nothing, and
     attention on each frame's own moment."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "head.linear":     # that stays PyTorch's
+        if isinstance(layer, nn.Linear) and name != "head.linear":     # PyTorch's initialisation
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
@@ -230,8 +230,8 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """The face's scale over the mean one, where motion grows with it, in scale and translation;
-        else 1: (..., 70) -> factors (..., 70). For absolute motion, see sample.py."""
+        """Factors of a portrait's motion, (..., 70) -> (..., 70): for scale and translation, which
+        grow with the face, its scale over the mean one; 1 for the rest. For absolute motion."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -391,6 +391,7 @@ def reflow(teacher, batch, steps=10):
     Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
     steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Each pair is learned
     at its t and at t = 1, where a single step goes all the way."""
+    # drop_audio and drop_emotion stay in the batch: a student's p_drop is 0
     conditions = {name: batch[name] for name in "audio emotion identity prev".split()}
     velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
     times = euler_times(steps).to(batch["eps"])
@@ -461,7 +462,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
     guidance {c: lambda_c}, "audio+emotion" for both together; t (), the rest as in MoDA.forward
     -> (B, N, 70). All passes are one batch."""
-    weights = {"": 1 + sum(guidance.values())}     # of passes, by what they drop
+    weights = {"": 1 + sum(guidance.values())}     # of passes; "" drops nothing
     for condition, scale in guidance.items():
         if scale:
             weights[condition] = -scale
@@ -501,11 +502,11 @@ def windows(frames, chunk, overlap, emotions):
         raise ValueError(f"overlap={overlap}, chunk={chunk}: should be 0 <= overlap < chunk")
     voice, already_seen, frames_left = [], 0, 0
     frames = iter(frames)
-    for emotion, duration in emotions:
+    for emotion, duration in emotions:             # of a whole number of frames or not
         frames_left += duration                    # and what was left of a frame, to keep in time
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
-            if len(voice) <= already_seen:         # nothing but what the last window had as well
+            if len(voice) <= already_seen:         # only what stream yields of the last window
                 return
             stride = int(min(chunk - overlap, frames_left))
             yield torch.stack(voice), stride, emotion
@@ -539,11 +540,14 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
-    eps = before = tail = torch.empty(0, M)        # there is no window before the first
+    # From window to window: prev, the frame before, conditions the next one; before, the same, is a
+    # neighbour when poses are smoothed again; tail, the frames that both have, as the last one has
+    # them; eps, their noise. Before the first there is none.
+    eps = before = tail = torch.empty(0, M)
 
     for voice, stride, label in windows(audio, chunk, overlap, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # with silence
@@ -601,7 +605,7 @@ def fast_network(model, times, emotions):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
 
     def row(t, emotion):
-        """t (B,), emotion (B,) -> which row it is, (B, 1)."""
+        """t (B,), emotion (B,) -> which row it is, (B, 1): the nearest, for times are floats."""
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, conditions, p=1).argmin(1, keepdim=True)
     network.conditioning = row
@@ -643,7 +647,8 @@ def load_statistics(model, path):
 
 # Regular expressions, applied from top to bottom, each to what the one before made, turn a
 # parameter's name of ours, four.0.paths.1.qkv.weight, into the one in net-200.pth,
-# blocks4.0.attn1.qkv_au1.weight. Streams are called xs (motion) and au or audio there.
+# blocks4.0.attn1.qkv_au1.weight. Streams are called xs (motion) and au or audio there, with a
+# number: four.0.paths.1.adaln -> blocks4.0.au1.adaln -> blocks4.0.audio1.adaln -> and so on.
 RELEASED = [row.split() for row in r"""
     null_audio                          null_audio_feat
     emotion_embedder                    emo_embedder.embedding_table
@@ -685,11 +690,7 @@ def from_released(state, path, **changes):
     state = {key.removeprefix("talking_head_dit."): x for key, x in state.items()}
     for unused in "scheduler.sigmas", "null_motion_feat":
         state.pop(unused, None)
-    with torch.device("meta"):
-        model = MoDA(Config(**RELEASED_CONFIG | changes))
-    model.to_empty(device="cpu")
-    for name, buffer in model.named_buffers():     # no statistics yet: mean 0, std and weight 1
-        buffer.fill_("mean" not in name)
+    model = MoDA(Config(**RELEASED_CONFIG | changes))
     # the authors' nn.Parameter(...).to("cuda") is a plain tensor, and so was never saved
     if "null_audio_feat" not in state:
         generator = torch.Generator().manual_seed(42)

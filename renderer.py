@@ -35,7 +35,7 @@ def rotation(degrees):
     x_c R. Each of the three turns is Rodrigues' formula."""
     angle = degrees.deg2rad()[..., None, None]
     axes = torch.eye(3, device=degrees.device)
-    K = torch.linalg.cross(axes[:, None], axes[None])                  # v @ K[i] is axis i cross v
+    K = torch.linalg.cross(axes[:, None], axes[None])                  # K[i, j]: axis i x axis j
     pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
     return pitch @ yaw @ roll
 
@@ -80,9 +80,9 @@ def checked(motion):
 
 # ------------------------------------------------------------------------- LivePortrait's templates
 # A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so only
-# the three names that an array needs are allowed: one makes an empty array, which the pickle then
-# fills. Of types only numpy's own floats are: a dtype of the file's making could declare its bytes
-# to be pointers, which numpy would follow.
+# the three names that an array needs are allowed. "_reconstruct" makes an empty array, which the
+# pickle then fills; "ndarray" is only handed to it. Of types only numpy's own floats are allowed: a
+# dtype of the file's making could declare its bytes to be pointers, which numpy would follow.
 ARRAY_PARTS = {
     "_reconstruct": lambda *unused: np.empty(0),
     "ndarray": None,
@@ -302,7 +302,8 @@ class DenseMotion(nn.Module):
         super().__init__()
         self.compress = nn.Conv3d(32, 4, 1)
         self.norm = nn.BatchNorm3d(4)
-        # 22 = 21 points and the background; 110 = 22 x (1 + 4); 142 = 110 + 32; 2272 = 142 x 16
+        # 22 = 21 points and the background; 110 = 22 x (1 + 4); 142 = 110 + 32, of the last block
+        # up; 2272 = 142 x 16; the first block up skips nothing: 1024
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
         sizes = (512, 256, 128, 64, 32)            # a block gets 2 n from below and 2 n skipped
@@ -383,7 +384,8 @@ class SpadeGenerator(Chain):
 class SpadeBlock(nn.Module):
     """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same.
 
-    Where n_out is another size: -> (B, n_out, 2 H, 2 W), and a third, conv_s, fits x to it."""
+    up: how many times larger x is than h. Where n_out is another size: -> (B, n_out, 2 H, 2 W),
+    and a third, conv_s, fits x to it."""
 
     def __init__(self, n_in, n_out, up=1):
         super().__init__()
@@ -468,7 +470,8 @@ def transposed(upsample, conv):
     if up == 1:
         return conv
     # A pixel becomes up x up equal ones, each of which adds the flipped kernel, shifted by one:
-    # their sum is up + 2 high and wide. `ones` (up + 2, 3) adds shifted rows, its transpose too.
+    # their sum is up + 2 high and wide. `ones` adds shifted rows, its transpose columns; for up = 2
+    # its rows are 1 0 0, 1 1 0, 0 1 1, 0 0 1.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -645,6 +648,7 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 # a sum of offsets (D and a point's number) or signals, times numbers for right, down and in:
 # "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
+# `find_places` below works the rows out, from the first to the last, and `weighted` each term.
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
     MILD      D1,0,100 D2,0,40
@@ -783,7 +787,8 @@ def weighted(term, known):
 def find_places(x):
     """Keypoints in percent and their offsets, (2, 21, 3) -> all that PLACES names: places (2, 3) in
     percent, signals (2, 1)."""
-    # where 1 goes down 2 goes up, and 20 half as far as 14: unlike mirror images
+    # LivePortrait's offsets of 2 and 20 are no mirror images of those of 1 and 14: where 1 goes
+    # down 2 goes up, and 20 moves half as far. Here they are made to be.
     x[1, [2, 20], 1] *= -1, 2
     known = {}
     for k, twin in enumerate(POINTS[:, 3].astype(int)):
@@ -831,5 +836,5 @@ class Sketch:
                 for _ in range(int(copies)):
                     for side in SIZE * (x + 1):                        # at twice the size
                         draw.polygon([*side[:, :2].flat], colour)
-                    x = 0.8 * x + 0.2 * x.mean(1, keepdims=True)
+                    x = 0.8 * x + 0.2 * x.mean(1, keepdims=True)       # copies make a soft edge
             yield np.asarray(image.reduce(2))

@@ -103,7 +103,7 @@ def open_model(settings, given):
         defaults["motion"] = "absolute"
     if model.cfg.straight:
         defaults["steps"] = 2
-    vars(settings).update(defaults | given)
+    vars(settings).update(defaults | given)        # what Settings has no field for is not used
     if model.cfg.straight and any(guidance_of(settings).values()):
         report(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates")
     if model.std.eq(1).all():
@@ -114,8 +114,8 @@ def open_model(settings, given):
 
 
 def short_chunks(latency):
-    """chunk and overlap that keep a latency in seconds: the first frame of a chunk waits for the
-    sound of its last, chunk - 1 frames, in whole blocks; the time of one frame is left for work."""
+    """chunk and overlap that keep a latency in seconds, of which chunk - 1 frames go by until the
+    last sound of a chunk has come, and one is left for work; sound comes in whole blocks."""
     chunk = int(25 * latency) // BLOCK * BLOCK
     if chunk < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -171,9 +171,10 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # absolute: as the model has it, for `relative` to the portrait itself changes nothing
+    # What motion is measured from, and factors for the size of the face. Absolute: from the
+    # portrait itself, so that `relative` below changes nothing, at the portrait's size.
     neutral, size = portrait, model.size(portrait)
-    if settings.motion != "absolute":              # from a face at rest, in mean pose, to portrait
+    if settings.motion != "absolute":              # relative: from a face at rest, in mean pose
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
     edit = portrait.new_tensor(expression(**controls))
@@ -200,10 +201,10 @@ def make_video(settings, model):
     began = perf_counter()
     sound = Sound(settings.audio_path)
     face, source, place = open_face(settings, model.mean.device)
-    spoken, times, saved = [], [], []
+    spoken, times, saved = [], [], []              # filled by microphone, rendered and motion_of
     stdin = sound.path == "-"
     live = settings.stream or stdin
-    # live sound goes two ways, to the features and through a pipe to the video
+    # live sound goes two ways, to the features and, as a copy, through a pipe to the video
     pipe, copy = os.pipe() if stdin else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
@@ -229,7 +230,7 @@ def make_video(settings, model):
     print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
           f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
-        # the sound began no later than any of these times, so the first of them is the nearest
+        # each is an upper bound of when the sound began, the smallest the tightest
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
         to_motion, to_frame = waits.T.round(2)
@@ -342,7 +343,7 @@ def beginnings(data, count, model):
 def seven_frames(audio):
     """Features (K, T, L, A) of each frame and three on either side, a mean over layers; ones beside
     them and beyond the ends: (K, T, 7 A + 7)."""
-    padded = F.pad(audio.mean(2), (0, 1, 3, 3), value=1)
+    padded = F.pad(audio.mean(2), (0, 1, 3, 3), value=1)               # a channel of ones: the bias
     return padded.unfold(1, 7, 1).flatten(2)
 
 
@@ -380,6 +381,7 @@ def compare(z, truth, std):
         moved = centred.diff(order, dim=2) * std
         true, ours = moved[..., channels].abs().mean((1, 2, 3))
         row[name] = ours / true
+    # the standard deviation of how differently heads turn
     row["heads apart"] = both[..., ROT].diff(dim=0).std()
     frames = torch.cat([both[:, :, 1:], both.diff(dim=2)], -1)         # (2, K, T - 1, 140)
     row["Frechet"] = frechet(*frames.flatten(1, 2))
@@ -410,7 +412,7 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in CONTROLS}                  # (8,) each
+    held = {name: MANNERS[name] for name in CONTROLS}                  # (8,) each, of the emotions
     prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean()
@@ -430,7 +432,7 @@ def evaluate(settings, model, data, training):
     foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
 
     def speak(*given, **other):
-        clips = tqdm([*zip(*given)], "evaluating")
+        clips = tqdm([*zip(*given)], "evaluating", leave=False)
         options = sampling(settings) | other
         return torch.stack([generate(model, *clip, **options) for clip in clips])
 

@@ -66,7 +66,7 @@ class Settings:
     save_every: int = 250        # steps; the last two are kept, ckpt.pt and previous.pt
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
     eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
-    eval_clips: int = 12         # val clips of the toy, also for the table at the end; 0 = none
+    eval_clips: int = 12         # val clips of the toy, for a table at the end; 0: one, no table
     sample_every: int = 0        # steps; videos samples/STEP.mp4 by the model so far; 0 = none
     sample: str = ""             # flags of sample.py for them; but for the toy, --audio_path
     seed: int = 1                # of the weights and all that is drawn
@@ -121,7 +121,8 @@ def open_data(settings):
         return data, None
 
 
-# of a run; the second counts if killed between two renames, the third before it saved the first
+# of a run, the first of which counts that exists: ckpt.pt is missing between the two renames of a
+# save, and both are until the first one
 CHECKPOINTS = "ckpt.pt", "previous.pt", "best.pt"
 
 
@@ -130,6 +131,7 @@ def find_run(out, settings):
     paths = [out / name for name in CHECKPOINTS]
     saved = [path for path in paths if path.exists()]
     if settings.init_from == "resume" or settings.init_from == "auto" and saved:
+        # paths: one that is missing, for the message
         return read_checkpoint([*saved, *paths][0], "nothing to resume")
     if saved and not settings.overwrite:
         raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
@@ -252,7 +254,7 @@ def save_run(out, settings, parts, step, stop, best, improved, val):
     if is_due(step, settings.keep_every, settings):
         save(out / f"ckpt-{step}.pt", state)
     sampling = is_due(step, settings.sample_every, settings)
-    # the last, for a run that goes on from it will not save the others again
+    # ckpt.pt is the last: after a kill before it the run saves the others again
     if stop or sampling or is_due(step, settings.save_every, settings):
         save(out / "ckpt.pt", state, keep="previous.pt")
     if sampling:
@@ -319,20 +321,21 @@ def main(argv):
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
         model = kind(cfg)
+        if kind is MoDA:
+            model.x_c_mean[:], model.x_c_std[:] = data.x_c_moments
     else:
         model = kind.from_pretrained(start, **changes)
     if settings.stats:
         load_statistics(model, settings.stats)
     elif model.std.eq(1).all():                    # it has none yet
         model.mean[:], model.std[:] = data.moments
-        if kind is MoDA:
-            model.x_c_mean[:], model.x_c_std[:] = data.x_c_moments
     model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     parts = dict(model=model, optimizer=optimizer)                     # of a checkpoint
     if settings.ema:
         parts["ema"] = copy.deepcopy(model).requires_grad_(False)
-    sampled = parts.get("ema", model)
+    sampled = parts.get("ema", model)              # the average, or without one the model itself
+    # popped, for it takes a gigabyte or more
     first_step, best = resume(found.pop(), parts, settings)
     net = wrapped(model, settings)
 
@@ -384,6 +387,7 @@ def main(argv):
             best = min(best, val_loss)
             bar.set_description(f"val_loss {val_loss:.3f}, val_lips {val_lips:.3f}")
         epochs = step * settings.batch_size * data.frames / data.lengths.sum()
+        # steps count from 0, a checkpoint's number is how many are done
         row = step - 1, loss, *terms, lips, norm, rate, seconds, waiting, epochs, val_loss, val_lips
         print(*row, sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, epoch {epochs:.1f}, "

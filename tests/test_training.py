@@ -494,6 +494,14 @@ def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model):
     assert read_checkpoint(first)["config"] == begun
 
 
+def test_statistics_of_motion_from_a_file_leave_those_of_faces(tmp_path):
+    torch.save(dict(mean=torch.zeros(70), std=torch.full((70,), 2.0)), tmp_path / "mean.pt")
+    train_here(tmp_path, "--steps=1", "--batch_size=2", f"--stats={tmp_path}/mean.pt")
+    model = MoDA.from_pretrained(tmp_path / "ckpt.pt")
+    assert (model.std == 2).all()
+    assert (model.x_c_std < 0.1).all()                         # faces differ by less
+
+
 def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(tmp_path):
     teacher = build.model()
     teacher.mean[:], teacher.std[:] = toy("train", 4).moments
