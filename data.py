@@ -202,10 +202,10 @@ def regroup(pieces, size):
         yield waiting
 
 
-# 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40)
+# MEL: 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40); BANDS:
+# where each of the 257 frequencies lies among the triangles 1 .. 40
 BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)),
                   np.log([760, 8300]), [0, 41])
-# BANDS is where each of the frequencies lies among the triangles 1 .. 40
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
@@ -225,8 +225,9 @@ def log_mel_blocks(pieces):
         wav = np.concatenate([wav[HOP - 400:], block, silence])        # 240 samples from before
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
-        last_second = [*last_second[-4:], np.mean(block ** 2)]         # five blocks; one is 0.2 s,
-        loudest = max(np.mean(last_second), loudest * 10 ** -0.02, SILENCE)            # or 0.2 dB
+        last_second = [*last_second[-4:], np.mean(block ** 2)]         # five blocks of 0.2 s
+        # a power that fades by 0.2 dB a block
+        loudest = max(np.mean(last_second), loudest * 10 ** -0.02, SILENCE)
         # logarithmic above a 300th of the loudest; of speech, about 0 to 1
         features = np.log1p(300 * power @ MEL / loudest) / 4
         frames = math.ceil(len(block) / FRAME)
@@ -454,7 +455,8 @@ def find_clips(settings):
         if row["video"]:                           # a path below clips/, wherever the video lies
             clips[name] = row
         video = Path(plain(row["video"]))
-        # its path, its name, its folders from the nearest on, which may be named after an emotion
+        # its path, its name, its folders from the nearest on. The emotion: by the labels, whatever
+        # they name; else the row's own; else that of a folder
         names = [str(video), *video.parts[::-1]]
         found = [labels[key] for key in names if key in labels]
         found += [LABELS[key] for key in (row["emotion"].lower(), *names[2:]) if key in LABELS]
@@ -489,21 +491,23 @@ def extract(row, settings, face, features):
     path = Path(settings.videos, row["video"])
     sound = Path(settings.videos, row["audio"])
     wav = load_audio(f"{sound}{row['span']}")
-    motion, x_c = [], []
+    # in one place, for small arrays that stay between large ones that go break memory up
+    frames = torch.empty(len(wav) // FRAME, M + 63)
+    T = 0
     for images in pictures(f"{path}{row['span']}", row["crop"] or settings.crop):
         heads = face.M(images.to(face.device).movedim(-1, 1) / 255)
-        motion.append(to_motion(heads).cpu())
-        x_c.append(heads["kp"].cpu())
-    motion = torch.cat(motion)
-    T = min(len(motion), len(wav) // FRAME)
+        part = torch.cat([to_motion(heads), heads["kp"]], 1)[:len(frames) - T]
+        frames[T:T + len(part)] = part
+        T += len(part)
+    motion, x_c = frames[:T].split([M, 63], 1)
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     wav = wav[:T * FRAME]
     # the sound in one, for features depend on where it is cut; identity is the mean of all frames
     return dict(
-        motion=[motion[:T]],
+        motion=[motion.contiguous()],
         audio=(block.half() for block in features([wav])),
-        identity=[torch.cat(x_c)[:T].mean(0)],
+        identity=[x_c.mean(0)],
         loudness=[log_mel(wav).mean((1, 2))])
 
 
@@ -614,6 +618,7 @@ def complete(folder, manifest, clips):
             continue
         left_out.pop(name, None)
         speaker = row["speaker"]
+        # the first of all speakers trains, the second validates, then the hash decides
         lot = zlib.crc32(os.fsencode(speaker)) % 20
         splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
         rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
@@ -656,7 +661,7 @@ class AudioEncoder(nn.Module):
     def forward(self, wav):
         """Sound (640 T,) -> the outputs of all L layers, (T, L, A)."""
         x = wav[None, None]
-        for _ in range(2):                         # as released: the mirror is mirrored again
+        for _ in range(2):                         # 80 samples more make 2 T frames; as released
             x = F.pad(x, (20, 20), mode="reflect")
         for conv in self.convs:
             x = F.gelu(conv(x))                                        # (1, channels, 2 T) at last
@@ -736,8 +741,9 @@ def encoder_tensors(file):
 # A made-up talker in LivePortrait's own 70 numbers: syllables of a formant synthesiser, and the
 # motion of mouth, head, brows and lids that belongs to them. Emotion and identity act on both.
 
-# The controls are sliders for expressions in LivePortrait's own numbers: by how many thousandths a
-# channel, 3 point + axis, moves per unit of each. Point and axis stand behind them.
+# Controls are LivePortrait's sliders for expressions (aaa opens the mouth, eee widens and woo
+# rounds it). A row: by how many thousandths one of the 63 channels, 3 point + axis, moves per unit
+# of each control; point and axis stand behind it.
 MOVES = table("""
     channel  aaa  eee  woo  smile  brow  frown  blink  sneer  smirk
     58       1    0    0    0      0     0      0      0      0        # 19 y

@@ -40,7 +40,7 @@ class Config:
     audio_dim: int = 768         # channels of a layer
     p_drop_audio: float = 0.5    # condition dropout in training (Sec. 4.1.2), for guidance (Eq. 8)
     p_drop_emotion: float = 0.1  # the same for emotion
-    focus: float = 1.0           # weight of lips and head in Eq. 4 and 5; the other channels have 1
+    focus: float = 1.0           # our weight of lips and head in Eq. 4 and 5; other channels: 1
     # how it is sampled, unless sample.py is given something else
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
@@ -201,10 +201,10 @@ class Head(nn.Module):
 
 
 def init_weights(model):
-    """Xavier-uniform weights, zero biases; AdaLN begins at zero, so that a block adds nothing, and
-    attention on each frame's own moment."""
+    """Xavier-uniform weights and zero biases. AdaLN begins at zero, so that a block adds nothing;
+    attention begins on each frame's own moment."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "head.linear":     # PyTorch's initialisation
+        if isinstance(layer, nn.Linear) and name != "head.linear":     # which stays as it is
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
@@ -506,7 +506,7 @@ def windows(frames, chunk, overlap, emotions):
         frames_left += duration                    # and what was left of a frame, to keep in time
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
-            if len(voice) <= already_seen:         # only what stream yields of the last window
+            if len(voice) <= already_seen:         # only the overlap, which stream yields
                 return
             stride = int(min(chunk - overlap, frames_left))
             yield torch.stack(voice), stride, emotion
@@ -566,7 +566,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
         yield ready[:stride]
         prev = before = motion[stride - 1:stride]  # the frame before the next window,
-        tail = motion[stride:stride + overlap]     # the frames that both have, as this one has them
+        tail = motion[stride:stride + overlap]     # the frames that both have, from this one
         eps = eps[stride:]                         # and their noise
     if not len(before):
         raise ValueError("the audio has no frames")

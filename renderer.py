@@ -316,8 +316,9 @@ class DenseMotion(nn.Module):
 
     def forward(self, f, x_s, x_d):
         """f (B, 32, 16, 64, 64), keypoints x_s of the source and x_d, driving, (B, 21, 3)."""
-        points = F.pad(torch.stack([x_s, x_d]), (0, 0, 1, 0))          # (2, B, 22, 3); the first
-        shift = points[0] - points[1]                                  # is 0, of the background
+        # a first point of 0 stands for the background, which does not move
+        points = F.pad(torch.stack([x_s, x_d]), (0, 0, 1, 0))          # (2, B, 22, 3)
+        shift = points[0] - points[1]                                  # (B, 22, 3)
         still = torch.eye(3, 4, device=f.device)[None]
         grid = F.affine_grid(still, f[:1].shape, align_corners=True)   # (1, 16, 64, 64, 3)
         distance = torch.cdist(points, grid.flatten(1, 3))             # (2, B, 22, 16 * 64 * 64)
@@ -384,8 +385,8 @@ class SpadeGenerator(Chain):
 class SpadeBlock(nn.Module):
     """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same.
 
-    up: how many times larger x is than h. Where n_out is another size: -> (B, n_out, 2 H, 2 W),
-    and a third, conv_s, fits x to it."""
+    up: how many times larger than h the result is. Where n_out is another size: -> (B, n_out, 2 H,
+    2 W), and a third, conv_s, fits x to it."""
 
     def __init__(self, n_in, n_out, up=1):
         super().__init__()
@@ -517,7 +518,6 @@ class LivePortrait:
         if compiled:
             self.render = torch.compile(self.render, dynamic=False)
         self.batch = 8 if self.device.type == "cuda" else 1            # a CPU gains little
-        keep_memory()
         root = Path(weights_dir)
         if (root / "liveportrait").is_dir():
             root /= "liveportrait"
@@ -547,6 +547,7 @@ class LivePortrait:
 
     def frames(self, source, motion, stitch=True):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), `batch` at a time."""
+        keep_memory()                              # not before: M alone, on hours of video, grows
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
         for part in x_d.split(self.batch):

@@ -121,8 +121,8 @@ def open_data(settings):
         return data, None
 
 
-# of a run, the first of which counts that exists: ckpt.pt is missing between the two renames of a
-# save, and both are until the first one
+# A run goes on from the first of these that exists. A kill between the two renames of a save leaves
+# no ckpt.pt, and one before the first save none of the first two.
 CHECKPOINTS = "ckpt.pt", "previous.pt", "best.pt"
 
 
@@ -157,8 +157,8 @@ def resume(state, parts, settings):
 
 
 def open_log(out, first_step, kind):
-    """log.csv, which keeps the rows of the steps before first_step; a new run, now that nothing of
-    an earlier one will be read any more, removes its checkpoints."""
+    """log.csv, which keeps the rows of the steps before first_step. A new run also deletes the
+    checkpoints of the one that it overwrites: here, when all is loaded and nothing can fail."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -183,7 +183,7 @@ def loss_terms(net, model, batch, expert, tau, teacher):
     them; expert: from load_expert, or None; teacher: a MoDA whose paths are to be made straight, or
     None."""
     if isinstance(model, ALSE):
-        late = int(3 + 27 * batch["t"][0])         # frames; an expert has no other use for t
+        late = int(3 + 27 * batch["t"][0])         # 3 to 29 frames; t is the step's random number
         # net in place of self, for DDP has to see the forward pass
         loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
         return loss, loss.detach()                 # an expert knows nothing but lips
