@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import tempfile
+import weakref
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager, suppress
@@ -60,7 +61,7 @@ def table(text):
 
 
 # --------------------------------------------------------------------------------- sound and video
-CHILDREN = set()                 # every ffmpeg that was started
+CHILDREN = weakref.WeakSet()     # every ffmpeg that was started
 # a user's file may be one of these, but no playlist, which would have ffmpeg read other files
 FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ircam,m4v,matroska,"
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")

@@ -483,7 +483,8 @@ def transposed(upsample, conv):
 
 def keep_memory():
     """Let glibc keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD): to return it and fetch it again
-    costs a twentieth of the time on a CPU. Other systems have no mallopt."""
+    costs a twentieth of a frame's time on a CPU, and a third of M's. Other systems have no mallopt.
+    """
     if hasattr(ctypes.pythonapi, "mallopt"):
         ctypes.pythonapi.mallopt(-4, 0)
         ctypes.pythonapi.mallopt(-1, 2**31 - 1)
@@ -518,6 +519,7 @@ class LivePortrait:
         if compiled:
             self.render = torch.compile(self.render, dynamic=False)
         self.batch = 8 if self.device.type == "cuda" else 1            # a CPU gains little
+        keep_memory()
         root = Path(weights_dir)
         if (root / "liveportrait").is_dir():
             root /= "liveportrait"
@@ -547,7 +549,6 @@ class LivePortrait:
 
     def frames(self, source, motion, stitch=True):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), `batch` at a time."""
-        keep_memory()                              # not before: M alone, on hours of video, grows
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
         for part in x_d.split(self.batch):
