@@ -35,7 +35,7 @@ from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
 from PIL import Image
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moda import EMOTIONS, NO_EMOTION, M, draw, load_strictly, read_checkpoint
@@ -67,6 +67,10 @@ FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ir
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
 # what starts late or has gaps is filled with silence, to stay in step
 FILTERS = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
+# of nine channels, say, nobody knows which is where: every second one goes to the left
+MANY = ("aresample=async=1:first_pts=0,pan=stereo"
+        "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
+        "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
 # H.264 and AAC; colours as players take them to be, and tagged
 CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -vf "
           "scale=out_color_matrix=bt709:out_range=tv,setparams=range=tv:colorspace=bt709:"
@@ -124,12 +128,16 @@ class Sound:
     and lest the mean of two channels cancels them: then the louder one is taken. "-" is stdin,
     mono, of unknown length. ValueError: there is no sound."""
 
-    frames, column = None, 0
+    frames, column, filters = None, 0, FILTERS
 
     def __init__(self, path):
         self.path = path
         if path == "-":
             return
+        try:
+            next(self.blocks())
+        except ValueError:
+            self.filters = MANY
         n, power = 0, np.zeros(3)
         for block in self.blocks():
             if not np.isfinite(block).all():
@@ -145,7 +153,7 @@ class Sound:
 
     def blocks(self):
         """Columns (n, 3): the channels' mean, the left one, the right one."""
-        options = f"-af {FILTERS},pan=3c|c0<c0+c1|c1=c0|c2=c1 -ar {RATE} -f f32le"
+        options = f"-af {self.filters},pan=3c|c0<c0+c1|c1=c0|c2=c1 -ar {RATE} -f f32le"
         for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
             yield np.frombuffer(piece, np.float32).reshape(-1, 3)
 
@@ -167,10 +175,12 @@ def appearing(path):
     if not path.suffix:
         yield path
         return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder, path.name)
+    part = path.with_name(f"part-{path.name}")
+    try:
         yield part
         part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_video(path, frames, sound, pipe=None):
@@ -182,7 +192,7 @@ def write_video(path, frames, sound, pipe=None):
         target = "-tune zerolatency -f mpegts -".split()
     pipes = [pipe] if pipe else []
     voice = source(sound.path, f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe}")
-    options = f"-f ppm_pipe -framerate 25 -i - -af {FILTERS} {CODING}"
+    options = f"-f ppm_pipe -framerate 25 -i - -af {sound.filters} {CODING}"
     with ffmpeg(f"{path.name}: could not be written", "-vn", "-sn", "-dn", *voice,
                 *options.split(), *target, stdin=PIPE, pass_fds=pipes) as encoder:
         for pipe in pipes:
@@ -266,28 +276,27 @@ def opened(folder, *names):
                          "again") from None
 
 
-def read_frames(folder, name, kind, T, start, n):
-    """Frames start .. start + n of the T in an array of a clip, with less work than `opened`."""
-    path, frame = folder / f"{name}.npy", np.dtype(kind)
+def read_frames(path, frames, start, T):
+    """Fill an array with the frames from `start` on, of T in a clip's .npy file; ValueError or
+    OSError: it is damaged."""
     header = 128                                   # bytes, as np.save writes it
-    try:
-        frames = np.fromfile(path, frame, n, offset=header + start * frame.itemsize)
-        total = torch.from_numpy(frames).sum(dtype=torch.float32)
-        if path.stat().st_size != header + T * frame.itemsize or not total.isfinite():
-            raise ValueError(f"{name} is of another size, or not finite")
-        return frames
-    except Exception as error:
-        raise ValueError(f"{folder}: cannot be used ({error}); delete it and prepare the data "
-                         "again") from None
+    frame = frames[0].nbytes
+    with open(path, "rb", buffering=0) as file:
+        file.seek(header + start * frame)
+        file.readinto(frames)
+    # row by row: one sum of all would take longer than the reading
+    finite = torch.from_numpy(frames).sum(-1).isfinite().all()
+    if path.stat().st_size != header + T * frame or not finite:
+        raise ValueError(f"{path.stem} is of another size, or not finite")
 
 
-class Clips(Dataset):
+class Clips:
     """Windows of 1 + 80 consecutive frames (Sec. 4.1.2) of the clips that data.py prepared.
 
     An item: motion (80, 70) and prev (70,), the frame before, in LivePortrait units; audio
     (80, L, A) in float16; emotion; identity (63,). ValueError names a clip that cannot be read."""
 
-    frames = 80
+    frames, audio_type = 80, "f2"
 
     def __init__(self, folder, split="train"):
         """The "train" or "val" clips of a data set, or "" for both; ValueError if it is damaged."""
@@ -305,8 +314,8 @@ class Clips(Dataset):
         """What every kind of data set knows of its clips, without opening them."""
         self.lengths = np.array([row["frames"] for row in rows])
         self.emotion = [row["emotion"] for row in rows]
-        L, A = map(int, audio_shape)
-        self.audio_shape = L, A
+        self.voices = [row.get("voice") for row in rows]               # files
+        L, A = self.audio_shape = tuple(map(int, audio_shape))
         self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion,
         self.x_c_moments = torch.tensor(x_c_moments).view(2, 63)       # and of the faces
         windows = np.maximum(self.lengths - self.frames, 0)
@@ -314,29 +323,47 @@ class Clips(Dataset):
         if not len(self):
             raise ValueError("none is listed that is as long as a window")
 
-    def arrays(self, k, start=0, n=None):
-        """motion (n, 70), audio (n, L, A), identity (63,) of n frames of a clip, or of all."""
+    def read(self, k, start, motion, audio, identity):
+        """Fill motion (1 + n, 70), audio (n, L, A), the first frame's left out, identity (63,)."""
         folder, T = self.names[k], self.lengths[k]
-        frames = T, start, n or T
-        motion = read_frames(folder, "motion", ("f4", M), *frames)
-        audio = read_frames(folder, "audio", ("f2", self.audio_shape), *frames)
-        identity = read_frames(folder, "identity", "f4", 63, 0, 63)
-        return motion, audio, identity
+        read_frames(folder / "motion.npy", motion, start, T)
+        read_frames(folder / "audio.npy", audio, start + 1, T)
+        read_frames(folder / "identity.npy", identity, 0, 63)
+
+    def windows(self, rows, damaged, frames=80):
+        """A batch of windows: for each row of numbers the first one that can be read. Lines about
+        those before it go to the list `damaged`; ValueError: a row has none."""
+        n = len(rows)
+        motion = np.empty((n, 1 + frames, M), "f4")
+        audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
+        identity = np.empty((n, 63), "f4")
+        emotion = []
+        # clips are read straight into the batch, for to copy them takes as long
+        for row, *window in zip(rows, motion, audio, identity):
+            for i in row:
+                k = np.searchsorted(self.first, i, side="right") - 1
+                try:
+                    self.read(k, i - self.first[k], *window)
+                    emotion.append(self.emotion[k])
+                    break
+                except (ValueError, OSError) as error:
+                    damaged.append(f"{self.names[k]}: cannot be used ({error}); delete it and "
+                                   "prepare the data again")
+        if len(emotion) < n:
+            raise ValueError(damaged[-1])
+        batch = dict(
+            motion=motion[:, 1:],
+            prev=motion[:, 0],
+            audio=audio,
+            identity=identity,
+            emotion=np.array(emotion))
+        return {name: torch.from_numpy(x) for name, x in batch.items()}
 
     def __len__(self):
         return self.first[-1]
 
     def __getitem__(self, i):
-        k = np.searchsorted(self.first, i, side="right") - 1
-        start = i - self.first[k]
-        arrays = self.arrays(k, start, 1 + self.frames)
-        motion, audio, identity = map(torch.from_numpy, arrays)
-        return dict(
-            motion=motion[1:],
-            prev=motion[0],
-            audio=audio[1:],
-            identity=identity,
-            emotion=self.emotion[k])
+        return {name: x[0] for name, x in self.windows([[i]], []).items()}
 
 
 def draw_batch(step, data, cfg, settings):
@@ -348,23 +375,13 @@ def draw_batch(step, data, cfg, settings):
     index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
     drawn = draw(cfg, settings.batch_size, data.frames, generator)
     damaged = []
-    mine = index.chunk(WORLD)[RANK]
-    windows = [readable(data, row, damaged) for row in mine.tolist()]
-    if None in windows:
+    try:
+        batch = data.windows(index.chunk(WORLD)[RANK].tolist(), damaged)
+    except ValueError:
         return None, damaged
-    batch = default_collate(windows)
     for name, x in drawn.items():
         batch[name] = x.chunk(WORLD)[RANK].clone()              # a worker would pass it whole
     return batch, damaged
-
-
-def readable(data, candidates, damaged):
-    """The first window that can be read; a line about each before it to `damaged`."""
-    for i in candidates:
-        try:
-            return data[i]
-        except ValueError as error:
-            damaged.append(str(error))
 
 
 def ignore_sigterm(worker):
@@ -463,7 +480,8 @@ def find_clips(settings):
         found += [LABELS[key] for key in (row["emotion"].lower(), *names[2:]) if key in LABELS]
         row["emotion"] = [*found, NO_EMOTION][0]
         row["speaker"] = row["speaker"] or names[-1]
-        row["audio"] = row["audio"] or row["video"]
+        voice = Path(settings.videos, row["audio"] or row["video"]).absolute()
+        row["voice"] = f"{voice}{row['span']}"
     if not clips:
         raise ValueError(f"{settings.clips or settings.videos}: no videos there; "
                          f"looked for {VIDEOS}")
@@ -490,8 +508,7 @@ def pictures(path, crop, batch=16):
 def extract(row, settings, face, features):
     """The arrays of a clip, in blocks; ValueError if it cannot be used."""
     path = Path(settings.videos, row["video"])
-    sound = Path(settings.videos, row["audio"])
-    wav = load_audio(f"{sound}{row['span']}")
+    wav = load_audio(row["voice"])
     # in one place, for small arrays that stay between large ones that go break memory up
     frames = torch.empty(len(wav) // FRAME, M + 63)
     T = 0
@@ -512,20 +529,15 @@ def extract(row, settings, face, features):
         loudness=[log_mel(wav).mean((1, 2))])
 
 
-def save(path, state, keep=None, write=torch.save):
-    """Write a file so that neither crash nor full disk harms the one there, kept as `keep`."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp")
+def save(path, state, write=torch.save):
+    """Write a file so that neither crash nor full disk harms the one that it replaces."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(state, part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            path.replace(path.with_name(keep))
-        part.replace(path)
+        with appearing(path) as part:
+            write(state, part)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:       # torch.save's
-        part.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be saved ({error}); an earlier one stays") from None
 
 
@@ -970,6 +982,8 @@ def toy_room(rng, wav):
 class ToyTalker(Clips):
     """The embedded data set: made-up clips of T frames; clip k of a split never changes."""
 
+    audio_type = "f4"
+
     def __init__(self, split="train", clips=60, T=200):
         numbers = tqdm(range(clips), f"toy talker, {split}", leave=False)
         toys = [toy_clip((split != "train", k), T) for k in numbers]
@@ -978,10 +992,12 @@ class ToyTalker(Clips):
         rows = [dict(frames=T, emotion=emotion) for emotion in emotions]
         self.index(rows, (1, 160), moments_of(motions), moments_of([identities]))
 
-    def arrays(self, k, start=0, n=None):
-        motion, audio, identity = self.clips[k]
-        frames = slice(start, n and start + n)
-        return motion[frames], audio[frames], identity
+    def read(self, k, start, motion, audio, identity):
+        end = start + len(motion)
+        whole = self.clips[k]
+        motion[:] = whole[0][start:end]
+        audio[:] = whole[1][start + 1:end]
+        identity[:] = whole[2]
 
 
 # ------------------------------------------------------------------------------- the command lines

@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import torch
 import torch.nn as nn
@@ -479,11 +479,10 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps):
-    """The times at which steps begin, from 1, noise, on: `steps` equal ones, or the given list."""
-    times = steps if isinstance(steps, list) else [1 - k / steps for k in range(steps)]
-    if not times:
-        raise ValueError(f"steps={steps} should be 1 or more, or times from 1 down")
-    return torch.tensor(times)
+    """The times at which equal steps from 1, noise, to 0, motion, begin."""
+    if steps < 1:
+        raise ValueError(f"steps={steps}: should be 1 or more")
+    return 1 - torch.arange(steps) / steps
 
 
 def euler(velocity, z, times):
@@ -493,14 +492,12 @@ def euler(velocity, z, times):
     return z                                       # the minus leads to data
 
 
-def windows(frames, chunk, overlap, emotions):
+def windows(frames, chunk, overlap, past, emotions):
     """Cut a voice, as it arrives, into windows: yields (voice, stride, emotion).
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later. emotions: [(label,
     frames), ...]; a new one begins a new window, if more than the overlap of the last is left."""
-    if not 0 <= overlap < chunk:
-        raise ValueError(f"overlap={overlap}, chunk={chunk}: should be 0 <= overlap < chunk")
-    voice, already_seen, frames_left = [], 0, 0
+    voice, already_seen, frames_left = [], past, 0
     frames = iter(frames)
     for emotion, duration in emotions:             # of a whole number of frames or not
         frames_left += duration                    # and what was left of a frame, to keep in time
@@ -517,20 +514,24 @@ def windows(frames, chunk, overlap, emotions):
 
 @torch.inference_mode()
 def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidance=None,
-           chunk=100, overlap=16, seed=0, noise=(), smooth=False):
+           chunk=100, overlap=16, past=0, seed=0, noise=(), smooth=False):
     """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
 
     audio    (T, L, A), or an iterable of its frames (L, A) as they arrive
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, the portrait's own
     emotion  0..8, or a list of (emotion, frames), one after the other, the last to the end
-    steps    number of equal Euler steps, or a list of times from 1 down; else 10, or 2 if straight
+    steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once, the last filled up with silence
-    overlap  so many of them fade into the next chunk
+    overlap  so many of them are sampled again in the next chunk, into which they fade,
+    past     but for so many that stay, for the next to go on from; before the voice is silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks, as released
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
+    if not 0 <= past <= overlap < chunk:
+        raise ValueError(f"past={past}, overlap={overlap}, chunk={chunk}: should be 0 <= past <= "
+                         "overlap < chunk")
     if steps is None:
         steps = 2 if model.cfg.straight else 10
     if guidance is None:
@@ -543,13 +544,13 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.linspace(1, 0, overlap + 1)[:-1, None]                # 1, 1 - 1 / overlap .. > 0
-    # From window to window: prev, the frame before, conditions the next one; before, the same, is a
-    # neighbour when poses are smoothed again; tail, the frames that both have, as the last one has
-    # them; eps, their noise. Before the first there is none.
+    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # above 1 for the past
+    silence = torch.zeros(past, model.cfg.audio_layers, model.cfg.audio_dim)
+    # from window to window: prev, the frame before, conditions the next one; before, the same, is a
+    # neighbour when poses are smoothed again; tail, the frames that both have; eps, their noise
     eps = before = tail = torch.empty(0, M)
 
-    for voice, stride, label in windows(audio, chunk, overlap, emotions):
+    for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # with silence
         velocity = partial(guided_velocity, network, audio=padded[None],
                            emotion=torch.tensor([label], device=times.device),
@@ -560,18 +561,18 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
-        motion[:len(tail)].lerp_(tail, fade[:len(tail)])
+        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))
         ready = motion[:len(voice)]
         if smooth:                                 # again, with the neighbour of its first frame
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
-        yield ready[:stride]
-        prev = before = motion[stride - 1:stride]  # the frame before the next window,
-        tail = motion[stride:stride + overlap]     # the frames that both have, from this one
-        eps = eps[stride:]                         # and their noise
+        yield ready[past:past + stride]
+        prev = before = motion[stride - 1:stride]
+        tail = motion[stride:stride + overlap]
+        eps = eps[stride:]
     if not len(before):
         raise ValueError("the audio has no frames")
-    if len(ready) > stride:                        # the last window's overlap has no successor
-        yield ready[stride:]
+    if len(ready) > past + stride:                 # the last window's overlap has no successor
+        yield ready[past + stride:]
 
 
 def generate(*args, **kwargs):
@@ -693,8 +694,8 @@ def from_released(state, path, **changes):
     model = MoDA(Config(**RELEASED_CONFIG | changes))
     # the authors' nn.Parameter(...).to("cuda") is a plain tensor, and so was never saved
     if "null_audio_feat" not in state:
-        generator = torch.Generator().manual_seed(42)
-        state["null_audio_feat"] = torch.randn(model.cfg.audio_dim, generator=generator)
+        torch.manual_seed(42)
+        state["null_audio_feat"] = torch.randn(model.cfg.audio_dim)
         print(f"{path}: holds no null_audio_feat, one was drawn")
     places = {released_name(name): value.detach() for name, value in model.named_parameters()}
     load_strictly(places, state)

@@ -64,7 +64,8 @@ class Settings:
     cfg_both: float = 0.0        # and by both dropped together
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
-    overlap: int = 16            # so many of them fade into the next chunk
+    overlap: int = 16            # so many of them are in the next chunk as well, and fade into it
+    past: int = 0                # but for the first ones, which stay
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
@@ -85,7 +86,7 @@ EFFECTS = {
     "with --weights": "crop paste_back",
     "with --eval": "alse data_dir",
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
-                             "chunk overlap smooth latency stream",
+                             "chunk overlap past smooth latency stream",
     "without --pairs": "audio_path image_path emotion save_motion",
     "without --eval": "audio_path output_path pairs image_path weights motion emotion "
                       "edit save_motion motion_path stream bf16 device"}
@@ -114,12 +115,12 @@ def open_model(settings, given):
 
 
 def short_chunks(latency):
-    """chunk and overlap that keep a latency in seconds, of which chunk - 1 frames go by until the
-    last sound of a chunk has come, and one is left for work; sound comes in whole blocks."""
-    chunk = int(25 * latency) // BLOCK * BLOCK
-    if chunk < 2 * BLOCK:
+    """chunk, overlap and past that keep a latency in seconds, of which `new` - 1 frames go by until
+    the last sound of a chunk has come, and one is left for work; sound comes in whole blocks."""
+    new = int(25 * latency) // BLOCK * BLOCK
+    if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
-    return dict(chunk=chunk, overlap=BLOCK)
+    return dict(chunk=40 + new, overlap=40 + BLOCK, past=40)
 
 
 def open_face(settings, device):
@@ -137,13 +138,13 @@ def open_face(settings, device):
 
 def sampling(settings):
     """What the settings say to moda.stream."""
-    names = "seed steps chunk overlap smooth".split()
+    names = "seed steps chunk overlap past smooth".split()
     return {name: getattr(settings, name) for name in names} | {"guidance": guidance_of(settings)}
 
 
 def amounts(flag, text, known, default, lowest=-1e4):
     """NAME:NUMBER,NAME -> each name with its number, or the default; UsageError: what is wrong."""
-    for word in filter(None, text.split(",")):
+    for word in text.split(","):
         name, _, number = word.strip().lower().partition(":")
         try:
             value = float(number or default)
@@ -158,10 +159,7 @@ def amounts(flag, text, known, default, lowest=-1e4):
 def emotions_in_turn(text):
     """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream."""
     pairs = amounts("emotion", text, LABELS, 2, lowest=0)
-    turns = [(LABELS[name], 25 * seconds) for name, seconds in pairs]
-    if not turns:
-        raise UsageError("--emotion= is empty: should be none, or another name")
-    return turns
+    return [(LABELS[name], 25 * seconds) for name, seconds in pairs]
 
 
 # --------------------------------------------------------------------- sound -> features -> motion
@@ -176,8 +174,8 @@ def motion_of(settings, model, source, features, saved, frames=None):
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":              # relative: from a face at rest, in mean pose
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
-    controls = dict(amounts("edit", settings.edit, CONTROLS, 1))
-    edit = portrait.new_tensor(expression(**controls))
+    controls = amounts("edit", settings.edit, CONTROLS, 1) if settings.edit else ()
+    edit = portrait.new_tensor(expression(**dict(controls)))
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
@@ -259,7 +257,6 @@ def check(settings, given):
     if settings.motion not in ("", "relative", "absolute"):
         raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
     emotions_in_turn(settings.emotion)
-    list(amounts("edit", settings.edit, CONTROLS, 1))
     voice = settings.audio_path
     stdin = not settings.motion_path and sys.platform != "win32"
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
@@ -331,13 +328,10 @@ def beginnings(data, count, model):
     """How the K longest clips begin, all cut to one length, 7.4 seconds at most: normalised motion
     (K, T, 70), audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
     longest = np.argsort(-data.lengths, kind="stable")[:count]
-    frames = min(185, *data.lengths[longest])      # two chunks, and the one before
-    clips = []
-    for k in longest:
-        motion, audio, identity = [torch.tensor(x[:frames]).float() for x in data.arrays(k)]
-        z = model.normalise(motion)
-        clips.append([z[1:], audio[1:], identity, z[0], data.emotion[k]])
-    return torch.utils.data.default_collate(clips)
+    frames = min(185, *data.lengths[longest]) - 1  # two chunks
+    batch = data.windows(data.first[longest, None], [], frames)
+    z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
+    return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
 
 
 def seven_frames(audio):

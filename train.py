@@ -54,7 +54,6 @@ class Settings:
     tau: float = 0.4             # Eq. 7: its loss counts only below this
     steps: int = 2200            # of training
     batch_size: int = 4          # windows per step, over all processes
-    passes: int = 1              # gradient accumulation: a process's windows in so many parts
     learning_rate: float = 2.5e-3  # of Adam
     warmup: int = 50             # steps
     cooldown: float = 0.5        # last share of the steps, over which the rate falls to zero
@@ -63,12 +62,12 @@ class Settings:
     bf16: bool = False           # bfloat16 where autocast knows it to be safe
     compile: bool = False        # torch.compile the model
     checkpointing: bool = False  # of activations: slower, but ten times as many windows fit
-    save_every: int = 250        # steps; the last two are kept, ckpt.pt and previous.pt
+    save_every: int = 250        # steps; of ckpt.pt, from which a run goes on
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
     eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
     eval_clips: int = 12         # val clips of the toy, for a table at the end; 0: one, no table
     sample_every: int = 0        # steps; videos samples/STEP.mp4 by the model so far; 0 = none
-    sample: str = ""             # flags of sample.py for them; but for the toy, --audio_path
+    sample: str = ""             # flags of sample.py for them
     seed: int = 1                # of the weights and all that is drawn
     device: str = ""             # cuda if there is one
     workers: int = 0             # processes that read windows
@@ -94,17 +93,17 @@ def read_settings(argv):
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):
         raise UsageError(f"--model={settings.model}: known are moda, alse")
-    positive = "steps batch_size passes clips save_every width heads".split()
+    positive = "steps batch_size clips save_every width heads".split()
     for name, value in (vars(settings) | vars(cfg)).items():
         lowest = int(name in positive)
         if type(value) is not str and value < lowest:
             raise UsageError(f"--{name}={value}: should be {lowest} or more")
-    parts = WORLD * settings.passes
+    parts = WORLD
     if settings.model == "alse":
         parts *= 2                                 # foreign pairs take two windows
     if settings.batch_size % parts:
         raise UsageError(f"--batch_size={settings.batch_size}: should be a multiple of {parts}: "
-                         "processes x --passes, x 2 for the expert")
+                         "of the processes, x 2 for the expert")
     changes = {name: value for name, value in given.items() if hasattr(cfg, name)}
     return settings, cfg, changes
 
@@ -121,19 +120,12 @@ def open_data(settings):
         return data, None
 
 
-# A run goes on from the first of these that exists. A kill between the two renames of a save leaves
-# no ckpt.pt, and one before the first save none of the first two.
-CHECKPOINTS = "ckpt.pt", "previous.pt", "best.pt"
-
-
 def find_run(out, settings):
-    """The last complete checkpoint, or None to begin; ValueError if that would harm a run."""
-    paths = [out / name for name in CHECKPOINTS]
-    saved = [path for path in paths if path.exists()]
-    if settings.init_from == "resume" or settings.init_from == "auto" and saved:
-        # paths: one that is missing, for the message
-        return read_checkpoint([*saved, *paths][0], "nothing to resume")
-    if saved and not settings.overwrite:
+    """The last checkpoint of a run, or None to begin; ValueError if that would harm a run."""
+    path = out / "ckpt.pt"
+    if settings.init_from == "resume" or settings.init_from == "auto" and path.exists():
+        return read_checkpoint(path, "nothing to resume")
+    if path.exists() and not settings.overwrite:
         raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
                          "begins again")
 
@@ -166,7 +158,7 @@ def open_log(out, first_step, kind):
     rows = log.readlines()[:first_step + 1] if first_step else []
     log.truncate(len("".join(rows)))
     terms = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss
-    for name in CHECKPOINTS:
+    for name in "ckpt.pt", "best.pt":
         if not first_step:
             (out / name).unlink(missing_ok=True)
     if not rows:
@@ -228,15 +220,18 @@ def is_due(step, every, settings):
 
 
 def make_video(out, settings, name, val):
-    """A video by sample.py of what the last checkpoint makes of the toy's first val clip, or what
+    """A video by sample.py of what the last checkpoint makes of the first val clip's voice, or what
     --sample says; if it fails, the training goes on."""
     video = out / f"{name}.mp4"
-    video.parent.mkdir(exist_ok=True)
-    flags = [f"--ckpt={out}/ckpt.pt", f"--output_path={video}", f"--device={settings.device}"]
-    if not settings.data_dir:
-        soundfile.write(out / "sample.wav", val.wavs[0], RATE)
-        flags += f"--audio_path={out}/sample.wav", f"--emotion={EMOTIONS[val.emotion[0]]}"
+    voice = out / "sample.wav"
     try:
+        video.parent.mkdir(exist_ok=True)
+        if settings.data_dir:
+            voice = val.voices[0]
+        else:
+            soundfile.write(voice, val.wavs[0], RATE)
+        flags = [f"--ckpt={out}/ckpt.pt", f"--output_path={video}", f"--audio_path={voice}",
+                 f"--emotion={EMOTIONS[val.emotion[0]]}", f"--device={settings.device}"]
         sample.main([*flags, *settings.sample.split()])
     except Exception as error:
         report(f"{video}: could not be made: {error}")
@@ -256,7 +251,7 @@ def save_run(out, settings, parts, step, stop, best, improved, val):
     sampling = is_due(step, settings.sample_every, settings)
     # ckpt.pt is the last: after a kill before it the run saves the others again
     if stop or sampling or is_due(step, settings.save_every, settings):
-        save(out / "ckpt.pt", state, keep="previous.pt")
+        save(out / "ckpt.pt", state)
     if sampling:
         make_video(out, settings, f"samples/{step}", val)
 
@@ -351,21 +346,16 @@ def main(argv):
     for step, batch in enumerate(bar, first_step):
         waiting = perf_counter() - began
 
-        # forward and backward, pass by pass
-        means = 0
-        for k in range(settings.passes):
-            part = {name: x.chunk(settings.passes)[k] for name, x in batch.items()}
-            net.require_backward_grad_sync = k + 1 == settings.passes  # DDP's: the last pass syncs
-            with autocast:
-                terms = loss_terms(net, model, part, expert, settings.tau, teacher)
-            terms = torch.stack(terms) / settings.passes
-            terms[:-1].sum().backward()
-            means = means + terms.detach()
+        # forward and backward
+        with autocast:
+            terms = loss_terms(net, model, batch, expert, settings.tau, teacher)
+        terms = torch.stack(terms)
+        terms[:-1].sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
 
         # step, if all processes find it sound
-        means = means.new_tensor([*means, norm, len(stops)])
-        *terms, lips, norm, stop = mean_over_processes(means)
+        numbers = norm.new_tensor([*terms.detach(), norm, len(stops)])
+        *terms, lips, norm, stop = mean_over_processes(numbers)
         loss = sum(terms)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradients {norm}; "

@@ -1,6 +1,5 @@
 """What each metric of the table sees, on motion that is made so that its value is known."""
 import dataclasses
-import types
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 import build
 import sample
-from data import CONTROLS, MANNERS, RATE, expression
+from data import CONTROLS, MANNERS, RATE, Clips, ToyTalker, expression
 from moda import EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, M
 from tools.voices import speech_level
 
@@ -127,17 +126,24 @@ def test_sync_distance_is_zero_for_a_voice_a_few_frames_late_but_not_for_a_forei
 
 
 # ------------------------------------------------------------------------- data and linear baseline
+class Recorded(Clips):
+    read = ToyTalker.read                          # from memory
+
+    def __init__(self, clips):
+        self.clips = clips
+        rows = [dict(frames=len(motion), emotion=k) for k, (motion, *_) in enumerate(clips)]
+        self.index(rows, clips[0][1].shape[1:], [[0.0] * M] * 2, [[0.0] * 63] * 2)
+
+
 def recorded(lengths, lag, layers=2):
     """A data set whose motion is a linear function of features `lag` frames ago."""
     mixing = torch.randn(5, M, generator=torch.Generator().manual_seed(0))
-    arrays = []
+    clips = []
     for n in lengths:
         audio = torch.randn(n, layers, 5)
         motion = 0.5 + (audio.mean(1) @ mixing).roll(lag, 0)
-        arrays.append((motion.numpy(), audio.numpy().astype(np.float16), np.zeros(63)))
-    emotion = list(range(len(lengths)))
-    return types.SimpleNamespace(lengths=np.array(lengths), emotion=emotion,
-                                 arrays=arrays.__getitem__)
+        clips.append((motion.numpy(), audio.numpy().astype(np.float16), np.zeros(63)))
+    return Recorded(clips)
 
 
 @pytest.mark.parametrize("lag, found", [(-3, True), (0, True), (3, True), (4, False)])
@@ -155,7 +161,7 @@ def test_the_longest_clips_are_taken_and_cut_to_one_length(tiny):
     assert emotion.tolist() == [4, 3, 1]
     assert motion.shape == (3, 149, M)
     assert audio.shape == (3, 149, 2, 5)
-    true = torch.tensor(data.arrays(1)[0])
+    true = torch.tensor(data.clips[1][0])
     assert torch.equal(before[2], tiny.normalise(true[0]))             # the frame before the others
     assert torch.equal(motion[2], tiny.normalise(true[1:]))
     motion, *_ = sample.beginnings(data, 2, tiny)

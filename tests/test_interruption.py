@@ -43,10 +43,10 @@ def test_ctrl_c_at_any_moment_is_one_line_and_no_file(run, ctrl_c, command, mome
     assert contents() == before
 
 
-def first_frames(process):
+def first_frames(process, sign=r"[| ][1-9]\d*/5000"):
     """What a run prints until its bar counts frames."""
     seen = ""
-    while not re.search(r"[| ][1-9]\d*/5000", seen):
+    while not re.search(sign, seen):
         character = process.stderr.read(1)
         assert character, seen                     # it ended before
         seen += character
@@ -98,9 +98,7 @@ def test_one_ctrl_c_ends_a_run_whose_stdin_is_open_and_silent(folder):
     before = contents()
     flags = [*FLAGS["sample"].split(), "--audio_path=-"]
     process = start(folder, "sample.py", *flags)
-    while not list(folder.glob("tmp*")):
-        assert process.poll() is None
-        time.sleep(0.1)
+    first_frames(process, "frames")            # its bar, before the first sound
     time.sleep(0.5)
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)

@@ -358,7 +358,7 @@ def test_other_networks_or_crops_than_those_begun_with_are_refused_other_places_
         stand_in, videos, prepared, tmp_path, capsys):
     folder = tmp_path / "set"
     shutil.copytree(prepared, folder)
-    before = contents(folder)
+    before = complete(folder)
     with pytest.raises(ValueError, match="begun with other settings.*'crop': ''"):
         prepare(videos, folder, "--crop=0,0,32")
     weights = tmp_path / "other/base_models"
@@ -369,7 +369,7 @@ def test_other_networks_or_crops_than_those_begun_with_are_refused_other_places_
     (tmp_path / "elsewhere").symlink_to(videos)
     prepare(tmp_path / "elsewhere", folder, f"--weights={tmp_path}/nowhere")
     assert f"goes on with ['{tmp_path}/nowhere'" in capsys.readouterr().out
-    assert contents(folder) == before
+    assert complete(folder) == before
 
 
 # --------------------------------------------------------------------------------- what is refused

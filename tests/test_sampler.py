@@ -190,12 +190,9 @@ def test_the_last_emotion_lasts_to_the_end(tiny):
 
 
 def test_bad_requests_are_refused(tiny):
-    for bad in dict(overlap=100), dict(chunk=0), dict(steps=0):
+    for bad in dict(overlap=100), dict(past=17), dict(chunk=0), dict(steps=0):
         with pytest.raises(ValueError, match="should be"):
             generate(tiny, **voice(20), **bad)
-    for steps in 0, []:
-        with pytest.raises(ValueError, match="steps=.* should be 1 or more"):
-            generate(tiny, **voice(20), steps=steps)
     with pytest.raises(RuntimeError, match="shape"):
         generate(tiny, **voice(20), noise=torch.randn(1, 99, M))
     with pytest.raises(ValueError, match="identity.*: should be of audio, emotion, audio.emotion"):
@@ -215,6 +212,17 @@ def test_a_new_emotion_begins_a_chunk(tiny):
     changed = torch.cat(pieces)
     assert torch.allclose(changed[:50], plain[:50], atol=1e-5)
     assert not torch.allclose(changed[58:], plain[58:], atol=1e-2)
+
+
+def test_short_strides_go_on_from_frames_that_stay_and_at_first_from_silence(tiny):
+    x, noise = voice(40), torch.randn(9, 30, M)
+    audio = x.pop("audio")
+    options = dict(x, steps=2, chunk=30, noise=noise)
+    pieces = list(stream(tiny, audio, past=20, overlap=24, **options))
+    assert [len(piece) for piece in pieces] == [6] * 6 + [4]
+    silence = torch.zeros(20, 1, 160)
+    whole = generate(tiny, torch.cat([silence, audio[:10]]), **options)
+    assert torch.allclose(pieces[0], whole[20:26], atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- straight models

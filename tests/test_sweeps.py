@@ -18,11 +18,13 @@ def draw(rng):
     if T < 50:
         chunk = rng.choice([1, 2, rng.randint(3, 40), rng.randint(40, 130)])
     largest = chunk - 1 if T < 20 else 0
+    overlap = rng.choice([0, rng.randrange(chunk) // 2, largest])
     conditions = rng.sample(CONDITIONS, rng.randrange(3))
     request = dict(
         chunk=chunk,
-        overlap=rng.choice([0, rng.randrange(chunk) // 2, largest]),
-        steps=rng.choice([1, 1, 2, 3, [1.0], [1.0, 0.4, 0.05]]),
+        overlap=overlap,
+        past=rng.choice([0, overlap // 2, overlap]),
+        steps=rng.choice([1, 1, 2, 3]),
         smooth=rng.random() < 0.5,
         guidance={condition: rng.uniform(-0.5, 3) for condition in conditions},
         seed=rng.randrange(2 ** 63),

@@ -30,7 +30,7 @@ from moda import ALSE, Config, MoDA, read_checkpoint
 
 TINY = "--width=32 --heads=1 --eval_clips=0 --eval_every=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3 --eval_every=4 --init_from=auto".split()
-SPLIT = "--passes=2 --workers=1".split()
+SPLIT = ["--workers=1"]
 toy = functools.cache(ToyTalker)
 pytestmark = pytest.mark.usefixtures("one_thread")     # as in the processes: sums have one order
 
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_bit(one_process, tmp_path):
     wait_for(tmp_path, random.randrange(3, 16), run)
     send(run, signal.SIGKILL)
     assert train_here(tmp_path, *FLAGS) == curve(one_process)
-    for name in "ckpt.pt", "previous.pt", "best.pt":
+    for name in "ckpt.pt", "best.pt":
         assert_same(tmp_path / name, one_process / name)
 
 
@@ -155,7 +155,7 @@ def test_two_killed_processes_go_on_to_the_bit(two_processes, tmp_path):
     assert_same(tmp_path / "ckpt.pt", two_processes / "ckpt.pt")
 
 
-def test_two_processes_and_passes_follow_one_process(one_process, two_processes):
+def test_two_processes_follow_one_process(one_process, two_processes):
     def numbers(out, names):
         return np.array([[row[name] or 0 for name in names] for row in read_log(out)], float)
     one, two = [numbers(out, ("loss", "rf", "vel")) for out in (one_process, two_processes)]
@@ -182,13 +182,13 @@ def test_a_signal_to_any_process_ends_all_with_a_checkpoint(tmp_path, number):
 
 
 @pytest.mark.parametrize("model", ["moda", "alse"])
-def test_the_last_two_checkpoints_are_kept_and_either_can_be_resumed(tmp_path, model):
-    flags = f"--model={model} --steps=6 --batch_size=2 --save_every=2".split()
+def test_an_earlier_checkpoint_leads_to_the_same_end(tmp_path, model):
+    flags = f"--model={model} --steps=6 --batch_size=2 --save_every=2 --keep_every=4".split()
     whole = train_here(tmp_path, *flags)
     assert len(whole) == 6
     last = tmp_path / "last.pt"
-    (tmp_path / "ckpt.pt").rename(last)                        # as if killed between two renames
-    assert read_checkpoint(tmp_path / "previous.pt")["step"] == 4
+    (tmp_path / "ckpt.pt").rename(last)
+    (tmp_path / "ckpt-4.pt").rename(tmp_path / "ckpt.pt")
     assert train_here(tmp_path, *flags, "--init_from=resume") == whole
     assert_same(tmp_path / "ckpt.pt", last)
 
@@ -207,14 +207,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsy
     assert printed.count("counts") == 2
     (tmp_path / "best.pt").touch()
     assert train_here(tmp_path, *flags, "--overwrite") == first
-    assert not (tmp_path / "previous.pt").exists()             # they were the other run's
-    assert not (tmp_path / "best.pt").exists()
+    assert not (tmp_path / "best.pt").exists()                 # it was the other run's
 
 
 def test_milestones_are_kept(tmp_path):
     train_here(tmp_path, *"--steps=5 --batch_size=2 --save_every=1 --keep_every=2".split())
     kept = {path.name: read_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
-    assert kept == {"ckpt.pt": 5, "previous.pt": 4, "ckpt-2.pt": 2, "ckpt-4.pt": 4, "ckpt-5.pt": 5}
+    assert kept == {"ckpt.pt": 5, "ckpt-2.pt": 2, "ckpt-4.pt": 4, "ckpt-5.pt": 5}
 
 
 def test_videos_in_mid_training_change_no_number_and_one_that_fails_ends_nothing(
@@ -428,24 +427,13 @@ def test_the_moving_average_follows_the_weights_and_is_what_is_loaded(tmp_path, 
     assert all(torch.equal(loaded[name], x) for name, x in last["ema"].items())
 
 
-def test_the_expert_takes_passes_and_a_moving_average_too(tmp_path):
-    flags = "--model=alse --steps=3 --batch_size=4 --passes=2 --ema=0.5".split()
+def test_the_expert_takes_a_moving_average_too(tmp_path):
+    flags = "--model=alse --steps=3 --batch_size=4 --ema=0.5".split()
     assert len(train_here(tmp_path, *flags)) == 3
     state = read_checkpoint(tmp_path / "ckpt.pt")
     loaded = ALSE.from_pretrained(tmp_path / "ckpt.pt").state_dict()
     assert all(torch.equal(loaded[name], x) for name, x in state["ema"].items())
     assert any(not torch.equal(x, state["model"][name]) for name, x in state["ema"].items())
-
-
-def test_passes_divide_the_windows_of_a_step(tmp_path, monkeypatch):
-    sizes, forward = [], MoDA.forward
-
-    def spy(self, x, *args, **options):
-        sizes.append(len(x))
-        return forward(self, x, *args, **options)
-    monkeypatch.setattr(MoDA, "forward", spy)
-    train_here(tmp_path, "--steps=1", "--batch_size=8", "--passes=4")
-    assert sizes == [2, 2, 2, 2]
 
 
 def test_workers_share_the_data_however_python_starts_processes(tmp_path, request):
@@ -507,11 +495,12 @@ def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(t
     teacher.mean[:], teacher.std[:] = toy("train", 4).moments
     state = dict(kind="MoDA", config=vars(teacher.cfg), model=teacher.state_dict())
     torch.save(state, tmp_path / "teacher.pt")
-    flags = f"--reflow={tmp_path}/teacher.pt --steps=4 --batch_size=2 --save_every=2".split()
+    flags = f"--reflow={tmp_path}/teacher.pt --steps=4 --batch_size=2 --keep_every=2".split()
     flags += "--heads=2", "--n_one=2"                          # as the teacher
     whole = train_here(tmp_path, *flags)
     last = tmp_path / "last.pt"
     (tmp_path / "ckpt.pt").rename(last)
+    (tmp_path / "ckpt-2.pt").rename(tmp_path / "ckpt.pt")
     assert train_here(tmp_path, *flags, "--init_from=resume") == whole
     assert_same(tmp_path / "ckpt.pt", last)
     student = MoDA.from_pretrained(last)
@@ -531,7 +520,7 @@ def test_the_rate_rises_stays_and_falls_to_zero():
 # --------------------------------------------------------------- flags, checkpoints of old versions
 @pytest.mark.parametrize("flag", [
     "--steps=0", "--batch_size=-2", "--save_every=0", "--clips=0", "--warmup=-1", "--heads=0",
-    "--passes=3", "--model=gan", "--preset=huge", "--fusion=four"])
+    "--model=gan", "--preset=huge", "--fusion=four"])
 def test_a_flag_that_makes_no_sense_is_named(tmp_path, flag):
     with pytest.raises(UsageError, match=flag.split("=")[0]):
         train_here(tmp_path, flag)

@@ -22,7 +22,7 @@ from data import ToyTalker, parse_flags, run
 from moda import LIPS, M, MoDA, generate, guidance_of, guided_velocity, reflow, stream
 from sample import beginnings, compare
 
-CHUNKS = (100, 16), (20, 5), (10, 5)
+CHUNKS = (100, 16, 0), (20, 5, 0), (10, 5, 0), (50, 45, 40)
 COLUMNS = ["mouth corr", "mouth error", "head motion", "jerk, lips", "jerk, rotation",
            "jerk, translation", "jerk, scale"]
 
@@ -42,10 +42,9 @@ def alike(a, b):
     return torch.cosine_similarity(x, y).mean().item()
 
 
-def jump(z, chunk, overlap):
+def jump(z, stride):
     """The mean step at a border between chunks over the 99th percentile of all steps."""
     steps = z.diff(dim=1).norm(dim=-1)
-    stride = chunk - overlap
     return (steps[:, stride - 1::stride].mean() / steps.quantile(0.99)).item()
 
 
@@ -121,24 +120,24 @@ def main(argv):
     for name, model in {"teacher": teacher, "student": student}.items():
         bends = [bent(model, clips, seed) for seed in seeds]
         print(f"paths of the {name} are bent by {statistics.mean(bends):.4f}", flush=True)
-    print("|", " | ".join(["chunk/overlap", *columns, "jump at borders"]), "|")
+    print("|", " | ".join(["chunk/overlap/past", *columns, "jump at borders"]), "|")
     print("|---" * (len(columns) + 2) + "|")
     for name, model in {"teacher": teacher, "student": student}.items():
-        for chunk, overlap in CHUNKS:
+        for chunk, overlap, past in CHUNKS:
             rows = []
             for seed in seeds:
-                z = speak(model, seed, chunk=chunk, overlap=overlap)
-                rows.append(beside(z, seed) | {"jump": jump(z, chunk, overlap)})
-            show(f"{name}, {chunk}/{overlap}", rows)
+                z = speak(model, seed, chunk=chunk, overlap=overlap, past=past)
+                rows.append(beside(z, seed) | {"jump": jump(z, chunk - overlap)})
+            show(f"{name}, {chunk}/{overlap}/{past}", rows)
     torch.set_num_threads(1)                       # seconds are of one processor, however busy
-    for chunk, overlap in CHUNKS:
+    for chunk, overlap, past in CHUNKS:
         waits = {teacher: [], student: []}
         for clip in zip(*clips):
             for model in waits:
-                waits[model] += delays(model, clip, chunk=chunk, overlap=overlap)
+                waits[model] += delays(model, clip, chunk=chunk, overlap=overlap, past=past)
         slow, fast = [1e3 * statistics.median(wait) for wait in waits.values()]
-        print(f"{chunk}/{overlap}: motion {slow:.1f} ms after a chunk's last sound by the teacher, "
-              f"{fast:.1f} ms by the student: {slow / fast:.1f} x less", flush=True)
+        print(f"{chunk}/{overlap}/{past}: motion {slow:.1f} ms after a chunk's last sound by the "
+              f"teacher, {fast:.1f} ms by the student: {slow / fast:.1f} x less", flush=True)
 
 
 if __name__ == "__main__":
