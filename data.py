@@ -136,9 +136,9 @@ class Sound:
             return
         try:
             next(self.blocks())
-        except ValueError:
-            self.filters = MANY
-        n, power = 0, np.zeros(3)
+        except ValueError:                         # no sound, which will be said below, or many
+            self.filters = MANY                    # channels
+        n, power = 0, np.zeros(3)                  # of the mean, the left and the right channel
         for block in self.blocks():
             if not np.isfinite(block).all():
                 raise ValueError(f"{path}: the sound holds NaN or infinite samples")
@@ -284,7 +284,7 @@ def read_frames(path, frames, start, T):
     with open(path, "rb", buffering=0) as file:
         file.seek(header + start * frame)
         file.readinto(frames)
-    # row by row: one sum of all would take longer than the reading
+    # NaN and infinity last in a row's sum, which is quicker than to look at each number
     finite = torch.from_numpy(frames).sum(-1).isfinite().all()
     if path.stat().st_size != header + T * frame or not finite:
         raise ValueError(f"{path.stem} is of another size, or not finite")
@@ -328,11 +328,12 @@ class Clips:
         folder, T = self.names[k], self.lengths[k]
         read_frames(folder / "motion.npy", motion, start, T)
         read_frames(folder / "audio.npy", audio, start + 1, T)
-        read_frames(folder / "identity.npy", identity, 0, 63)
+        read_frames(folder / "identity.npy", identity, 0, 63)     # frames of one number
 
     def windows(self, rows, damaged, frames=80):
-        """A batch of windows: for each row of numbers the first one that can be read. Lines about
-        those before it go to the list `damaged`; ValueError: a row has none."""
+        """A batch of windows. A row holds the numbers of some windows, of which the first one that
+        can be read is used; lines about those before it go to the list `damaged`. ValueError: none
+        can be read. Other numbers of frames are for clips' beginnings, in evaluation."""
         n = len(rows)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
@@ -393,7 +394,7 @@ def read_ahead(data, model, settings, steps):
     """Batches of some steps, read by workers, which share the data by fork where there is one.
 
     Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
-    what a process reads in a whole training, which for a few steps of validation is any number."""
+    what a process reads in a whole training, also where the steps are the few of a validation."""
     # the "data set" is the numbers of steps: collate_fn makes a batch of each, in a worker
     loader = DataLoader(
         steps,
@@ -454,13 +455,15 @@ def read_labels(path):
 def find_clips(settings):
     """{clip: its row of the table}; without a table, of every video in the folder.
 
-    What has no emotion gets that of the nearest name in the labels, then of the nearest folder that
-    is called like one; what has no speaker, that of the first folder, or its own name."""
+    The emotion is that of the nearest name in the labels, else the row's own, else that of the
+    nearest folder that is called like one; a speaker, if not given, the first folder or, without
+    one, the video."""
     labels = read_labels(settings.labels)
     if settings.clips:
         rows = read_rows(settings.clips)
     else:                                          # also in linked folders, each once
         paths = filter(VIDEO.search, glob("**", root_dir=settings.videos, recursive=True))
+        # of several paths to one video the shortest, as the last one, stays
         videos = {os.path.realpath(Path(settings.videos, path)): dict(video=path)
                   for path in sorted(paths, key=len, reverse=True)}
         rows = videos.values()
@@ -469,12 +472,12 @@ def find_clips(settings):
         row = defaultdict(str, row)
         if row["start"] + row["end"]:
             row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
+        # a path below clips/, so without / or ../ before it; and no @ at its end without a crop
         name = f"{row['video']}{row['span']}@{row['crop']}".strip("@./")
-        if row["video"]:                           # a path below clips/, wherever the video lies
+        if row["video"]:
             clips[name] = row
         video = Path(plain(row["video"]))
-        # its path, its name, its folders from the nearest on. The emotion: by the labels, whatever
-        # they name; else the row's own; else that of a folder
+        # its path, its name, its folders from the nearest on
         names = [str(video), *video.parts[::-1]]
         found = [labels[key] for key in names if key in labels]
         found += [LABELS[key] for key in (row["emotion"].lower(), *names[2:]) if key in LABELS]
@@ -509,7 +512,8 @@ def extract(row, settings, face, features):
     """The arrays of a clip, in blocks; ValueError if it cannot be used."""
     path = Path(settings.videos, row["video"])
     wav = load_audio(row["voice"])
-    # in one place, for small arrays that stay between large ones that go break memory up
+    # one array for all, since many small ones, kept between large ones that are freed, would
+    # fragment memory
     frames = torch.empty(len(wav) // FRAME, M + 63)
     T = 0
     for images in pictures(f"{path}{row['span']}", row["crop"] or settings.crop):
@@ -643,6 +647,7 @@ def complete(folder, manifest, clips):
     manifest |= dict(
         audio_shape=audio.shape[1:],
         moments=moments_of(opened(clip, "motion")[0] for clip in training).tolist(),
+        # a list of one identity is like a motion of one frame
         x_c_moments=moments_of(opened(clip, "identity") for clip in training).tolist(),
         clips=rows)
     save(folder / "manifest.json", manifest, write=write_json)
@@ -902,7 +907,7 @@ def toy_expression(rng, manner, phones, reach):
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
-    blinks = 220 * smooth(rng.random(n) < 0.003, 4)
+    blinks = 220 * smooth(rng.random(n) < 0.003, 4)                    # 22 each; 13 shut the lids
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)
 

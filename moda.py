@@ -204,7 +204,7 @@ def init_weights(model):
     """Xavier-uniform weights and zero biases. AdaLN begins at zero, so that a block adds nothing;
     attention begins on each frame's own moment."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "head.linear":     # which stays as it is
+        if isinstance(layer, nn.Linear) and name != "head.linear":     # which stays PyTorch's
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
@@ -231,7 +231,8 @@ class MotionModel(nn.Module):
 
     def size(self, portrait):
         """Factors of a portrait's motion, (..., 70) -> (..., 70): for scale and translation, which
-        grow with the face, its scale over the mean one; 1 for the rest. For absolute motion."""
+        grow with the face, its scale over the mean one; 1 for the rest. Where motion is not
+        relative to the portrait, prev is divided by them and the output multiplied."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -493,17 +494,18 @@ def euler(velocity, z, times):
 
 
 def windows(frames, chunk, overlap, past, emotions):
-    """Cut a voice, as it arrives, into windows: yields (voice, stride, emotion).
+    """Cut a voice, as it arrives, into windows for `stream`, which explains the arguments: yields
+    (voice, stride, emotion).
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later. emotions: [(label,
-    frames), ...]; a new one begins a new window, if more than the overlap of the last is left."""
+    frames), ...]; each new one begins a new window. The end: no voice but the overlap is left."""
     voice, already_seen, frames_left = [], past, 0
     frames = iter(frames)
     for emotion, duration in emotions:             # of a whole number of frames or not
         frames_left += duration                    # and what was left of a frame, to keep in time
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
-            if len(voice) <= already_seen:         # only the overlap, which stream yields
+            if len(voice) <= already_seen:         # nothing that the last window did not have
                 return
             stride = int(min(chunk - overlap, frames_left))
             yield torch.stack(voice), stride, emotion
@@ -524,8 +526,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once, the last filled up with silence
-    overlap  so many of them are sampled again in the next chunk, into which they fade,
-    past     but for so many that stay, for the next to go on from; before the voice is silence
+    overlap  so many frames at the end of a chunk are the next one's first; they fade into its own
+    past     so many of these do not fade but stay; a voice begins after as much silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks, as released
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -544,10 +546,10 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # above 1 for the past
+    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of the past: above 1
     silence = torch.zeros(past, model.cfg.audio_layers, model.cfg.audio_dim)
-    # from window to window: prev, the frame before, conditions the next one; before, the same, is a
-    # neighbour when poses are smoothed again; tail, the frames that both have; eps, their noise
+    # from window to window: prev, the frame before, conditions the next one; before, the same but
+    # at first empty, is a neighbour in smoothing; tail, the frames that both have; eps, their noise
     eps = before = tail = torch.empty(0, M)
 
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils import fuse_conv_bn_eval, remove_spectral_norm, spectral_norm
 
+# MOUTH and M are numbers, the others slices, also SCALE
 from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, read_checkpoint
 
 SIZE = 512                       # pixels of a rendered frame, height and width
@@ -102,7 +103,7 @@ def read_template(path):
         template = TemplateReader(file).load()
     motion = []
     for frame in template["motion"]:
-        R = torch.tensor(frame.get("R", frame.get("R_d")))
+        R = torch.tensor(frame.get("R", frame.get("R_d")))             # some call it R_d
         parts = frame["exp"], frame["scale"], frame["t"], angles(R.view(1, 3, 3))
         motion.append(np.concatenate(parts, axis=None))
     times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
@@ -302,11 +303,12 @@ class DenseMotion(nn.Module):
         super().__init__()
         self.compress = nn.Conv3d(32, 4, 1)
         self.norm = nn.BatchNorm3d(4)
-        # 22 = 21 points and the background; 110 = 22 x (1 + 4); 142 = 110 + 32, of the last block
-        # up; 2272 = 142 x 16; the first block up skips nothing: 1024
+        # 22 = 21 points and the background; 110 = 22 x (1 + 4); 142 = 32 of the last block up, and
+        # the 110 that went in, by a skip connection; 2272 = 142 x 16
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
-        sizes = (512, 256, 128, 64, 32)            # a block gets 2 n from below and 2 n skipped
+        # a block up gets 2 n from the one before and 2 n by a skip connection; the first only 1024
+        sizes = (512, 256, 128, 64, 32)
         up = UpBlocks(block3d(min(4 * n, 1024), n) for n in sizes)
         self.hourglass = Chain(
             encoder=Chain(down_blocks=down),
@@ -470,8 +472,9 @@ def transposed(upsample, conv):
     up = int(upsample.scale_factor)
     if up == 1:
         return conv
-    # A pixel becomes up x up equal ones, each of which adds the flipped kernel, shifted by one:
-    # their sum is up + 2 high and wide. `ones` adds shifted rows, its transpose columns; for up = 2
+    # A convolution adds to the pixels around each one its value times the flipped kernel, 3 x 3. A
+    # pixel that has become up x up equal ones adds as many kernels, each shifted by one: together
+    # one kernel, up + 2 high and wide. `ones` adds shifted rows, its transpose columns; for up = 2
     # its rows are 1 0 0, 1 1 0, 0 1 1, 0 0 1.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
@@ -648,7 +651,8 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 # of it; the others signals, 0 to 1, and how far they move it. So "corner 14 UP,-3.4,-5.3" is point
 # 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's name is in capitals, its row
 # a sum of offsets (D and a point's number) or signals, times numbers for right, down and in:
-# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards.
+# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards. DOWN
+# is of this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 # `find_places` below works the rows out, from the first to the last, and `weighted` each term.
 PLACES = """\

@@ -50,7 +50,7 @@ class Settings:
     crop: str = ""               # which square of it: x,y,size; else the largest in the centre
     weights: str = ""            # folder of LivePortrait's weights; else a drawn face
     paste_back: bool = False     # put the moving square back into the whole picture
-    motion: str = ""             # relative to the portrait's own, or absolute, as the model has it
+    motion: str = ""             # relative (to the portrait's) or absolute; else as suits the model
     ckpt: str = "out/toy/ckpt.pt"  # MoDA's weights, ours or the released net-200.pth
     stats: str = "mean.pt"       # the statistics that belong to net-200.pth
     audio_encoder: str = ""      # wav2vec 2.0 or HuBERT, for models trained on it; else log-mel
@@ -100,7 +100,7 @@ def open_model(settings, given):
     defaults = dict(vars(model.cfg))
     if settings.latency:
         defaults |= short_chunks(settings.latency)
-    if model.cfg.rope_streams == 2:                # net-200.pth
+    if model.cfg.rope_streams == 2:                # net-200.pth, which its authors render so
         defaults["motion"] = "absolute"
     if model.cfg.straight:
         defaults["steps"] = 2
@@ -115,8 +115,9 @@ def open_model(settings, given):
 
 
 def short_chunks(latency):
-    """chunk, overlap and past that keep a latency in seconds, of which `new` - 1 frames go by until
-    the last sound of a chunk has come, and one is left for work; sound comes in whole blocks."""
+    """chunk, overlap and past that keep a latency in seconds. A chunk has 40 frames that stay, then
+    new - BLOCK that it yields, then a BLOCK that fades. Its first new sound waits for new - 1
+    frames to come, and one is left for work. Sound comes in whole blocks of frames."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -169,8 +170,8 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # What motion is measured from, and factors for the size of the face. Absolute: from the
-    # portrait itself, so that `relative` below changes nothing, at the portrait's size.
+    # What is rendered is about portrait + motion - neutral, see renderer.relative. Absolute motion
+    # has the portrait as neutral, so that it stays as it is, and is made to fit the face's size.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":              # relative: from a face at rest, in mean pose
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
@@ -217,6 +218,7 @@ def make_video(settings, model):
                 times.append((ready, perf_counter()))                  # of its motion, and its own
                 yield frame
     bar = tqdm(place(rendered()), "frames", sound.frames)
+    # files appear under their names when all has succeeded; "" is none
     with appearing(settings.output_path) as video, appearing(settings.save_motion) as kept:
         write_video(video, bar, sound, pipe)
         if saved:
@@ -228,7 +230,7 @@ def make_video(settings, model):
     print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
           f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
-        # each is an upper bound of when the sound began, the smallest the tightest
+        # each in `spoken` is an upper bound of when the sound began, the smallest the tightest
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
         to_motion, to_frame = waits.T.round(2)
@@ -328,7 +330,8 @@ def beginnings(data, count, model):
     """How the K longest clips begin, all cut to one length, 7.4 seconds at most: normalised motion
     (K, T, 70), audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
     longest = np.argsort(-data.lengths, kind="stable")[:count]
-    frames = min(185, *data.lengths[longest]) - 1  # two chunks
+    frames = min(185, *data.lengths[longest]) - 1  # of two chunks, without the frame before
+    # each clip's first window; lines about damaged ones are not needed
     batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
@@ -359,8 +362,8 @@ SIZES = {
 
 
 def compare(z, truth, std):
-    """Metrics of normalised motion beside the true one, (K, T, 70); std (70,) of LivePortrait's
-    units is what 1 stands for.
+    """Metrics of normalised motion beside the true one, (K, T, 70); std (70,): what a normalised 1
+    is in LivePortrait's units.
 
     Correlation, error and slope are of each clip's mouth; the others of all clips together."""
     both = torch.stack([truth, z]).double()                            # (2, K, T, 70)
@@ -406,7 +409,7 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in CONTROLS}                  # (8,) each, of the emotions
+    held = {name: MANNERS[name] for name in CONTROLS}  # how far each of the 8 emotions moves them
     prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean()
@@ -417,8 +420,8 @@ def evaluate(settings, model, data, training):
     """Print and return a table {column: {metric: x}} on clips of `data`.
 
     Compared with the truth: the truth; the model; the model given another clip's voice, from a face
-    at rest, emotions in turn, which should lose the mouth and keep the emotion; a linear model of
-    `training` clips. Compared with the model: another seed."""
+    at rest, emotions in turn, which should have no mouth corr and all the emotion; a linear model
+    of `training` clips. Compared with the model: another seed."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8

@@ -272,7 +272,7 @@ def load_expert(path, model):
 
 
 def wrapped(model, settings):
-    """The model as it is called in training; it keeps its own name in checkpoints."""
+    """The model as it is called in training; parameters keep their names in checkpoints."""
     for block in model.modules():
         if settings.checkpointing and isinstance(block, (JointBlock, SingleBlock)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -312,7 +312,7 @@ def main(argv):
         changes = STRAIGHT | changes
     start = settings.reflow or settings.init_from
     if found[0]:
-        model = kind.from_pretrained(out, found[0], **changes)
+        model = kind.from_pretrained(out, found[0], **changes)         # for its Config
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
         model = kind(cfg)

@@ -26,7 +26,7 @@ import moda
 import train
 from data import Clips, ToyTalker, UsageError, save
 from forks import Script
-from moda import ALSE, Config, MoDA, read_checkpoint
+from moda import ALSE, EMOTIONS, Config, MoDA, read_checkpoint
 
 TINY = "--width=32 --heads=1 --eval_clips=0 --eval_every=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3 --eval_every=4 --init_from=auto".split()
@@ -231,6 +231,22 @@ def test_videos_in_mid_training_change_no_number_and_one_that_fails_ends_nothing
         assert np.abs(data.load_audio(video)).max() > 0.01
     train_here(tmp_path / "failing", *flags[:2], "--sample_every=2", "--sample=--audio_path=no.wav")
     assert "samples/2.mp4: could not be made: no.wav: no sound" in capsys.readouterr().err
+
+
+def test_a_data_sets_videos_speak_with_its_own_first_voice(tmp_path, monkeypatch):
+    folder = build.data_set(tmp_path / "set", lengths=(200, 90))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    voices = [f"{tmp_path}/{name}.wav" for name in ("first", "second")]
+    for row, voice in zip(manifest["clips"], voices):
+        row |= dict(split="val", voice=voice, emotion=EMOTIONS.index("fear"))
+    manifest["clips"].append(manifest["clips"][1] | dict(split="train"))
+    build.write_manifest(folder, **manifest)
+    given = []
+    monkeypatch.setattr(train.sample, "main", given.append)
+    flags = "--steps=1", "--batch_size=1", "--sample_every=1", "--sample=--steps=1 --bf16"
+    train_here(tmp_path / "out", f"--data_dir={folder}", *flags)
+    assert given[0][2:4] == [f"--audio_path={voices[0]}", "--emotion=fear"]
+    assert given[0][-2:] == ["--steps=1", "--bf16"]
 
 
 # --------------------------------------------------------------------------------------- validation

@@ -12,15 +12,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import build
-from data import Clips, parse_flags, run
+from data import Clips, parse_flags, read_ahead, run
+from moda import Config
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Settings:
     data_dir: str = "bench"      # an empty or new folder
     clips: int = 24              # of each data set
     frames: int = 1500           # of each clip, a minute
+    batch_size: int = 64         # windows of a step, in this process
     seconds: float = 10.0        # of each measurement
 
 
@@ -45,24 +47,19 @@ def memory(kind):
     return total
 
 
-def random_batches(n, size=8):
-    """Endless: the numbers of `size` of n windows."""
-    generator = torch.Generator().manual_seed(0)
-    while True:
-        yield torch.randint(n, (size,), generator=generator).tolist()
-
-
-def measure(data, workers, seconds):
-    """Print windows and bytes per second, and the memory at five moments."""
-    loader = iter(DataLoader(data, batch_sampler=random_batches(len(data)), num_workers=workers))
-    for _ in range(20):
-        next(loader)
+def measure(data, workers, settings):
+    """Print windows and bytes per second of what train.py reads, and the memory at five moments."""
+    training = SimpleNamespace(seed=1, batch_size=settings.batch_size, workers=workers, steps=10**6)
+    model = SimpleNamespace(cfg=Config(), mean=torch.zeros(1))
+    batches = read_ahead(data, model, training, range(training.steps))
+    for _ in range(5):
+        next(batches)
     began, n, spent, seen = time.perf_counter(), 0, 0.0, []
-    while spent < seconds:
-        next(loader)
-        n += 8
+    while spent < settings.seconds:
+        next(batches)
+        n += settings.batch_size
         spent = time.perf_counter() - began
-        if spent > len(seen) * seconds / 5:
+        if spent > len(seen) * settings.seconds / 5:
             seen.append(f"{memory('RssAnon'):.0f}+{memory('RssFile'):.0f}")
     window = 81 * (70 * 4 + np.prod(data.audio_shape) * 2)             # bytes on disk
     print(f"{data.audio_shape} workers {workers}: {n / spent:7.0f} windows/s, "
@@ -83,7 +80,7 @@ def main(argv):
         seconds = time.perf_counter() - began
         print(f"{audio_shape}: {settings.clips} clips opened in {seconds:.3f} s")
         for workers in 0, 2:
-            measure(data, workers, settings.seconds)
+            measure(data, workers, settings)
         shutil.rmtree(folder)
 
 
