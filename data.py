@@ -153,6 +153,7 @@ class Sound:
 
     def blocks(self):
         """Columns (n, 3): the channels' mean, the left one, the right one."""
+        # "<" makes a mean of what is there; the right one of mono is silence
         options = f"-af {self.filters},pan=3c|c0<c0+c1|c1=c0|c2=c1 -ar {RATE} -f f32le"
         for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
             yield np.frombuffer(piece, np.float32).reshape(-1, 3)
@@ -284,7 +285,7 @@ def read_frames(path, frames, start, T):
     with open(path, "rb", buffering=0) as file:
         file.seek(header + start * frame)
         file.readinto(frames)
-    # NaN and infinity last in a row's sum, which is quicker than to look at each number
+    # NaN and infinity survive in a row's sum, which is quicker than a look at each number
     finite = torch.from_numpy(frames).sum(-1).isfinite().all()
     if path.stat().st_size != header + T * frame or not finite:
         raise ValueError(f"{path.stem} is of another size, or not finite")
@@ -315,7 +316,7 @@ class Clips:
         self.lengths = np.array([row["frames"] for row in rows])
         self.emotion = [row["emotion"] for row in rows]
         self.voices = [row.get("voice") for row in rows]               # files
-        L, A = self.audio_shape = tuple(map(int, audio_shape))
+        L, A = self.audio_shape = tuple(map(int, audio_shape))         # must be two
         self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion,
         self.x_c_moments = torch.tensor(x_c_moments).view(2, 63)       # and of the faces
         windows = np.maximum(self.lengths - self.frames, 0)
@@ -1088,7 +1089,7 @@ def run(main):
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    sys.exit(code)                                 # only now: the error kept workers alive
+    sys.exit(code)                                 # only now: error's traceback kept workers alive
 
 
 @dataclass

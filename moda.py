@@ -231,7 +231,7 @@ class MotionModel(nn.Module):
 
     def size(self, portrait):
         """Factors of a portrait's motion, (..., 70) -> (..., 70): for scale and translation, which
-        grow with the face, its scale over the mean one; 1 for the rest. Where motion is not
+        grow with the face, its scale divided by the mean scale; 1 for the rest. Where motion is not
         relative to the portrait, prev is divided by them and the output multiplied."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
@@ -499,10 +499,10 @@ def windows(frames, chunk, overlap, past, emotions):
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later. emotions: [(label,
     frames), ...]; each new one begins a new window. The end: no voice but the overlap is left."""
-    voice, already_seen, frames_left = [], past, 0
+    voice, already_seen, frames_left = [], past, 0                     # the past: silence
     frames = iter(frames)
-    for emotion, duration in emotions:             # of a whole number of frames or not
-        frames_left += duration                    # and what was left of a frame, to keep in time
+    for emotion, duration in emotions:
+        frames_left += duration                    # plus the part of a frame that the last one left
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
             if len(voice) <= already_seen:         # nothing that the last window did not have
@@ -546,7 +546,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of the past: above 1
+    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # weight of the last window
     silence = torch.zeros(past, model.cfg.audio_layers, model.cfg.audio_dim)
     # from window to window: prev, the frame before, conditions the next one; before, the same but
     # at first empty, is a neighbour in smoothing; tail, the frames that both have; eps, their noise
@@ -563,11 +563,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
-        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))
+        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))  # 1 for the past, then less
         ready = motion[:len(voice)]
         if smooth:                                 # again, with the neighbour of its first frame
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
-        yield ready[past:past + stride]
+        yield ready[past:past + stride]            # those before were yielded, or are silence
         prev = before = motion[stride - 1:stride]
         tail = motion[stride:stride + overlap]
         eps = eps[stride:]

@@ -134,8 +134,8 @@ def write_template(motion, path):
             scale=m[None, SCALE],
             t=m[None, TRANS],
             R=R[None]))
-    # roughly how open eyes and mouth are, height over width, from the y of points 11 and 15, the
-    # lids, which go down by 0.013 to shut, and of points 17 and 19, the lips
+    # roughly how open eyes and mouth are, from the y of points 11 and 15, the lids, which go down
+    # by 0.013 to shut, and of points 17 and 19, the lips; 25 and 5 make it height over width
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
     lips = 5 * motion[:, None, [52, MOUTH]].diff().clip(0)
     template = dict(
@@ -190,7 +190,7 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                block2d(128, 256, pool=nn.AvgPool2d(2))),
+                block2d(128, 256, pool=nn.AvgPool2d(2))),              # which pools first
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
             volume=nn.Unflatten(1, (32, 16)),                          # channel 16 c + depth
@@ -652,7 +652,8 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 # 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's name is in capitals, its row
 # a sum of offsets (D and a point's number) or signals, times numbers for right, down and in:
 # "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards. DOWN
-# is of this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two.
+# is of this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two: a
+# signal has no direction, so its number stands under down, which is not mirrored.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 # `find_places` below works the rows out, from the first to the last, and `weighted` each term.
 PLACES = """\

@@ -116,8 +116,8 @@ def open_model(settings, given):
 
 def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds. A chunk has 40 frames that stay, then
-    new - BLOCK that it yields, then a BLOCK that fades. Its first new sound waits for new - 1
-    frames to come, and one is left for work. Sound comes in whole blocks of frames."""
+    new - BLOCK that it yields, then a BLOCK that fades. The first frame that it yields waits for
+    new - 1 others, and one is left for work. Sound comes in whole blocks of frames."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -419,12 +419,12 @@ def emotion_accuracy(motion, emotion):
 def evaluate(settings, model, data, training):
     """Print and return a table {column: {metric: x}} on clips of `data`.
 
-    Compared with the truth: the truth; the model; the model given another clip's voice, from a face
-    at rest, emotions in turn, which should have no mouth corr and all the emotion; a linear model
-    of `training` clips. Compared with the model: another seed."""
+    Compared with the truth: the truth; the model; the model given another clip's voice, a face at
+    rest and one emotion after the other, which should have no mouth corr but all the emotion; a
+    linear model of `training` clips. Compared with the model: another seed."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
-    in_turn = torch.arange(len(audio)) % 8
+    in_turn = torch.arange(len(audio)) % 8         # clip k gets emotion k mod 8
     rest = model.normalise(F.pad(model.mean[63:], (63, 0))).expand_as(prev)
     foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
 

@@ -65,7 +65,7 @@ class Settings:
     save_every: int = 250        # steps; of ckpt.pt, from which a run goes on
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
     eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
-    eval_clips: int = 12         # val clips of the toy, for a table at the end; 0: one, no table
+    eval_clips: int = 12         # val clips of the toy, for a table at the end; 0: no table
     sample_every: int = 0        # steps; videos samples/STEP.mp4 by the model so far; 0 = none
     sample: str = ""             # flags of sample.py for them
     seed: int = 1                # of the weights and all that is drawn
@@ -249,7 +249,7 @@ def save_run(out, settings, parts, step, stop, best, improved, val):
     if is_due(step, settings.keep_every, settings):
         save(out / f"ckpt-{step}.pt", state)
     sampling = is_due(step, settings.sample_every, settings)
-    # ckpt.pt is the last: after a kill before it the run saves the others again
+    # ckpt.pt is written last: if a kill comes before, the resumed run writes the others again
     if stop or sampling or is_due(step, settings.save_every, settings):
         save(out / "ckpt.pt", state)
     if sampling:
