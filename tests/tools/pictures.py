@@ -231,12 +231,13 @@ def flow(settings, path, steps=10):
     left.suptitle("the mouth, from noise to motion (grey: the truth)", fontsize=11)
     axes = right.subplots()
     for frame in range(4, 80, 9):
-        line, = axes.plot(times, mouth[:, frame], "o-", markersize=3, linewidth=1)
-        axes.plot([1, 0], mouth[[0, -1], frame], "--", color=line.get_color(), linewidth=0.8)
+        path_of_frame, = axes.plot(times, mouth[:, frame], "o-", color=TEAL, markersize=3)
+        straight_line, = axes.plot([1, 0], mouth[[0, -1], frame], "--", color=GREY)
+    axes.legend([path_of_frame, straight_line], ["a frame's path, step by step", "straight"])
     axes.set_xlim(1.03, -0.03)
     axes.set_xlabel("time t of the flow: ten Euler steps")
     axes.set_ylabel("the mouth, normalised")
-    axes.set_title("nine frames of it; dashed: straight lines", fontsize=11)
+    axes.set_title("nine of its frames on their way", fontsize=11)
     save_figure(figure, path)
 
 
@@ -266,14 +267,14 @@ def straight(settings, path, steps=20):
         for row, (name, channel) in enumerate(channels.items()):
             panel = panels[row, column]
             for frame in range(4, 80, 9):
-                line, = panel.plot(times, way[:, frame, channel], linewidth=1.5)
-                panel.plot([1, 0], way[[0, -1], frame, channel], "--", color=line.get_color(),
-                           linewidth=0.8)
+                path_of_frame, = panel.plot(times, way[:, frame, channel], color=TEAL)
+                line, = panel.plot([1, 0], way[[0, -1], frame, channel], "--", color=GREY)
             if not column:
                 panel.set_ylabel(f"{name}, normalised")
         panels[0, column].set_title(title, fontsize=11)
         panel.set_xlim(1.03, -0.03)
-        panel.set_xlabel("time t of the flow: noise to motion; dashed: straight lines")
+        panel.set_xlabel("time t of the flow, from noise to motion")
+    panels[0, 0].legend([path_of_frame, line], ["a frame's path", "straight"])
     save_figure(figure, path, 32)
 
 
@@ -352,10 +353,12 @@ def claims(settings, path):
     left.set_xscale("log")
     left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
     left.minorticks_off()
+    left.set_ylabel("jerk, 1 = the truth's; correlation")
     curves(right, "audio guidance", ("Sync-C", TEAL))
     mean, deviation = measured("sync loss")["tau 0.4"]["Sync-C"]
     right.axhline(mean, color=RED, label="Sync-C, trained with the sync loss")
     right.axhspan(mean - deviation, mean + deviation, color=RED, alpha=0.15)
+    right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("guidance and the sync loss: better sync", fontsize=11)
     left.legend()
     right.legend(loc="lower right")
