@@ -176,7 +176,8 @@ def appearing(path):
     if not path.suffix:
         yield path
         return
-    part = path.with_name(f"part-{path.name}")
+    part = path.with_name(f".part-{path.name}")
+    part.unlink(missing_ok=True)
     try:
         yield part
         part.replace(path)
@@ -282,7 +283,7 @@ def read_frames(path, frames, start, T):
     OSError: it is damaged."""
     header = 128                                   # bytes, as np.save writes it
     frame = frames[0].nbytes
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         file.seek(header + start * frame)
         file.readinto(frames)
     # NaN and infinity survive in a row's sum, which is quicker than a look at each number

@@ -508,7 +508,7 @@ def windows(frames, chunk, overlap, past, emotions):
             if len(voice) <= already_seen:         # nothing that the last window did not have
                 return
             stride = int(min(chunk - overlap, frames_left))
-            yield torch.stack(voice), stride, emotion
+            yield torch.stack(torch.broadcast_tensors(*voice)), stride, emotion
             voice = voice[stride:]
             frames_left -= stride
             already_seen = overlap
@@ -547,7 +547,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # weight of the last window
-    silence = torch.zeros(past, model.cfg.audio_layers, model.cfg.audio_dim)
+    silence = torch.zeros(past, 1, 1)
     # from window to window: prev, the frame before, conditions the next one; before, the same but
     # at first empty, is a neighbour in smoothing; tail, the frames that both have; eps, their noise
     eps = before = tail = torch.empty(0, M)

@@ -384,7 +384,7 @@ def main(argv):
                             f"{settings.batch_size / seconds:.0f} windows/s, "
                             f"{waiting / seconds:.0%} waiting")
         if RANK == 0:
-            save_run(out, settings, parts, step, stop, best, val_loss == best, val)
+            save_run(out, settings, parts, step, stop, best, val_loss == best, val or data)
         if stop:
             return
         began = perf_counter()

@@ -201,6 +201,10 @@ def test_bad_requests_are_refused(tiny):
         generate(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)))
     with pytest.raises(ValueError, match="no frames"):
         generate(tiny, **voice(0))
+    with pytest.raises(ValueError, match="no frames"):
+        generate(tiny, **voice(0), past=3)
+    with pytest.raises(ValueError, match="not .12, 160"):
+        generate(tiny, **dict(voice(20), audio=torch.randn(20, 12, 160)), past=3)
 
 
 def test_a_new_emotion_begins_a_chunk(tiny):
@@ -223,6 +227,11 @@ def test_short_strides_go_on_from_frames_that_stay_and_at_first_from_silence(tin
     silence = torch.zeros(20, 1, 160)
     whole = generate(tiny, torch.cat([silence, audio[:10]]), **options)
     assert torch.allclose(pieces[0], whole[20:26], atol=1e-5)
+    one = generate(tiny, torch.cat([silence, audio[:10]]), **options)
+    two = generate(tiny, torch.cat([silence, audio])[6:36], **options | dict(prev=one[5], noise=noise[1:]))
+    two[20:24].lerp_(one[26:30], torch.tensor([[1], [0.75], [0.5], [0.25]]))
+    assert torch.allclose(pieces[1], two[20:26], atol=1e-5)
+    assert not torch.allclose(two[19], one[25], atol=1e-2)     # what stays is not drawn again
 
 
 # ---------------------------------------------------------------------------------- straight models

@@ -273,6 +273,15 @@ def test_a_failing_run_leaves_the_last_video_and_nothing_else(tmp_path, name, er
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_a_kill_left_is_not_taken_for_the_video(tmp_path):
+    soundfile.write(tmp_path / "v.wav", np.zeros(6400), RATE)
+    for name in ("part-v.mp4", ".part-v.mp4"):
+        (tmp_path / name).write_text("half of another video")
+    with sample.appearing(tmp_path / "v.mp4") as part:
+        sample.write_video(part, np.zeros((10, 64, 64, 3), np.uint8), Sound(tmp_path / "v.wav"))
+    assert imageio.get_reader(tmp_path / "v.mp4").count_frames() == 10
+
+
 # -------------------------------------------------------------------------------------------- pairs
 @pytest.fixture
 def faces(monkeypatch):
