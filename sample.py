@@ -89,7 +89,7 @@ EFFECTS = {
                              "chunk overlap past smooth latency stream",
     "without --pairs": "audio_path image_path emotion save_motion",
     "without --eval": "audio_path output_path pairs image_path weights motion emotion "
-                      "edit save_motion motion_path stream bf16 device"}
+                      "edit save_motion motion_path audio_encoder stream bf16 device"}
 
 
 # --------------------------------------------------------------------------------- model and face
