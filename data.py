@@ -18,11 +18,12 @@ import tempfile
 import weakref
 import zlib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -35,7 +36,6 @@ from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
 from PIL import Image
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moda import EMOTIONS, NO_EMOTION, M, draw, load_strictly, read_checkpoint
@@ -353,7 +353,7 @@ class Clips:
                     damaged.append(f"{self.names[k]}: cannot be used ({error}); delete it and "
                                    "prepare the data again")
         if len(emotion) < n:
-            raise ValueError(damaged[-1])
+            raise ValueError(f"over 1 % of the windows cannot be read: {damaged[-1]}")
         batch = dict(
             motion=motion[:, 1:],
             prev=motion[:, 0],
@@ -378,41 +378,35 @@ def draw_batch(step, data, cfg, settings):
     index = torch.randint(len(data), (settings.batch_size, 10), generator=generator)
     drawn = draw(cfg, settings.batch_size, data.frames, generator)
     damaged = []
-    try:
-        batch = data.windows(index.chunk(WORLD)[RANK].tolist(), damaged)
-    except ValueError:
-        return None, damaged
+    batch = data.windows(index.chunk(WORLD)[RANK].tolist(), damaged)
     for name, x in drawn.items():
-        batch[name] = x.chunk(WORLD)[RANK].clone()              # a worker would pass it whole
+        batch[name] = x.chunk(WORLD)[RANK]
     return batch, damaged
 
 
-def ignore_sigterm(worker):
-    """SIGTERM is for the process that trains."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def read_ahead(data, model, settings, steps):
-    """Batches of some steps, read by workers, which share the data by fork where there is one.
+    """Batches of some steps, each read while earlier ones are used, by threads: reading and summing
+    let others run, and a batch need not be sent from process to process.
 
     Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
     what a process reads in a whole training, also where the steps are the few of a validation."""
-    # the "data set" is the numbers of steps: collate_fn makes a batch of each, in a worker
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        collate_fn=partial(draw_batch, data=data, cfg=model.cfg, settings=settings),
-        num_workers=settings.workers,
-        multiprocessing_context="fork" if settings.workers and hasattr(os, "fork") else None,
-        worker_init_fn=ignore_sigterm)
+    steps = iter(steps)
+    coming = []
     damaged = 0
-    for batch, reports in loader:
-        for line in reports:
-            report(f"passed over: {line}")
-        damaged += len(reports)
-        if batch is None or damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
-            raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
-        yield {name: x.to(model.mean.device) for name, x in batch.items()}
+    with ThreadPoolExecutor(settings.workers) as pool:
+        while True:
+            # one batch to wait for, and as many behind it as there are workers
+            more = islice(steps, 1 + settings.workers - len(coming))
+            coming += [pool.submit(draw_batch, step, data, model.cfg, settings) for step in more]
+            if not coming:
+                return
+            batch, reports = coming.pop(0).result()
+            for line in reports:
+                report(f"passed over: {line}")
+            damaged += len(reports)
+            if damaged > 0.01 * settings.steps * settings.batch_size / WORLD:
+                raise ValueError(f"over 1 % of the windows cannot be read: {reports[-1]}")
+            yield {name: x.to(model.mean.device) for name, x in batch.items()}
 
 
 def moments_of(motions):
@@ -1090,7 +1084,7 @@ def run(main):
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    sys.exit(code)                                 # only now: error's traceback kept workers alive
+    sys.exit(code)                                 # not above, where the error is still held
 
 
 @dataclass

@@ -264,7 +264,7 @@ def check(settings, given):
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
-    inputs = settings.audio_path, settings.image_path, settings.motion_path
+    inputs = voice.partition("#t=")[0], settings.image_path, settings.motion_path
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         path = Path(getattr(settings, flag))
         known = (path.suffix.lower() or str(path)) in endings.split()

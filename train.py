@@ -70,7 +70,7 @@ class Settings:
     sample: str = ""             # flags of sample.py for them
     seed: int = 1                # of the weights and all that is drawn
     device: str = ""             # cuda if there is one
-    workers: int = 0             # processes that read windows
+    workers: int = 1             # threads that read windows
 
 
 # Sec. 4.1.2: Adam, 1e-4, batch 512
@@ -93,7 +93,7 @@ def read_settings(argv):
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):
         raise UsageError(f"--model={settings.model}: known are moda, alse")
-    positive = "steps batch_size clips save_every width heads".split()
+    positive = "steps batch_size clips save_every workers width heads".split()
     for name, value in (vars(settings) | vars(cfg)).items():
         lowest = int(name in positive)
         if type(value) is not str and value < lowest:

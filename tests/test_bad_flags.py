@@ -52,7 +52,7 @@ def test_a_value_of_the_wrong_type(refused, command, kind):
     ("train --width=0", "--width=0: should be 1 or more"),
     ("train --warmup=-1", "--warmup=-1: should be 0 or more"),
     ("train --learning_rate=-1", "--learning_rate=-1.0: should be 0 or more"),
-    ("train --workers=-1", "--workers=-1: should be 0 or more"),
+    ("train --workers=0", "--workers=0: should be 1 or more"),
     ("train --model=alse --batch_size=3", "--batch_size=3: should be a multiple of 2")])
 def test_a_number_out_of_range(refused, command, words):
     refused(command, words, code=2)
@@ -155,6 +155,7 @@ def inputs(folder):
     "sample --audio_path=talk.mp4 --output_path=../{folder}/talk.mp4",
     "sample --audio_path=talk.mp4 --output_path={parent}/{folder}/talk.mp4",
     "sample --audio_path=link.mp4 --output_path=talk.mp4",
+    "sample --audio_path=talk.mp4#t=0,1 --output_path=talk.mp4",
     "sample --audio_path=talk.mp4 --output_path=link.mp4",
     "sample --audio_path=talk.mp4 --output_path=hard.mp4",
     "play --motion_path=./m.npy --save_motion=m.npy",

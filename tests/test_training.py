@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import signal
@@ -30,7 +29,7 @@ from moda import ALSE, EMOTIONS, Config, MoDA, read_checkpoint
 
 TINY = "--width=32 --heads=1 --eval_clips=0 --eval_every=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3 --eval_every=4 --init_from=auto".split()
-SPLIT = ["--workers=1"]
+SPLIT = ["--workers=2"]
 toy = functools.cache(ToyTalker)
 pytestmark = pytest.mark.usefixtures("one_thread")     # as in the processes: sums have one order
 
@@ -452,29 +451,23 @@ def test_the_expert_takes_a_moving_average_too(tmp_path):
     assert any(not torch.equal(x, state["model"][name]) for name, x in state["ema"].items())
 
 
-def test_workers_share_the_data_however_python_starts_processes(tmp_path, request):
-    usual = torch.multiprocessing.get_start_method()
+def test_threads_read_ahead_and_keep_the_order(monkeypatch):
+    read, draw_batch = [], data.draw_batch
 
-    def put_back():
-        torch.multiprocessing.set_start_method(usual, force=True)
-    request.addfinalizer(put_back)
-    torch.multiprocessing.set_start_method("spawn", force=True)
-    train_here(tmp_path, "--steps=2", "--batch_size=2", "--workers=1")
-
-
-def test_on_windows_workers_start_anew_with_what_can_be_sent_to_them(monkeypatch):
-    """Simulated: Python has no fork there, and pickles what a worker needs."""
-    given = {}
-    monkeypatch.delattr(os, "fork")
-
-    def loader(*args, **options):
-        given.update(options)
-        return []
-    monkeypatch.setattr(data, "DataLoader", loader)
+    def slow_at_first(step, *given):
+        time.sleep(0.1 / (1 + step))
+        read.append(step)
+        return draw_batch(step, *given)
+    monkeypatch.setattr(data, "draw_batch", slow_at_first)
     model = MoDA(Config(**build.SMALL))
-    list(data.read_ahead(toy("train", 4), model, train.Settings(workers=1), range(9)))
-    assert given["multiprocessing_context"] is None
-    pickle.dumps((given["collate_fn"], given["worker_init_fn"]))
+    settings = train.Settings(workers=3)
+    batches = data.read_ahead(toy("train", 4), model, settings, range(9))
+    expected = [draw_batch(step, toy("train", 4), model.cfg, settings)[0] for step in range(9)]
+    first = next(batches)
+    time.sleep(0.3)
+    assert sorted(read) == [0, 1, 2, 3]                        # one that is used, three behind it
+    for batch, truth in zip([first, *batches], expected, strict=True):
+        assert all(torch.equal(batch[name], x) for name, x in truth.items())
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")               # rms_norm under autocast on CPUs
