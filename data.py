@@ -332,10 +332,10 @@ class Clips:
         read_frames(folder / "audio.npy", audio, start + 1, T)
         read_frames(folder / "identity.npy", identity, 0, 63)     # frames of one number
 
-    def windows(self, rows, damaged, frames=80):
+    def windows(self, rows, damaged, frames=frames):
         """A batch of windows. A row holds the numbers of some windows, of which the first one that
         can be read is used; lines about those before it go to the list `damaged`. ValueError: none
-        can be read. Other numbers of frames are for clips' beginnings, in evaluation."""
+        of a row can be read. Other numbers of frames are for clips' beginnings, in evaluation."""
         n = len(rows)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
@@ -353,7 +353,7 @@ class Clips:
                     damaged.append(f"{self.names[k]}: cannot be used ({error}); delete it and "
                                    "prepare the data again")
         if len(emotion) < n:
-            raise ValueError(f"over 1 % of the windows cannot be read: {damaged[-1]}")
+            raise ValueError(damaged[-1])
         batch = dict(
             motion=motion[:, 1:],
             prev=motion[:, 0],
@@ -400,7 +400,7 @@ def read_ahead(data, model, settings, steps):
             coming += [pool.submit(draw_batch, step, data, model.cfg, settings) for step in more]
             if not coming:
                 return
-            batch, reports = coming.pop(0).result()
+            batch, reports = coming.pop(0).result()                    # or what the thread raised
             for line in reports:
                 report(f"passed over: {line}")
             damaged += len(reports)

@@ -335,6 +335,7 @@ def main(argv):
     net = wrapped(model, settings)
 
     # the loop; a signal ends it after a step
+    stop = False
     stops = []
     on_signals(lambda *_: stops.append(True))
     batches = read_ahead(data, model, settings, range(first_step, settings.steps))
@@ -386,13 +387,14 @@ def main(argv):
         if RANK == 0:
             save_run(out, settings, parts, step, stop, best, val_loss == best, val or data)
         if stop:
-            return
+            break
         began = perf_counter()
-    on_signals(signal.default_int_handler)
     if WORLD > 1:
+        del net            # or it ends last, holds Python's lock and waits for threads that need it
         dist.destroy_process_group()
-    if RANK > 0:
+    if stop or RANK > 0:
         return
+    on_signals(signal.default_int_handler)
     print(f"{out}: finished, {settings.steps} steps")
     if kind is MoDA and settings.eval_clips and not settings.data_dir:
         options = sample.Settings(ckpt=f"{out}/ckpt.pt")

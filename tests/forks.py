@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
-    "pytest", "torch", "torch._dynamo", "torch.distributed", "torch.utils.data", "numpy",
-    "PIL.Image", "imageio.v2", "imageio_ffmpeg", "soundfile", "tqdm"])
+    "pytest", "torch", "torch._dynamo", "torch.distributed", "numpy", "PIL.Image",
+    "imageio.v2", "imageio_ffmpeg", "soundfile", "tqdm"])
 begin = forkserver.ensure_running
 
 

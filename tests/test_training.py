@@ -42,8 +42,8 @@ def arguments(out, flags):
 
 
 def start(out, *flags, ranks=1):
-    """Processes of a training, as torchrun starts them; each leads its group of data workers and
-    prints into a file."""
+    """Processes of a training, as torchrun starts them; each leads its own group and prints
+    into a file."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -167,7 +167,7 @@ def test_two_processes_follow_one_process(one_process, two_processes):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_any_process_ends_all_with_a_checkpoint(tmp_path, number):
-    """SIGTERM, as a queue sends it, or Ctrl-C, which reaches workers too."""
+    """SIGTERM, as a queue sends it, or Ctrl-C."""
     flags = "--batch_size=2 --workers=1 --eval_clips=4".split()
     run = start(tmp_path, "--steps=100000", *flags, ranks=2)
     wait_for(tmp_path, 2, run)
@@ -391,7 +391,7 @@ def test_more_than_1_percent_damaged_windows_end_a_training_in_one_line(
     assert not log.exists() or len(log.read_text().splitlines()) < 20
 
 
-def test_a_worker_that_can_read_no_clip_ends_the_command_in_one_line(tmp_path):
+def test_a_thread_that_can_read_no_clip_ends_the_command_in_one_line(tmp_path):
     data_dir = f"--data_dir={all_damaged(tmp_path / 'set')}"
     process, = run = start(tmp_path / "out", data_dir, "--model=alse", "--workers=1")
     try:
