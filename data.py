@@ -98,14 +98,14 @@ def ffmpeg(complaint, *args, **pipes):
 
 
 def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
-    """What tells ffmpeg to read a user's file, and no other; or for "-", what is live. #t=2,5 after
+    """ffmpeg's options to read a user's file, and no other; `live`, where that is "-". #t=2,5 after
     a file's name means these seconds of it."""
     if path == "-":
         return live.split()
     file, _, span = str(path).partition("#t=")
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {FORMATS}".split()
     if span:
-        start, end = span.split(",")
+        start, _, end = span.partition(",")
         options += "-ss", start, "-to", end
     return [*options, "-i", f"file:{file}"]
 
@@ -136,8 +136,8 @@ class Sound:
             return
         try:
             next(self.blocks())
-        except ValueError:                         # no sound, which will be said below, or many
-            self.filters = MANY                    # channels
+        except ValueError:                         # many channels, or no sound: see below
+            self.filters = MANY
         n, power = 0, np.zeros(3)                  # of the mean, the left and the right channel
         for block in self.blocks():
             if not np.isfinite(block).all():
@@ -147,7 +147,7 @@ class Sound:
         self.frames = math.ceil(n / FRAME)
         if max(power) < 1e-6 * n:                  # -60 dBFS
             report(f"{path}: all but silent; if it has another track, take that one out")
-        if 16 * power[0] < max(power):
+        if 16 * power[0] < max(power):             # 12 dB
             self.column = power.argmax()
             report(f"{path}: its channels cancel; the louder one is taken")
 
@@ -269,7 +269,7 @@ def feature_blocks(encoder, device):
 # of a folder, which says why.
 
 def opened(folder, *names):
-    """Arrays of a clip; what is looked at is read. ValueError if it is damaged or was left out."""
+    """Arrays of a clip, memory-mapped. ValueError if it is damaged or was left out."""
     try:
         return [open_memmap(folder / f"{name}.npy", mode="r") for name in names]
     except Exception as error:
@@ -320,7 +320,7 @@ class Clips:
         L, A = self.audio_shape = tuple(map(int, audio_shape))         # must be two
         self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion,
         self.x_c_moments = torch.tensor(x_c_moments).view(2, 63)       # and of the faces
-        windows = np.maximum(self.lengths - self.frames, 0)
+        windows = np.maximum(self.lengths - self.frames, 0)            # each with a frame before
         self.first = np.cumsum([0, *windows])                          # each clip's first window
         if not len(self):
             raise ValueError("none is listed that is as long as a window")
@@ -386,10 +386,10 @@ def draw_batch(step, data, cfg, settings):
 
 def read_ahead(data, model, settings, steps):
     """Batches of some steps, each read while earlier ones are used, by threads: reading and summing
-    let others run, and a batch need not be sent from process to process.
+    release Python's lock, and a batch need not be sent from process to process.
 
     Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
-    what a process reads in a whole training, also where the steps are the few of a validation."""
+    what a process reads in a whole training, which is the measure of a short validation too."""
     steps = iter(steps)
     coming = []
     damaged = 0
@@ -449,7 +449,8 @@ def read_labels(path):
 
 
 def find_clips(settings):
-    """{clip: its row of the table}; without a table, of every video in the folder.
+    """{clip: its row of the table}; without a table, of every video in the folder. Paths are below
+    --videos.
 
     The emotion is that of the nearest name in the labels, else the row's own, else that of the
     nearest folder that is called like one; a speaker, if not given, the first folder or, without
@@ -468,7 +469,7 @@ def find_clips(settings):
         row = defaultdict(str, row)
         if row["start"] + row["end"]:
             row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
-        # a path below clips/, so without / or ../ before it; and no @ at its end without a crop
+        # it names a folder below clips/: no / or ../ before it, nor an @ at its end without a crop
         name = f"{row['video']}{row['span']}@{row['crop']}".strip("@./")
         if row["video"]:
             clips[name] = row
@@ -476,7 +477,7 @@ def find_clips(settings):
         # its path, its name, its folders from the nearest on
         names = [str(video), *video.parts[::-1]]
         found = [labels[key] for key in names if key in labels]
-        found += [LABELS[key] for key in (row["emotion"].lower(), *names[2:]) if key in LABELS]
+        found += [LABELS[key] for key in (plain(row["emotion"]), *names[2:]) if key in LABELS]
         row["emotion"] = [*found, NO_EMOTION][0]
         row["speaker"] = row["speaker"] or names[-1]
         voice = Path(settings.videos, row["audio"] or row["video"]).absolute()
@@ -596,7 +597,7 @@ def prepare(settings):
 
 def begin(path, settings):
     """Begin a manifest, or go on with one; ValueError if it was begun with other settings: another
-    crop or networks, by what their files hold. Other places and versions are reported."""
+    crop or networks, known by checksums of their files. Other places and versions are reported."""
     files = (f"{settings.weights}/base_models/motion_extractor.pth",
              f"{settings.weights}/liveportrait/base_models/motion_extractor.pth",
              settings.audio_encoder, f"{settings.audio_encoder}/pytorch_model.bin")
@@ -779,6 +780,7 @@ MOVES = table("""
     49       0    0    0    -2.75  0     0      .3     -.4    0        # 16 y""")
 CONTROLS = {}
 for name in MOVES.dtype.names[1:]:
+    # channel and number of each row -> (63,)
     CONTROLS[name] = np.bincount(MOVES["channel"], MOVES[name] / 1000, 63)
 
 
@@ -846,6 +848,7 @@ def smooth(track, width):
 
 def wander(rng, width, n):
     """Smooth noise of unit variance, (n,); width in samples."""
+    # a Gaussian's squares sum to (4 pi width^2) ^ -0.5
     return smooth(rng.standard_normal(n), width) * (4 * np.pi * width ** 2) ** 0.25
 
 
@@ -870,7 +873,7 @@ def toy_clip(seed, T):
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
     end = rng.uniform(-1, 0)                       # speech has begun before,
-    if rng.random() < 0.1:                         # or begins later
+    if rng.random() < 0.1:                         # or begins later, within n / 100 s
         end = rng.uniform(0, 0.006) * n
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
@@ -890,7 +893,7 @@ def articulation(rng, n, rate):
 
 
 def toy_expression(rng, manner, phones, reach):
-    """Lips follow the voice, the emotion holds the rest: (n, 63)."""
+    """Lips follow the voice, to which the emotion is added, on the whole face: (n, 63)."""
     n = len(phones)
     held = {}
     lips = {name: reach * smooth(phones[name], 4) for name in ("aaa", "eee", "woo")}
@@ -973,7 +976,7 @@ def toy_room(rng, wav):
     room *= rng.uniform(0, 0.7) / room.std()
     wav += room
     music = rng.choice([0, 0, 0.25]) * rng.random()
-    for hum in 0, 0, 0, 0.5:                       # three tones come and go, one stays
+    for hum in 0, 0, 0, 0.5:                       # its least: three tones come and go, one stays
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
         wav += music * swell * tone
@@ -1080,11 +1083,11 @@ def run(main):
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
         if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
-            raise                                  # no lack of memory or of an ffmpeg: ours
+            raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    sys.exit(code)                                 # not above, where the error is still held
+    sys.exit(code)                                 # here, where the error and its frames are freed
 
 
 @dataclass

@@ -60,10 +60,10 @@ STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0
 
 
 # ----------------------------------------------------------------------------- positions and times
-def waves(position, n, theta):
-    """Cosine and sine of position (...) * theta^(-2i / n) for i < n / 2: (..., n / 2, 2)."""
-    i = torch.arange(n // 2, device=position.device)
-    frequency = torch.exp(-math.log(theta) * 2 * i / n)
+def waves(position, d, theta):
+    """Cosine and sine of position (...) * theta^(-2i / d) for i < d / 2: (..., d / 2, 2)."""
+    i = torch.arange(d // 2, device=position.device)
+    frequency = torch.exp(-math.log(theta) * 2 * i / d)
     angles = position[..., None] * frequency
     return torch.stack([angles.cos(), angles.sin()], -1)
 
@@ -154,8 +154,8 @@ class JointBlock(nn.Module):
     def forward(self, xs, c, rope):
         """Streams xs, (B, n, D) each, under the conditioning vector c (B, 1, D) -> the same."""
         before = [path.before_attention(x, c, rope) for path, x in zip(self.paths, xs)]
-        heads, modulations = zip(*before)
-        q, k, v = [torch.cat(parts, 2) for parts in zip(*heads)]       # of all streams
+        qkvs, modulations = zip(*before)                               # a tuple per stream
+        q, k, v = [torch.cat(parts, 2) for parts in zip(*qkvs)]        # of all streams
         y = attention(q, k, v)
         ys = y.split([x.size(1) for x in xs], 1)                       # back to their streams
         out = []
@@ -230,16 +230,16 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """Factors of a portrait's motion, (..., 70) -> (..., 70): for scale and translation, which
-        grow with the face, its scale divided by the mean scale; 1 for the rest. Where motion is not
-        relative to the portrait, prev is divided by them and the output multiplied."""
+        """A portrait's motion (..., 70) -> how large its face is, as a factor of each of the 70
+        numbers: its scale divided by the mean scale for scale and translation, which grow with the
+        face; 1 for the rest. Absolute motion: prev is divided by them, the output multiplied."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
         return factors
 
     def normalise(self, motion):
-        """(..., 70) in LivePortrait units, of a face of average size -> the network's."""
+        """(..., 70) in LivePortrait units -> the network's."""
         return (motion - self.mean) / (self.std + 1e-5)                # some never move: std 0
 
     def denormalise(self, z):
@@ -262,6 +262,7 @@ class MotionModel(nn.Module):
         what does not fit."""
         state = state or read_checkpoint(path)
         try:
+            # a name in the released file, see RELEASED
             if cls is MoDA and any("motion_embedder.mlp" in key for key in state):
                 return from_released(state, path, **changes).eval()
             if state.get("kind") != cls.__name__:
@@ -299,7 +300,7 @@ class MoDA(MotionModel):
         self.emotion_embedder = nn.Embedding(len(EMOTIONS), D)
         self.identity_embedder = embedder(63, D)
         self.time_embedder = embedder(256, D)
-        self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))     # of a dropped condition
+        self.null_audio = nn.Parameter(torch.randn(cfg.audio_dim))     # in place of audio
         self.register_buffer("x_c_mean", torch.zeros(63))              # of the training faces
         self.register_buffer("x_c_std", torch.ones(63))
         self.four = nn.ModuleList(JointBlock(cfg, 4, cfg.rope_streams) for _ in range(cfg.n_four))
@@ -318,7 +319,7 @@ class MoDA(MotionModel):
         prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
-        a = self.embed_audio(audio, drop_audio).type_as(m)             # RMSNorm made it float32
+        a = self.embed_audio(audio, drop_audio).type_as(m)             # with autocast it is float32
         e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
         # standardised, for faces differ by a small part of their size
         x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
@@ -340,7 +341,8 @@ class MoDA(MotionModel):
         """(B, N, L, A) -> (B, N, D); where drop_audio (B,), if any, all is the null vector."""
         audio = self.flat_audio(audio)
         if drop_audio is not None:
-            null = self.null_audio.repeat(self.cfg.audio_layers)
+            null = self.null_audio.repeat(self.cfg.audio_layers)       # every layer's is the same
+            # a data set's audio is float16; here it becomes float32, as the null vector is
             audio = torch.where(drop_audio[:, None, None], null, audio)
         return self.audio_embedder(audio)
 
@@ -362,7 +364,8 @@ def draw(cfg, B, N, generator):
 
 def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_emotion,
            weight=1.0, expert=None, tau=0.4):
-    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; and the lips' part of L_RF.
+    """L_RF, L_vel and the gated L_ALSE, whose sum is Eq. 6; and, to be logged, the lips' own error,
+    unweighted.
 
     z0 (B, N, 70), normalised; t .. drop_emotion from `draw`; weight (70,) of the channels; expert:
     (audio, z0) -> a, m of ALSE."""
@@ -480,7 +483,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps):
-    """The times at which equal steps from 1, noise, to 0, motion, begin."""
+    """Where each of equal steps begins; t falls from 1, noise, to 0, motion."""
     if steps < 1:
         raise ValueError(f"steps={steps}: should be 1 or more")
     return 1 - torch.arange(steps) / steps
@@ -498,16 +501,19 @@ def windows(frames, chunk, overlap, past, emotions):
     (voice, stride, emotion).
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later. emotions: [(label,
-    frames), ...]; each new one begins a new window. The end: no voice but the overlap is left."""
-    voice, already_seen, frames_left = [], past, 0                     # the past: silence
+    frames), ...]; each new one begins a new window, if more voice than the overlap is left."""
+    voice = []                                     # of the window
+    already_seen = past                            # of it, in the previous one; at first silence
+    frames_left = 0                                # of the emotion
     frames = iter(frames)
     for emotion, duration in emotions:
-        frames_left += duration                    # plus the part of a frame that the last one left
+        frames_left += duration                    # plus the part of a frame that is left
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
-            if len(voice) <= already_seen:         # nothing that the last window did not have
+            if len(voice) <= already_seen:         # the voice has ended
                 return
             stride = int(min(chunk - overlap, frames_left))
+            # silence before the voice is of (1, 1), and broadcast to (L, A)
             yield torch.stack(torch.broadcast_tensors(*voice)), stride, emotion
             voice = voice[stride:]
             frames_left -= stride
@@ -522,14 +528,14 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     audio    (T, L, A), or an iterable of its frames (L, A) as they arrive
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, the portrait's own
-    emotion  0..8, or a list of (emotion, frames), one after the other, the last to the end
+    emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
-    chunk    frames sampled at once, the last filled up with silence
+    chunk    frames sampled at once, as many as cfg.chunk; the final ones are filled up with zeros
     overlap  so many frames at the end of a chunk are the next one's first; they fade into its own
     past     so many of these do not fade but stay; a voice begins after as much silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
-    smooth   average the pose over three frames, in each chunk and across chunks, as released
+    smooth   average the pose over three frames, in each chunk and across chunks: cfg.smooth
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
     if not 0 <= past <= overlap < chunk:
         raise ValueError(f"past={past}, overlap={overlap}, chunk={chunk}: should be 0 <= past <= "
@@ -542,24 +548,24 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     if guidance.keys() - {"audio", "emotion", "audio+emotion"}:
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
-    emotions = [*turns, (last, math.inf)]
+    emotions = [*turns, (last, math.inf)]          # the final one goes on to the end
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # weight of the last window
+    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of the previous window
     silence = torch.zeros(past, 1, 1)
-    # from window to window: prev, the frame before, conditions the next one; before, the same but
-    # at first empty, is a neighbour in smoothing; tail, the frames that both have; eps, their noise
-    eps = before = tail = torch.empty(0, M)
+    # from the previous window, and so at first empty
+    before = torch.empty(0, M)                     # the frame before this window, for smoothing
+    tail = eps = before                            # the frames that this one has too, their noise
 
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
-        padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # with silence
+        padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # log-mel's silence
         velocity = partial(guided_velocity, network, audio=padded[None],
                            emotion=torch.tensor([label], device=times.device),
                            identity=identity.view(1, 63), prev=prev.view(1, M), guidance=guidance)
         fresh = torch.randn(chunk - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
-        z = next(noises, eps).view(1, chunk, M).to(times.device)       # what is given, or drawn
+        z = next(noises, eps).view(1, chunk, M).to(times.device)       # `noise`, if given
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
@@ -568,7 +574,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         if smooth:                                 # again, with the neighbour of its first frame
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
         yield ready[past:past + stride]            # those before were yielded, or are silence
-        prev = before = motion[stride - 1:stride]
+        prev = before = motion[stride - 1:stride]                      # prev is a condition
         tail = motion[stride:stride + overlap]
         eps = eps[stride:]
     if not len(before):
@@ -601,7 +607,8 @@ def fast_network(model, times, emotions):
     conditions = torch.cartesian_prod(times, times.new_tensor(emotions))
     t, emotion = conditions.T
     c = model.conditioning(t, emotion.long())[:, 0]
-    shared = {id(p): p for p in model.parameters()}                    # deepcopy's memo
+    # deepcopy takes these for copied already
+    shared = {id(p): p for p in model.parameters()}
     network = copy.deepcopy(model, shared)
     for module in [*network.modules()]:
         if hasattr(module, "adaln"):

@@ -36,7 +36,7 @@ def rotation(degrees):
     x_c R. Each of the three turns is Rodrigues' formula."""
     angle = degrees.deg2rad()[..., None, None]
     axes = torch.eye(3, device=degrees.device)
-    K = torch.linalg.cross(axes[:, None], axes[None])                  # K[i, j]: axis i x axis j
+    K = torch.linalg.cross(axes[:, None], axes[None])                  # v @ K[i]: axis i x v
     pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
     return pitch @ yaw @ roll
 
@@ -54,6 +54,7 @@ def keypoints(x_c, motion):
 
 def relative(motion, portrait, neutral):
     """Driving motion (T, 70), from its `neutral` (70,), put on the `portrait`'s own (70,)."""
+    # as LivePortrait: the turn away from neutral, then the portrait's own
     R = rotation(motion[:, ROT]) @ rotation(neutral[ROT]).mT @ rotation(portrait[ROT])
     moved = portrait + motion - neutral
     moved[:, SCALE] = portrait[SCALE] * motion[:, SCALE] / neutral[SCALE]
@@ -324,15 +325,15 @@ class DenseMotion(nn.Module):
         still = torch.eye(3, 4, device=f.device)[None]
         grid = F.affine_grid(still, f[:1].shape, align_corners=True)   # (1, 16, 64, 64, 3)
         distance = torch.cdist(points, grid.flatten(1, 3))             # (2, B, 22, 16 * 64 * 64)
-        heat = torch.exp(-50 * distance ** 2).diff(dim=0)              # of x_d, less those of x_s
+        heat = torch.exp(-50 * distance ** 2).diff(dim=0)              # Gaussians at x_d and x_s
         heat = heat.view(-1, 22, 1, 16, 64, 64)
         c = F.relu(self.norm(self.compress(f.to(self.mask.weight))))
         # the grid is made with align_corners and read without: so the weights were trained
         moved = grid[:, None] + shift[:, :, None, None, None]          # (B, 22, 16, 64, 64, 3)
         # all 22 volumes in one call, one behind the other
         moved = F.grid_sample(c.float(), moved.flatten(1, 2), align_corners=False)
-        moved = moved.unflatten(2, (22, 16)).transpose(1, 2)           # (B, 22, 4, 16, 64, 64);
-        x = torch.cat([heat, moved], 2)                                # 22 x 5 = 110 channels
+        moved = moved.unflatten(2, (22, 16)).transpose(1, 2)           # (B, 22, 4, 16, 64, 64)
+        x = torch.cat([heat, moved], 2)                                # with heat: 22 x 5 = 110
         x = self.hourglass(x.flatten(1, 2).to(c))                      # (B, 142, 16, 64, 64)
         m = self.mask(x).float().softmax(1)                            # (B, 22, 16, 64, 64)
         # the sum over n of m_n (grid + shift_n), where the m_n add up to 1
@@ -385,10 +386,10 @@ class SpadeGenerator(Chain):
 
 
 class SpadeBlock(nn.Module):
-    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same.
+    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same, or
+    where n_out is another number (B, n_out, 2 H, 2 W), to which a third, conv_s, fits x.
 
-    up: how many times larger than h the result is. Where n_out is another size: -> (B, n_out, 2 H,
-    2 W), and a third, conv_s, fits x to it."""
+    up: how many times larger than h the result is."""
 
     def __init__(self, n_in, n_out, up=1):
         super().__init__()
@@ -474,8 +475,8 @@ def transposed(upsample, conv):
         return conv
     # A convolution adds to the pixels around each one its value times the flipped kernel, 3 x 3. A
     # pixel that has become up x up equal ones adds as many kernels, each shifted by one: together
-    # one kernel, up + 2 high and wide. `ones` adds shifted rows, its transpose columns; for up = 2
-    # its rows are 1 0 0, 1 1 0, 0 1 1, 0 0 1.
+    # one kernel, up + 2 high and wide. `ones` has a row for each of its rows, which says what rows
+    # of the 3 x 3 kernel are added there: for up = 2, 1 0 0, 1 1 0, 0 1 1, 0 0 1.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -567,8 +568,8 @@ Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of 
 
 
 def read_image(path, crop=""):
-    """Any picture that Pillow reads, upright and on white -> RGB; reduced to 2048 pixels, a JPEG
-    while it is read, unless its pixels count for a crop.
+    """Any picture that Pillow reads, upright and on white -> RGB. Without a crop, whose numbers
+    are of its own pixels, it is reduced to 2048 high and wide, a JPEG already while it is decoded.
 
     ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
     try:
@@ -646,14 +647,16 @@ POINTS = np.loadtxt("""
 FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
-# What the drawing makes of the 63 offsets; nothing else depends on it. A row is a name and terms
-# that are added: the first a place, by its name or a point's number, and so many % right and down
-# of it; the others signals, 0 to 1, and how far they move it. So "corner 14 UP,-3.4,-5.3" is point
-# 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's name is in capitals, its row
-# a sum of offsets (D and a point's number) or signals, times numbers for right, down and in:
-# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards. DOWN
-# is of this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two: a
-# signal has no direction, so its number stands under down, which is not mirrored.
+# What the drawing makes of the 63 offsets; nothing else depends on it. A row is a name and terms,
+# which are added. There are two kinds:
+#     signal  NAME D14,right,down,in ..    the offset of point 14, its three numbers times these
+#             NAME OTHER,0,times ..        or another signal, 0 to 1, which has no direction
+#     place   name PLACE,right,down ..     a place's name or point's number, and % from there
+#             name .. SIGNAL,right,down    and how far the signal, where it is 1, moves it
+# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards; "corner
+# 14 UP,-3.4,-5.3" is point 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's
+# number stands under down, which is not mirrored. DOWN is of this half's corner of the mouth,
+# DOWN_TOO of the other's, SULK the lesser of the two.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 # `find_places` below works the rows out, from the first to the last, and `weighted` each term.
 PLACES = """\
@@ -799,6 +802,7 @@ def find_places(x):
     x[1, [2, 20], 1] *= -1, 2
     known = {}
     for k, twin in enumerate(POINTS[:, 3].astype(int)):
+        # place and offset, of the point and its mirror image: (2, 3) each
         known[f"{k}"], known[f"D{k}"] = x[:, [k, twin]]
     for row in PLACES.splitlines():
         name, *terms = row.split()

@@ -64,12 +64,12 @@ class Settings:
     cfg_both: float = 0.0        # and by both dropped together
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
-    overlap: int = 16            # so many of them are in the next chunk as well, and fade into it
-    past: int = 0                # but for the first ones, which stay
+    overlap: int = 16            # last frames of a chunk, which the next has too; they fade into it
+    past: int = 0                # the first ones of these, which stay as they are
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
-    latency: float = 0.0         # the longest, in seconds, from a sound to its motion: short chunks
+    latency: float = 0.0         # short chunks: the longest, in seconds, from a sound to its motion
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
     eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
@@ -85,6 +85,7 @@ load_features = cache(feature_blocks)
 EFFECTS = {
     "with --weights": "crop paste_back",
     "with --eval": "alse data_dir",
+    "without --audio_encoder": "latency",
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
                              "chunk overlap past smooth latency stream",
     "without --pairs": "audio_path image_path emotion save_motion",
@@ -117,7 +118,7 @@ def open_model(settings, given):
 def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds. A chunk has 40 frames that stay, then
     new - BLOCK that it yields, then a BLOCK that fades. The first frame that it yields waits for
-    new - 1 others, and one is left for work. Sound comes in whole blocks of frames."""
+    new - 1 frames of sound; the time of one frame is left for work. Sound comes in blocks."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -170,7 +171,7 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # What is rendered is about portrait + motion - neutral, see renderer.relative. Absolute motion
+    # What is rendered is portrait + motion - neutral, see renderer.relative. Absolute motion
     # has the portrait as neutral, so that it stays as it is, and is made to fit the face's size.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":              # relative: from a face at rest, in mean pose
@@ -215,7 +216,7 @@ def make_video(settings, model):
         for piece in motion:
             ready = perf_counter()
             for frame in face.frames(source, piece):
-                times.append((ready, perf_counter()))                  # of its motion, and its own
+                times.append((ready, perf_counter()))                  # its motion's, the frame's
                 yield frame
     bar = tqdm(place(rendered()), "frames", sound.frames)
     # files appear under their names when all has succeeded; "" is none
@@ -331,16 +332,16 @@ def beginnings(data, count, model):
     (K, T, 70), audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     frames = min(185, *data.lengths[longest]) - 1  # of two chunks, without the frame before
-    # each clip's first window; lines about damaged ones are not needed
+    # a row of one number, the clip's first window; lines about damaged ones are not needed
     batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
 
 
 def seven_frames(audio):
-    """Features (K, T, L, A) of each frame and three on either side, a mean over layers; ones beside
-    them and beyond the ends: (K, T, 7 A + 7)."""
-    padded = F.pad(audio.mean(2), (0, 1, 3, 3), value=1)               # a channel of ones: the bias
+    """Features (K, T, L, A) of each frame and three on either side, a mean over layers, with a
+    channel of ones as bias: (K, T, 7 A + 7). Frames beyond the ends are ones too."""
+    padded = F.pad(audio.mean(2), (0, 1, 3, 3), value=1)
     return padded.unfold(1, 7, 1).flatten(2)
 
 
@@ -365,12 +366,13 @@ def compare(z, truth, std):
     """Metrics of normalised motion beside the true one, (K, T, 70); std (70,): what a normalised 1
     is in LivePortrait's units.
 
-    Correlation, error and slope are of each clip's mouth; the others of all clips together."""
+    Correlation, error and opening (the slope of ours over the true mouth) are of each clip's mouth;
+    the others of all clips together."""
     both = torch.stack([truth, z]).double()                            # (2, K, T, 70)
     centred = both - both.mean(2, keepdim=True)
     true, ours = centred[..., MOUTH]
     corr = F.cosine_similarity(true, ours)
-    slope = corr * ours.std(1) / true.std(1)       # of a regression of ours on the true one
+    slope = corr * ours.std(1) / true.std(1)
     error = both[..., MOUTH].diff(dim=0).square().mean(2) / true.var(1)
     row = {"mouth corr": corr.mean(), "mouth error": error.mean()}
     row["opening, least"], row["opening, most"] = slope.aminmax()
@@ -378,7 +380,7 @@ def compare(z, truth, std):
         moved = centred.diff(order, dim=2) * std
         true, ours = moved[..., channels].abs().mean((1, 2, 3))
         row[name] = ours / true
-    # the standard deviation of how differently heads turn
+    # how far two heads turn apart; where both are the model's, a measure of diversity
     row["heads apart"] = both[..., ROT].diff(dim=0).std()
     frames = torch.cat([both[:, :, 1:], both.diff(dim=2)], -1)         # (2, K, T - 1, 140)
     row["Frechet"] = frechet(*frames.flatten(1, 2))
@@ -420,11 +422,12 @@ def evaluate(settings, model, data, training):
     """Print and return a table {column: {metric: x}} on clips of `data`.
 
     Compared with the truth: the truth; the model; the model given another clip's voice, a face at
-    rest and one emotion after the other, which should have no mouth corr but all the emotion; a
-    linear model of `training` clips. Compared with the model: another seed."""
+    rest and emotion k mod 8 in clip k, which should have all the emotion, but no mouth corr and no
+    Sync, for the clip's own voice is what the expert hears; a linear model of `training` clips.
+    Compared with the model: another seed."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
-    in_turn = torch.arange(len(audio)) % 8         # clip k gets emotion k mod 8
+    in_turn = torch.arange(len(audio)) % 8
     rest = model.normalise(F.pad(model.mean[63:], (63, 0))).expand_as(prev)
     foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
 

@@ -7,7 +7,8 @@
 
 All chance in step k, windows, times, noise and dropped conditions, is drawn for the whole batch
 from (seed, k): a resumed run equals an uninterrupted one, and any number of processes sees the same
-batch. Ctrl-C and SIGTERM end a run with a checkpoint, from which --init_from=auto goes on.
+batch, but for ALSE's mismatched pairs. Ctrl-C and SIGTERM end a run with a checkpoint, from which
+--init_from=auto goes on.
 Flags, with every field of moda.Config among them:
 """
 import signal
@@ -48,7 +49,7 @@ class Settings:
     out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run
-    stats: str = ""              # at a run's beginning: file of mean and std, as net-200.pth needs
+    stats: str = ""              # file of mean and std for a new run; net-200.pth's is mean.pt
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
@@ -111,6 +112,7 @@ def read_settings(argv):
 def open_data(settings):
     """The train and val clips of the data set or the toy talker; None if there are no val clips."""
     if not settings.data_dir:
+        # one val clip at least, for val_loss
         return ToyTalker("train", settings.clips), ToyTalker("val", settings.eval_clips or 1)
     data = Clips(settings.data_dir)
     try:
@@ -150,7 +152,8 @@ def resume(state, parts, settings):
 
 def open_log(out, first_step, kind):
     """log.csv, which keeps the rows of the steps before first_step. A new run also deletes the
-    checkpoints of the one that it overwrites: here, when all is loaded and nothing can fail."""
+    ckpt.pt and best.pt of the one that it overwrites: here, when all is loaded and nothing can
+    fail."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -169,7 +172,7 @@ def open_log(out, first_step, kind):
 
 def loss_terms(net, model, batch, expert, tau, teacher):
     """The terms of the loss, L_RF, L_vel and L_ALSE of a MoDA (Eq. 6), or an ALSE's own; and last a
-    number that is only logged, the lips' part of L_RF.
+    number that is only logged, the lips' own error.
 
     net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
     them; expert: from load_expert, or None; teacher: a MoDA whose paths are to be made straight, or
@@ -178,7 +181,7 @@ def loss_terms(net, model, batch, expert, tau, teacher):
         late = int(3 + 27 * batch["t"][0])         # 3 to 29 frames; t is the step's random number
         # net in place of self, for DDP has to see the forward pass
         loss = ALSE.pretraining_loss(net, batch["audio"], batch["motion"], late)
-        return loss, loss.detach()                 # an expert knows nothing but lips
+        return loss, loss.detach()                 # logged as lips too, for it sees only them
     batch = dict(batch)
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
@@ -203,8 +206,8 @@ def mean_over_processes(numbers):
 
 @torch.no_grad()
 def validate(model, data, settings, expert, teacher, autocast):
-    """val_loss and the lips' part on the same windows, times, noise and dropped conditions each
-    time."""
+    """val_loss and the lips' own error, on the same windows, times, noise and dropped conditions
+    each time."""
     total = 0
     for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
         with autocast:                             # but not the reading
@@ -312,18 +315,18 @@ def main(argv):
         changes = STRAIGHT | changes
     start = settings.reflow or settings.init_from
     if found[0]:
-        model = kind.from_pretrained(out, found[0], **changes)         # for its Config
+        # for its Config; all else is loaded by `resume`
+        model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
         model = kind(cfg)
+        model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
             model.x_c_mean[:], model.x_c_std[:] = data.x_c_moments
     else:
         model = kind.from_pretrained(start, **changes)
-    if settings.stats:
-        load_statistics(model, settings.stats)
-    elif model.std.eq(1).all():                    # it has none yet
-        model.mean[:], model.std[:] = data.moments
+    if settings.stats or model.std.eq(1).all():    # as in net-200.pth, which has none
+        load_statistics(model, settings.stats or "mean.pt")
     model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     parts = dict(model=model, optimizer=optimizer)                     # of a checkpoint
@@ -354,7 +357,7 @@ def main(argv):
         terms[:-1].sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or torch.inf)
 
-        # step, if all processes find it sound
+        # step, if all is finite; stop: a signal has come to some process
         numbers = norm.new_tensor([*terms.detach(), norm, len(stops)])
         *terms, lips, norm, stop = mean_over_processes(numbers)
         loss = sum(terms)
@@ -390,7 +393,9 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        del net            # or it ends last, holds Python's lock and waits for threads that need it
+        # DDP lets go of the group first: else, with Python's lock, it waits for gloo's threads,
+        # which need that lock
+        del net
         dist.destroy_process_group()
     if stop or RANK > 0:
         return

@@ -108,7 +108,7 @@ def data_set(folder, lengths=(200, 90), audio_shape=(1, 160), splits=("train", "
         for name, array in clip.items():
             np.save(folder / f"clips/{k}/{name}.npy", array)
         rows.append(dict(clip=str(k), frames=n, emotion=8, split=splits[k % 2]))
-    write_manifest(folder, clips=rows, audio_shape=audio_shape, moments=[[0] * M, [1] * M],
+    write_manifest(folder, clips=rows, audio_shape=audio_shape, moments=[[0] * M, [2] * M],
                    x_c_moments=[[0] * 63, [1] * 63])
     return folder
 

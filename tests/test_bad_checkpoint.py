@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+import moda
 from bad import (Code, change_checkpoint, change_config, change_weights, cut, folder, good, refused,
                  run, write)
 
@@ -103,7 +104,8 @@ def test_a_tensor_that_is_missing_is_named(refused):
     refused("sample", UNKNOWN, "null_audio is absent")
 
 
-def test_half_of_the_released_file(refused):
+def test_half_of_the_released_file(refused, monkeypatch):
+    monkeypatch.setattr(moda, "RELEASED_CONFIG", dict(width=32, heads=1))      # seconds less
     write("ckpt.pt", {"motion_embedder.mlp.0.weight": NAN})
     refused("sample", UNKNOWN, "motion_embedder.mlp.0.weight is of shape [70]")
 
@@ -119,6 +121,13 @@ def test_weights_in_another_precision_work(run, dtype):
 def test_no_statistics(refused):
     change_weights(std=torch.ones(70))
     refused("sample --stats=no.pt", "no.pt: not a readable checkpoint", "src/datasets/mean.pt")
+
+
+def test_a_training_that_begins_from_weights_without_statistics(refused):
+    """The data's own do not fit them."""
+    change_weights(std=torch.ones(70))
+    words = "mean.pt: not a readable checkpoint", "src/datasets/mean.pt"
+    refused("train --init_from=ckpt.pt --heads=2 --n_one=2", *words)
 
 
 def test_statistics_without_a_std(refused):

@@ -91,6 +91,7 @@ def test_names_are_read_in_any_case(run):
     ("sample --paste_back", "--paste_back has an effect only with --weights"),
     ("sample --alse=expert.pt", "--alse has an effect only with --eval"),
     ("sample --eval", "--audio_path has an effect only without --eval"),
+    ("sample --latency=1 --audio_encoder=hubert", "--latency has an effect only without"),
     ("play --motion_path=m.npy --seed=2", "--seed has an effect only without --motion_path"),
     ("play --motion_path=m.npy --emotion=fear", "--emotion has an effect only without"),
     ("play --motion_path=m.npy --cfg_audio=2", "--cfg_audio has an effect only without"),

@@ -260,8 +260,8 @@ def at_96_kHz():
     sound(NOISE, 96000)
 
 
-def forty_samples_in_five_seconds():
-    sound(np.full(40, 0.1), 8)
+def eighty_samples_a_second():
+    sound(np.full(100, 0.1), 80)
 
 
 def six_channels():
@@ -280,7 +280,7 @@ def a_flac_called_wav():
 
 @pytest.mark.parametrize("odd", [
     one_sample, silence, a_constant, clipped, thirty_times_full_scale, bits_24, bits_64,
-    bits_8_at_8_kHz, at_96_kHz, forty_samples_in_five_seconds, six_channels,
+    bits_8_at_8_kHz, at_96_kHz, eighty_samples_a_second, six_channels,
     an_mp3_cut_in_the_middle, a_flac_called_wav])
 def test_what_is_merely_odd_becomes_a_video(run, odd):
     odd()

@@ -127,7 +127,7 @@ def test_opening_a_data_set_opens_its_manifest_only(tmp_path):
     clips = Clips(folder)
     assert len(clips) == 120 + 10
     assert clips.audio_shape == (3, 6)
-    assert clips.moments.tolist() == [[0] * M, [1] * M]
+    assert clips.moments.tolist() == [[0] * M, [2] * M]
     with pytest.raises(ValueError, match="clips/1: cannot be used .*No such file"):
         clips[129]
 

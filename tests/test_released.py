@@ -191,7 +191,9 @@ def test_a_missing_null_vector_is_drawn_from_a_fixed_seed_and_reported(small, tm
 
 @torch.inference_mode()
 def test_full_size_fits_and_its_velocities_agree(g, monkeypatch):
-    monkeypatch.setattr(moda, "init_weights", lambda model: None)      # seconds, for nothing
+    # seconds, for nothing: all weights are loaded
+    monkeypatch.setattr(moda, "init_weights", lambda model: None)
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
     model = from_released(build.tensors(build.manifest("moda")["full"]), "net-200.pth", focus=4.0)
     assert model.weight.unique().tolist() == [1, 4]            # to be trained on
 

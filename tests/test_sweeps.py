@@ -32,7 +32,7 @@ def draw(rng):
     return T, request
 
 
-@pytest.mark.parametrize("k", range(45))
+@pytest.mark.parametrize("k", range(30))
 def test_any_valid_request_is_answered_whole_and_the_same_each_time(tiny, k):
     T, request = draw(random.Random(k))
     given = dict(request, identity=torch.randn(63), prev=torch.randn(M))
@@ -47,7 +47,7 @@ def test_any_valid_request_is_answered_whole_and_the_same_each_time(tiny, k):
 
 
 def test_lengths_of_every_size_are_drawn():
-    lengths = sorted(draw(random.Random(k))[0] for k in range(45))
+    lengths = sorted(draw(random.Random(k))[0] for k in range(30))
     assert lengths[0] == 1
-    assert lengths[22] < 100
+    assert lengths[15] < 100
     assert lengths[-1] > 1000

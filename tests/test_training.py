@@ -278,8 +278,8 @@ def test_validation_repeats_itself_and_changes_no_training(tmp_path, model):
 
 def test_an_average_of_a_short_training_does_not_keep_its_beginning(tmp_path):
     """With a decay of 0.999 throughout it would still be what it was 30 steps ago."""
-    flags = "--steps=30 --batch_size=2 --cooldown=0 --eval_every=30".split()
-    runs = dict(first=["--learning_rate=0"], last=["--ema=0"], average=["--ema=0.999"])
+    flags = "--batch_size=2 --cooldown=0 --eval_every=30 --steps=30".split()
+    runs = dict(first=["--learning_rate=0", "--steps=1"], last=["--ema=0"], average=["--ema=0.999"])
     val_loss = {}
     for name, others in runs.items():
         train_here(tmp_path / name, *flags, *others)
