@@ -98,8 +98,8 @@ def ffmpeg(complaint, *args, **pipes):
 
 
 def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
-    """ffmpeg's options to read a user's file, and no other; `live`, where that is "-". #t=2,5 after
-    a file's name means these seconds of it."""
+    """ffmpeg's options to read a user's file, and no other; for the path "-" they are `live`.
+    #t=2,5 after a file's name means these seconds of it."""
     if path == "-":
         return live.split()
     file, _, span = str(path).partition("#t=")
@@ -873,7 +873,7 @@ def toy_clip(seed, T):
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
     end = rng.uniform(-1, 0)                       # speech has begun before,
-    if rng.random() < 0.1:                         # or begins later, within n / 100 s
+    if rng.random() < 0.1:                         # or begins later, in the first 60 %
         end = rng.uniform(0, 0.006) * n
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
@@ -893,7 +893,7 @@ def articulation(rng, n, rate):
 
 
 def toy_expression(rng, manner, phones, reach):
-    """Lips follow the voice, to which the emotion is added, on the whole face: (n, 63)."""
+    """Lips follow the voice; the emotion's own offsets, of the whole face, are added: (n, 63)."""
     n = len(phones)
     held = {}
     lips = {name: reach * smooth(phones[name], 4) for name in ("aaa", "eee", "woo")}
@@ -976,7 +976,7 @@ def toy_room(rng, wav):
     room *= rng.uniform(0, 0.7) / room.std()
     wav += room
     music = rng.choice([0, 0, 0.25]) * rng.random()
-    for hum in 0, 0, 0, 0.5:                       # its least: three tones come and go, one stays
+    for hum in 0, 0, 0, 0.5:                       # least swell: three tones come and go, one stays
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
         wav += music * swell * tone

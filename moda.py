@@ -230,9 +230,9 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """A portrait's motion (..., 70) -> how large its face is, as a factor of each of the 70
-        numbers: its scale divided by the mean scale for scale and translation, which grow with the
-        face; 1 for the rest. Absolute motion: prev is divided by them, the output multiplied."""
+        """A portrait's motion (..., 70) -> how large its face is, a factor for each of the 70
+        numbers: for scale and translation, which grow with the face, its scale over the mean scale;
+        for the rest 1. Absolute motion: prev is divided by these factors, the output multiplied."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -319,7 +319,7 @@ class MoDA(MotionModel):
         prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
-        a = self.embed_audio(audio, drop_audio).type_as(m)             # with autocast it is float32
+        a = self.embed_audio(audio, drop_audio).type_as(m)           # float32 in CUDA's autocast
         e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
         # standardised, for faces differ by a small part of their size
         x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
@@ -531,11 +531,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
-    chunk    frames sampled at once, as many as cfg.chunk; the final ones are filled up with zeros
+    chunk    frames sampled at once, best cfg.chunk; one without enough voice ends in zeros
     overlap  so many frames at the end of a chunk are the next one's first; they fade into its own
     past     so many of these do not fade but stay; a voice begins after as much silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
-    smooth   average the pose over three frames, in each chunk and across chunks: cfg.smooth
+    smooth   average the pose over three frames, in each chunk and across chunks; best cfg.smooth
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
     if not 0 <= past <= overlap < chunk:
         raise ValueError(f"past={past}, overlap={overlap}, chunk={chunk}: should be 0 <= past <= "
@@ -556,7 +556,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     silence = torch.zeros(past, 1, 1)
     # from the previous window, and so at first empty
     before = torch.empty(0, M)                     # the frame before this window, for smoothing
-    tail = eps = before                            # the frames that this one has too, their noise
+    # and its frames that fade into this one's; the noise of all frames that both have
+    tail = eps = before
 
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # log-mel's silence

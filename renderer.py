@@ -325,7 +325,7 @@ class DenseMotion(nn.Module):
         still = torch.eye(3, 4, device=f.device)[None]
         grid = F.affine_grid(still, f[:1].shape, align_corners=True)   # (1, 16, 64, 64, 3)
         distance = torch.cdist(points, grid.flatten(1, 3))             # (2, B, 22, 16 * 64 * 64)
-        heat = torch.exp(-50 * distance ** 2).diff(dim=0)              # Gaussians at x_d and x_s
+        heat = torch.exp(-50 * distance ** 2).diff(dim=0)              # at x_d, less those at x_s
         heat = heat.view(-1, 22, 1, 16, 64, 64)
         c = F.relu(self.norm(self.compress(f.to(self.mask.weight))))
         # the grid is made with align_corners and read without: so the weights were trained
@@ -475,8 +475,8 @@ def transposed(upsample, conv):
         return conv
     # A convolution adds to the pixels around each one its value times the flipped kernel, 3 x 3. A
     # pixel that has become up x up equal ones adds as many kernels, each shifted by one: together
-    # one kernel, up + 2 high and wide. `ones` has a row for each of its rows, which says what rows
-    # of the 3 x 3 kernel are added there: for up = 2, 1 0 0, 1 1 0, 0 1 1, 0 0 1.
+    # one kernel, up + 2 high and wide. A row of `ones` says which rows of the 3 x 3 kernel make one
+    # of its rows (for up = 2: 1 0 0, 1 1 0, 0 1 1, 0 0 1); `ones.T` says the same of columns.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -568,8 +568,8 @@ Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of 
 
 
 def read_image(path, crop=""):
-    """Any picture that Pillow reads, upright and on white -> RGB. Without a crop, whose numbers
-    are of its own pixels, it is reduced to 2048 high and wide, a JPEG already while it is decoded.
+    """Any picture that Pillow reads, upright and on white -> RGB. Without a crop, which counts the
+    file's own pixels, sides over 2048 are reduced to that, a JPEG's already while it is decoded.
 
     ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
     try:
@@ -648,11 +648,11 @@ FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
 # What the drawing makes of the 63 offsets; nothing else depends on it. A row is a name and terms,
-# which are added. There are two kinds:
-#     signal  NAME D14,right,down,in ..    the offset of point 14, its three numbers times these
-#             NAME OTHER,0,times ..        or another signal, 0 to 1, which has no direction
-#     place   name PLACE,right,down ..     a place's name or point's number, and % from there
-#             name .. SIGNAL,right,down    and how far the signal, where it is 1, moves it
+# which are added. There are two kinds; signals are in capitals, places are not:
+#     NAME   D14,right,down,in ..    a signal: the offset of point 14, its three numbers times these
+#            OTHER,0,times ..        or another signal, 0 to 1, which has no direction
+#     name   place,right,down ..     a place: from another, or a point's number, so many %
+#            SIGNAL,right,down ..    and how far the signal, where it is 1, moves it
 # "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards; "corner
 # 14 UP,-3.4,-5.3" is point 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's
 # number stands under down, which is not mirrored. DOWN is of this half's corner of the mouth,

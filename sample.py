@@ -69,7 +69,7 @@ class Settings:
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
-    latency: float = 0.0         # short chunks: the longest, in seconds, from a sound to its motion
+    latency: float = 0.0         # seconds, at most, from a sound to its motion: makes chunks short
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
     eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
@@ -118,7 +118,7 @@ def open_model(settings, given):
 def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds. A chunk has 40 frames that stay, then
     new - BLOCK that it yields, then a BLOCK that fades. The first frame that it yields waits for
-    new - 1 frames of sound; the time of one frame is left for work. Sound comes in blocks."""
+    new - 1 more frames of sound; the time of one is left for work. Sound comes in blocks."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -171,7 +171,7 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # What is rendered is portrait + motion - neutral, see renderer.relative. Absolute motion
+    # What is rendered is about portrait + motion - neutral (see renderer.relative). Absolute motion
     # has the portrait as neutral, so that it stays as it is, and is made to fit the face's size.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":              # relative: from a face at rest, in mean pose
@@ -216,7 +216,7 @@ def make_video(settings, model):
         for piece in motion:
             ready = perf_counter()
             for frame in face.frames(source, piece):
-                times.append((ready, perf_counter()))                  # its motion's, the frame's
+                times.append((ready, perf_counter()))                  # of its motion, of the frame
                 yield frame
     bar = tqdm(place(rendered()), "frames", sound.frames)
     # files appear under their names when all has succeeded; "" is none

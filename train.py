@@ -49,7 +49,7 @@ class Settings:
     out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run
-    stats: str = ""              # file of mean and std for a new run; net-200.pth's is mean.pt
+    stats: str = ""              # file of mean and std, not for a resumed run; net-200.pth's: mean.pt
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
@@ -393,8 +393,8 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        # DDP lets go of the group first: else, with Python's lock, it waits for gloo's threads,
-        # which need that lock
+        # DDP lets go of the group first: were it the last, it would hold Python's lock and wait for
+        # gloo's threads, which need that lock. It goes at once, for Adam was made before it.
         del net
         dist.destroy_process_group()
     if stop or RANK > 0:

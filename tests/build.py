@@ -108,6 +108,7 @@ def data_set(folder, lengths=(200, 90), audio_shape=(1, 160), splits=("train", "
         for name, array in clip.items():
             np.save(folder / f"clips/{k}/{name}.npy", array)
         rows.append(dict(clip=str(k), frames=n, emotion=8, split=splits[k % 2]))
+    # a std of 1 means in a checkpoint that it has no statistics
     write_manifest(folder, clips=rows, audio_shape=audio_shape, moments=[[0] * M, [2] * M],
                    x_c_moments=[[0] * 63, [1] * 63])
     return folder

@@ -112,15 +112,15 @@ def outputs(face):
 # -------------------------------------------------------------------------- the reference's numbers
 @pytest.mark.parametrize("file", [APPEARANCE, STITCHING])     # the small ones
 def test_the_stand_in_weights_are_those_of_the_reference(weights, file):
-    for total, squares in G["fill_check"][G["fill_files"] == file]:
-        values = torch.load(weights / "liveportrait" / file, weights_only=True).values()
-        tensors = []
-        for value in values:
-            tensors += value.values() if isinstance(value, dict) else [value]
-        sums = [t.double().sum().item() for t in tensors]
-        sums_of_squares = [t.double().square().sum().item() for t in tensors]
-        assert np.isclose(sum(sums), total, rtol=1e-9)
-        assert np.isclose(sum(sums_of_squares), squares, rtol=1e-9)
+    (total, squares), = G["fill_check"][G["fill_files"] == file]
+    values = torch.load(weights / "liveportrait" / file, weights_only=True).values()
+    tensors = []
+    for value in values:
+        tensors += value.values() if isinstance(value, dict) else [value]
+    sums = [t.double().sum().item() for t in tensors]
+    sums_of_squares = [t.double().square().sum().item() for t in tensors]
+    assert np.isclose(sum(sums), total, rtol=1e-9)
+    assert np.isclose(sum(sums_of_squares), squares, rtol=1e-9)
 
 
 @torch.inference_mode()
@@ -148,15 +148,31 @@ def test_driving_keypoints_and_stitching(face, outputs):
 
 
 @torch.inference_mode()
-def test_warping_alone_folded_and_plain(face, plain, outputs):
-    f = enlarged(T["wu_f_small"], 2, 3, 4)
-    warped = face.W(f, T["wu_x_s"], T["wu_x_d"])
+def test_warping_alone_by_the_plain_network(plain):
+    """The frame below is made by the folded one."""
+    W = plain(WarpingNetwork)
+    seen = []
+    W.dense_motion_network.register_forward_hook(lambda module, given, out: seen.extend(out))
+    warped = W(enlarged(T["wu_f_small"], 2, 3, 4), T["wu_x_s"], T["wu_x_d"])
     agrees("wu_out_sub", warped[:, ::5, ::3, ::3])
-    deformation, occlusion = outputs["dense_motion"]
+    deformation, occlusion = seen
     agrees("wu_def_sub", deformation[:, ::3, ::5, ::5])
     agrees("wu_occ", occlusion)
-    trained = plain(WarpingNetwork)(f, T["wu_x_s"], T["wu_x_d"])
-    assert (warped - trained).abs().max() < 1e-4 * trained.std()
+
+
+@torch.inference_mode()
+def test_dense_motion_of_a_batch_is_that_of_each(face, source, monkeypatch):
+    """All but the slow hourglass, in whose place are zeros and its own input."""
+    motion = face.W.dense_motion_network
+    monkeypatch.setattr(motion.hourglass, "forward", lambda x: F.pad(x, (0,) * 7 + (32,)))
+    monkeypatch.setattr(motion.mask, "forward", lambda x: x[:, :22])
+    given = source.f_s, T["x_s"], T["x_d"]
+    both = motion(*given)
+    for k in range(2):
+        alone = motion(*(x[k:k + 1] for x in given))
+        for ours, batched in zip(alone, both):
+            assert torch.allclose(ours[0], batched[k], atol=1e-5)
+    assert not torch.allclose(both[0][0], both[0][1], atol=1e-2)
 
 
 @torch.inference_mode()
