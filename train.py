@@ -49,7 +49,7 @@ class Settings:
     out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run
-    stats: str = ""              # file of mean and std, not for a resumed run; net-200.pth's: mean.pt
+    stats: str = ""              # file of mean and std, for a new run; net-200.pth's: mean.pt
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
