@@ -554,8 +554,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     generator = torch.Generator().manual_seed(seed)
     fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of the previous window
     silence = torch.zeros(past, 1, 1)
-    # Of the previous window, at first empty: before, the frame before this one, for smoothing; tail,
-    # the frames that fade into this one's; eps, the noise of all frames that both have.
+    # Of the previous window, at first empty: before, the frame before this one, for smoothing;
+    # tail, the frames that fade into this one; eps, the noise of all frames that both have.
     before = tail = eps = torch.empty(0, M)
 
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
