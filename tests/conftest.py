@@ -71,6 +71,14 @@ def trained(training):
     return out
 
 
+@pytest.fixture
+def soon_drawn(monkeypatch):
+    """Grey frames, for tests that do not look at them."""
+    from renderer import Sketch
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    monkeypatch.setattr(Sketch, "frames", lambda *given: [grey] * len(given[2]))
+
+
 def golden(name):
     """Numbers of an independent implementation."""
     return np.load(HERE / f"{name}_golden.npz", allow_pickle=False)

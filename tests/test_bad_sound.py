@@ -282,7 +282,7 @@ def a_flac_called_wav():
     one_sample, silence, a_constant, clipped, thirty_times_full_scale, bits_24, bits_64,
     bits_8_at_8_kHz, at_96_kHz, eighty_samples_a_second, six_channels,
     an_mp3_cut_in_the_middle, a_flac_called_wav])
-def test_what_is_merely_odd_becomes_a_video(run, odd):
+def test_what_is_merely_odd_becomes_a_video(run, soon_drawn, odd):
     odd()
     code, lines = run("sample --save_motion=m.npy")
     warned = ["voice.wav: all but silent; if it has another track, take that one out"]

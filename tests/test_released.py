@@ -1,4 +1,5 @@
 """The released checkpoint loads whole and computes what its authors' code computes."""
+from concurrent.futures import ThreadPoolExecutor
 from zlib import crc32
 
 import numpy as np
@@ -20,6 +21,13 @@ PARTS = "exp", "scale", "t", "pitch", "yaw", "roll"
 @pytest.fixture(scope="module")
 def g():
     return {key: torch.from_numpy(np.array(value)) for key, value in golden("moda").items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full():
+    """A function: -> the file of the full size, which is made beside the first tests."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(build.tensors, build.manifest("moda")["full"]).result
 
 
 @pytest.fixture
@@ -190,11 +198,11 @@ def test_a_missing_null_vector_is_drawn_from_a_fixed_seed_and_reported(small, tm
 
 
 @torch.inference_mode()
-def test_full_size_fits_and_its_velocities_agree(g, monkeypatch):
+def test_full_size_fits_and_its_velocities_agree(g, full, monkeypatch):
     # seconds, for nothing: all weights are loaded
     monkeypatch.setattr(moda, "init_weights", lambda model: None)
     monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
-    model = from_released(build.tensors(build.manifest("moda")["full"]), "net-200.pth", focus=4.0)
+    model = from_released(full(), "net-200.pth", focus=4.0)
     assert model.weight.unique().tolist() == [1, 4]            # to be trained on
 
     def normal(name, *shape):

@@ -105,12 +105,6 @@ def test_the_command_makes_a_video_and_prints_how_long_it_took(trained, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["v.mp4", "v.wav"]
 
 
-@pytest.fixture
-def soon_drawn(monkeypatch):
-    grey = np.full((64, 64, 3), 128, np.uint8)
-    monkeypatch.setattr(sample.Sketch, "frames", lambda *given: [grey] * len(given[2]))
-
-
 @pytest.mark.parametrize("samples", [1, 640, 641, 40_000])
 def test_a_video_is_as_long_as_its_sound(trained, tmp_path, soon_drawn, samples):
     motion = speak(trained, tmp_path, samples)
