@@ -47,7 +47,7 @@ def training(request, tmp_path_factory):
         return
     forks.begin()                                  # many tests will want it
     out = tmp_path_factory.mktemp("toy")
-    flags = "--clips=48 --batch_size=4 --p_drop_audio=0.1 --steps=180 --eval_clips=4".split()
+    flags = "--clips=48 --batch_size=4 --p_drop_audio=0.1 --steps=140 --eval_clips=4".split()
     command = [sys.executable, ROOT / "train.py", *flags, f"--out_dir={out}"]
     one_core = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out / "stdout", "w") as stdout, open(out / "stderr", "w") as stderr:
