@@ -237,6 +237,27 @@ def published(tmp_path):
     return tmp_path
 
 
+def test_the_table_tool_finds_sounds_that_lie_apart_and_speakers(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "tools")
+    import table
+    for file in ["celeb/videos/a b_3.mp4", "celeb/audios/a b_3.m4a", "celeb/videos/c_1.mp4",
+                 "mead/M003/video/front/angry/level_1/001.mp4",
+                 "mead/M003/audio/angry/level_1/001.m4a",
+                 "any/video/x.mp4", "any/audio/x.wav", "any/video/y.mov"]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    folders = dict(celebv="celeb", mead="mead", videos="any")
+    table.main([f"--{flag}={tmp_path}/{name}" for flag, name in folders.items()])
+    printed = capsys.readouterr()
+    found = {}
+    for row in csv.DictReader(printed.out.splitlines()):
+        found[Path(row["video"]).name] = Path(row["audio"]).name, row["emotion"], row["speaker"]
+    assert found == {"a b_3.mp4": ("a b_3.m4a", "", "a b"), "c_1.mp4": ("", "", "c"),
+                     "001.mp4": ("001.m4a", "angry", "M003"),
+                     "x.mp4": ("x.wav", "none", "x"), "y.mov": ("", "none", "y")}
+    assert "1 of CelebV-Text's sounds are missing" in printed.err
+
+
 def test_published_layouts_become_one_set(stand_in, published, monkeypatch):
     monkeypatch.setattr(Clips, "frames", 20)
     (published / "clips.csv").write_text(

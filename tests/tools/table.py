@@ -111,7 +111,10 @@ def folder_of(root):
         sounds = [path.with_suffix(kind) for path in (video, apart) for kind in SOUNDS]
         audio = next(filter(Path.exists, sounds), "")
         emotion = data.EMOTIONS[row["emotion"]]
-        yield dict(video=video, audio=audio, emotion=emotion, speaker=row["speaker"])
+        speaker = row["speaker"]
+        if re.fullmatch("(?i)videos?", speaker):   # the folder of them all is nobody
+            speaker = video.stem
+        yield dict(video=video, audio=audio, emotion=emotion, speaker=speaker)
 
 
 def main(argv):
