@@ -171,7 +171,7 @@ def load_audio(path):
 @contextmanager
 def appearing(path):
     """A place to write to; what is there moves to `path` when all has succeeded, and only then.
-    "-", which is stdout, and "" are left alone."""
+    "-", which is stdout, "" and folders, which have no suffix, are left alone."""
     path = Path(path)
     if not path.suffix:
         yield path
@@ -215,10 +215,11 @@ def regroup(pieces, size):
         yield waiting
 
 
-# MEL: 40 triangles equally spaced on the mel scale, log(700 + Hz), 60 to 7600 Hz: (257, 40); BANDS:
-# where each of the 257 frequencies lies among the triangles 1 .. 40
+# BANDS: where each of the 257 frequencies lies among 40 triangles; their middles are 1 .. 40,
+# equally spaced on the mel scale, log(700 + Hz); 0 and 41 are its ends, 60 and 7600 Hz.
 BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)),
                   np.log([760, 8300]), [0, 41])
+# the triangles themselves, (257, 40)
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
@@ -471,8 +472,6 @@ def find_clips(settings):
             row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
         # it names a folder below clips/: no / or ../ before it, nor an @ at its end without a crop
         name = f"{row['video']}{row['span']}@{row['crop']}".strip("@./")
-        if row["video"]:
-            clips[name] = row
         video = Path(plain(row["video"]))
         # its path, its name, its folders from the nearest on
         names = [str(video), *video.parts[::-1]]
@@ -482,6 +481,8 @@ def find_clips(settings):
         row["speaker"] = row["speaker"] or names[-1]
         voice = Path(settings.videos, row["audio"] or row["video"]).absolute()
         row["voice"] = f"{voice}{row['span']}"
+        if row["video"]:
+            clips[name] = row
     if not clips:
         raise ValueError(f"{settings.clips or settings.videos}: no videos there; "
                          f"looked for {VIDEOS}")
@@ -522,7 +523,8 @@ def extract(row, settings, face, features):
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     wav = wav[:T * FRAME]
-    # the sound in one, for features depend on where it is cut; identity is the mean of all frames
+    # the sound in one piece, for an encoder's features depend on where it is cut; identity is the
+    # mean of all frames
     return dict(
         motion=[motion.contiguous()],
         audio=(block.half() for block in features([wav])),
@@ -780,7 +782,7 @@ MOVES = table("""
     49       0    0    0    -2.75  0     0      .3     -.4    0        # 16 y""")
 CONTROLS = {}
 for name in MOVES.dtype.names[1:]:
-    # channel and number of each row -> (63,)
+    # adds the number of each row at its channel: (63,)
     CONTROLS[name] = np.bincount(MOVES["channel"], MOVES[name] / 1000, 63)
 
 
@@ -808,7 +810,7 @@ PHONES = table("""
     l      consonant  .38  1.3   2.7   .5     .03   3       .07      14   1    0
     w      consonant  .3   .65   2.4   .5     .03   3       .08      3    0    12
     pause  pause      .48  1.45  2.55  0      0     3       .5       0    0    0""")
-# what a syllable is made of: how often it has it, and factors on its length
+# a syllable's sounds, in their order: how often there is one, and factors on its length
 SYLLABLE = table("""
     kind       chance  shortest  longest
     consonant  .9      .8        1.25
@@ -872,9 +874,9 @@ def toy_clip(seed, T):
 
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
-    end = rng.uniform(-1, 0)                       # speech has begun before,
-    if rng.random() < 0.1:                         # or begins later, in the first 60 %
-        end = rng.uniform(0, 0.006) * n
+    end = rng.uniform(-1, 0)                       # seconds: the first pause ends before the clip
+    if rng.random() < 0.1:                         # or within its first 60 %
+        end = rng.uniform(0, 0.006) * n            # n / 100 seconds are all
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
         stress = rng.uniform(0.75, 1.25)
@@ -906,7 +908,8 @@ def toy_expression(rng, manner, phones, reach):
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
-    blinks = 220 * smooth(rng.random(n) < 0.003, 4)                    # 22 each; 13 shut the lids
+    # smoothed, a blink is 0.1 high, so 22 here; 13 shut the lids
+    blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)
 
@@ -976,9 +979,9 @@ def toy_room(rng, wav):
     room *= rng.uniform(0, 0.7) / room.std()
     wav += room
     music = rng.choice([0, 0, 0.25]) * rng.random()
-    for hum in 0, 0, 0, 0.5:                       # least swell: three tones come and go, one stays
+    for least in 0, 0, 0, 0.5:                     # swell: three tones come and go, one hums on
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
-        swell = upsample(wander(rng, 10, n // HOP + 1).clip(hum))
+        swell = upsample(wander(rng, 10, n // HOP + 1).clip(least))
         wav += music * swell * tone
     return wav + 10 ** rng.uniform(-3, -1) * rng.standard_normal(n)
 
@@ -1030,7 +1033,7 @@ def parse_flags(argv, doc, *settings):
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
-            if kind is not str and not abs(value) < 2 ** 63:           # nor is NaN
+            if kind is not str and not abs(value) < 2 ** 63:           # too large, or NaN
                 raise ValueError
         except (KeyError, ValueError):
             raise UsageError(f"{arg}: expected {kind.__name__}, as in "

@@ -23,6 +23,7 @@ SCALE = slice(63, 64)
 TRANS = slice(64, 67)            # translation
 ROT = slice(67, 70)              # pitch, yaw, roll in degrees
 MOUTH = 58                       # y of point 19, the lower lip: moves most in speech
+# the lips, the corners of the mouth, the chin and the skin above it: see renderer.POINTS
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = "anger contempt disgust fear happiness neutral sadness surprise none".split()
 NO_EMOTION = 8                   # the null label of classifier-free guidance
@@ -54,7 +55,8 @@ TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1,
            audio_layers=1, audio_dim=160, p_drop_audio=0.1,
            focus=4.0, cfg_both=0.5, smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
-# what a student changes: guidance is in the motion that it learned already
+# The student that train.py --reflow makes changes its teacher's Config: guidance is already in the
+# motion it learns from, so no condition is dropped in training or guides in sampling.
 STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0.0,
                 cfg_emotion=0.0, cfg_both=0.0)
 
@@ -204,7 +206,7 @@ def init_weights(model):
     """Xavier-uniform weights and zero biases. AdaLN begins at zero, so that a block adds nothing;
     attention begins on each frame's own moment."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "head.linear":     # which stays PyTorch's
+        if isinstance(layer, nn.Linear) and name != "head.linear":     # it keeps PyTorch's own
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
@@ -232,7 +234,8 @@ class MotionModel(nn.Module):
     def size(self, portrait):
         """A portrait's motion (..., 70) -> how large its face is, a factor for each of the 70
         numbers: for scale and translation, which grow with the face, its scale over the mean scale;
-        for the rest 1. Absolute motion: prev is divided by these factors, the output multiplied."""
+        for the rest 1. With absolute motion (see sample.motion_of) the network sees every face at
+        the mean size: prev is divided by these factors, what comes out is multiplied by them."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -319,7 +322,8 @@ class MoDA(MotionModel):
         prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
-        a = self.embed_audio(audio, drop_audio).type_as(m)           # float32 in CUDA's autocast
+        # CUDA's autocast gives float32 where there is a norm, and half as many bits for m
+        a = self.embed_audio(audio, drop_audio).type_as(m)
         e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
         # standardised, for faces differ by a small part of their size
         x_c = (identity - self.x_c_mean) / self.x_c_std.clamp(min=0.01)
@@ -497,27 +501,28 @@ def euler(velocity, z, times):
 
 
 def windows(frames, chunk, overlap, past, emotions):
-    """Cut a voice, as it arrives, into windows for `stream`, which explains the arguments: yields
-    (voice, stride, emotion).
+    """Cut a voice, as it arrives, into windows for `stream`: yields (voice, stride, emotion).
 
-    voice (n, L, A), n <= chunk; the next window begins `stride` frames later. emotions: [(label,
-    frames), ...]; each new one begins a new window, if more voice than the overlap is left."""
+    voice (n, L, A), n <= chunk; the next window begins `stride` frames later, and shares its first
+    `overlap` frames with this one; their motion is known then, though all but the first `past` of
+    them may still change. emotions: [(label, frames), ...]; each new one begins a new window, if
+    more voice than the overlap is left."""
     voice = []                                     # of the window
-    already_seen = past                            # of it, in the previous one; at first silence
-    frames_left = 0                                # of the emotion
+    known = past                                   # its first frames, whose motion is known: of the
+    frames_left = 0                                # previous window, or the silence before a voice
     frames = iter(frames)
     for emotion, duration in emotions:
         frames_left += duration                    # plus the part of a frame that is left
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
-            if len(voice) <= already_seen:         # the voice has ended
+            if len(voice) <= known:                # the voice has ended
                 return
             stride = int(min(chunk - overlap, frames_left))
             # silence before the voice is of (1, 1), and broadcast to (L, A)
             yield torch.stack(torch.broadcast_tensors(*voice)), stride, emotion
             voice = voice[stride:]
             frames_left -= stride
-            already_seen = overlap
+            known = overlap
 
 
 @torch.inference_mode()
@@ -527,7 +532,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
 
     audio    (T, L, A), or an iterable of its frames (L, A) as they arrive
     identity (63,) canonical keypoints
-    prev     (70,) normalised motion before the first frame, the portrait's own
+    prev     (70,) normalised motion before the first frame, such as a face at rest
     emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
@@ -571,10 +576,10 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
             motion = smooth_pose(motion)
         motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))  # 1 for the past, then less
         ready = motion[:len(voice)]
-        if smooth:                                 # again, with the neighbour of its first frame
+        if smooth:                                 # a second time, with the frame before the first
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
         yield ready[past:past + stride]            # those before were yielded, or are silence
-        prev = before = motion[stride - 1:stride]                      # prev is a condition
+        prev = before = motion[stride - 1:stride]                      # `prev` is a condition
         tail = motion[stride:stride + overlap]
         eps = eps[stride:]
     if not len(before):
@@ -600,7 +605,8 @@ def smooth_pose(motion):
 # all steps at once, and its weights, a third of the network's, are not read again in each.
 
 def fast_network(model, times, emotions):
-    """A copy of the model that shares its weights, for these times and emotions.
+    """A copy of the model that shares its weights, for these times and emotions; the emotion that
+    guidance drops to is one of them.
 
     Where a block computes adaln(c), c is here the number of a time and emotion, and adaln a table
     of what it would compute, a row for each of them."""

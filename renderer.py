@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils import fuse_conv_bn_eval, remove_spectral_norm, spectral_norm
 
-# MOUTH and M are numbers, the others slices, also SCALE
+# where in the 70 numbers: slices, but for MOUTH, an index; M is 70
 from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, read_checkpoint
 
 SIZE = 512                       # pixels of a rendered frame, height and width
@@ -35,7 +35,7 @@ def rotation(degrees):
     """Pitch, yaw, roll (..., 3) -> R (..., 3, 3), the transpose of Rz Ry Rx: keypoints are rows,
     x_c R. Each of the three turns is Rodrigues' formula."""
     angle = degrees.deg2rad()[..., None, None]
-    axes = torch.eye(3, device=degrees.device)
+    axes = torch.eye(3, device=degrees.device)     # also the identity matrix, below
     K = torch.linalg.cross(axes[:, None], axes[None])                  # v @ K[i]: axis i x v
     pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
     return pitch @ yaw @ roll
@@ -135,9 +135,10 @@ def write_template(motion, path):
             scale=m[None, SCALE],
             t=m[None, TRANS],
             R=R[None]))
-    # roughly how open eyes and mouth are, from the y of points 11 and 15, the lids, which go down
-    # by 0.013 to shut, and of points 17 and 19, the lips; 25 and 5 make it height over width
+    # How open the eyes are: 34 and 46 are y of points 11 and 15, the upper lids, which fall by
+    # 0.013 to shut. 25 and 5 make ratios of it, height over width, roughly.
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
+    # how open the mouth is: lower lip (point 19) minus upper lip (52 is y of point 17)
     lips = 5 * motion[:, None, [52, MOUTH]].diff().clip(0)
     template = dict(
         n_frames=len(motion),
@@ -473,8 +474,9 @@ def transposed(upsample, conv):
     up = int(upsample.scale_factor)
     if up == 1:
         return conv
-    # A convolution adds to the pixels around each one its value times the flipped kernel, 3 x 3. A
-    # pixel that has become up x up equal ones adds as many kernels, each shifted by one: together
+    # A convolution, seen from its input: each pixel adds to the outputs around it its value times
+    # the flipped kernel, 3 x 3. One that became up x up equal pixels adds as many kernels, shifted
+    # by one from pixel to pixel: together
     # one kernel, up + 2 high and wide. A row of `ones` says which rows of the 3 x 3 kernel make one
     # of its rows (for up = 2: 1 0 0, 1 1 0, 0 1 1, 0 0 1); `ones.T` says the same of columns.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
@@ -653,12 +655,42 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 #            OTHER,0,times ..        or another signal, 0 to 1, which has no direction
 #     name   place,right,down ..     a place: from another, or a point's number, so many %
 #            SIGNAL,right,down ..    and how far the signal, where it is 1, moves it
-# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards; "corner
-# 14 UP,-3.4,-5.3" is point 14 and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal's
-# number stands under down, which is not mirrored. DOWN is of this half's corner of the mouth,
-# DOWN_TOO of the other's, SULK the lesser of the two.
+# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards: the
+# terms' three numbers are added up to one, and cut to 0 .. 1. "corner 14 UP,-3.4,-5.3" is point 14
+# and, where UP is 1, 3.4 % left of it and 5.3 % higher. The number behind another signal stands
+# under down, which is not mirrored. DOWN is of this half's corner of the mouth, DOWN_TOO of the
+# other's, SULK the lesser of the two.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
-# `find_places` below works the rows out, from the first to the last, and `weighted` each term.
+# `weighted` works out one term, `find_places` all rows of PLACES, from the first to the last.
+
+
+def weighted(term, known):
+    """"name,right,down,in" -> a place shifted so far, or a signal or offset times these numbers:
+    (2, 3), of the left half and mirrored."""
+    name, *way = f"{term},0,0,0".split(",")[:4]
+    way = MIRROR * np.array(way, float)
+    return known[name] * way if name.isupper() else known[name] + way
+
+
+def find_places(x):
+    """Keypoints in percent and their offsets, (2, 21, 3) -> all that PLACES names: places (2, 3) in
+    percent, signals (2, 1)."""
+    # LivePortrait's offsets of 2 and 20 are no mirror images of those of 1 and 14: where 1 goes
+    # down 2 goes up, and 20 moves half as far. Here they are made to be.
+    x[1, [2, 20], 1] *= -1, 2
+    known = {}
+    for k, twin in enumerate(POINTS[:, 3].astype(int)):
+        # place and offset, of the point and its mirror image: (2, 3) each
+        known[f"{k}"], known[f"D{k}"] = x[:, [k, twin]]
+    for row in PLACES.splitlines():
+        name, *terms = row.split()
+        total = sum(weighted(term, known) for term in terms)
+        if name.isupper():
+            total = total.sum(1, keepdims=True).clip(0, 1)
+        known[name] = total
+    return known
+
+
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
     MILD      D1,0,100 D2,0,40
@@ -712,9 +744,9 @@ PLACES = """\
     apple_a   cheek,-6,-5  UP,-2.4,-1.2
     apple_b   cheek,5,-4   UP,2.4,-1.2"""
 
-# Parts from back to front, and the mirror image of each: name, colour (two more digits: how dense),
-# how many copies, ever smaller, for a soft edge, places that a closed curve passes near. Twice the
-# same place is a sharp corner
+# Parts from back to front, and the mirror image of each: name; colour (digits 7 and 8: how dense);
+# number of copies (ever smaller: a soft edge); places that a closed curve passes near (the same one
+# twice is a sharp corner)
 PARTS = """\
     ear         #e3a88a    1 4,-5,-9 4,2,-6 4,5,16 4,-1,17
     ear_inside  #c98a70    1 4,-2.5,-5 4,2 4,3,12 4,-.5,10
@@ -786,33 +818,6 @@ for ellipse in """\
     ImageDraw.Draw(SCENE, "RGBA").ellipse([*map(int, box)], colour)
 
 
-def weighted(term, known):
-    """"name,right,down,in" -> a place shifted so far, or a signal or offset times these numbers:
-    (2, 3), of the left half and mirrored."""
-    name, *way = f"{term},0,0,0".split(",")[:4]
-    way = MIRROR * np.array(way, float)
-    return known[name] * way if name.isupper() else known[name] + way
-
-
-def find_places(x):
-    """Keypoints in percent and their offsets, (2, 21, 3) -> all that PLACES names: places (2, 3) in
-    percent, signals (2, 1)."""
-    # LivePortrait's offsets of 2 and 20 are no mirror images of those of 1 and 14: where 1 goes
-    # down 2 goes up, and 20 moves half as far. Here they are made to be.
-    x[1, [2, 20], 1] *= -1, 2
-    known = {}
-    for k, twin in enumerate(POINTS[:, 3].astype(int)):
-        # place and offset, of the point and its mirror image: (2, 3) each
-        known[f"{k}"], known[f"D{k}"] = x[:, [k, twin]]
-    for row in PLACES.splitlines():
-        name, *terms = row.split()
-        total = sum(weighted(term, known) for term in terms)
-        if name.isupper():
-            total = total.sum(1, keepdims=True).clip(0, 1)
-        known[name] = total
-    return known
-
-
 def outline(corners):
     """(2, n, 3) -> points of closed curves, (2, 4 n, 3), by cutting off all corners, twice: points
     are doubled, then neighbours averaged, then again (Chaikin's quadratic B-spline)."""
@@ -827,7 +832,7 @@ class Sketch:
     """A face drawn for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""
 
     def source(self):
-        """The face at rest, its motion zero but for scale, t_x, t_y."""
+        """The face at rest, its motion zero but for scale and t_y."""
         motion = F.pad(torch.tensor([[1.3, 0, 0.1]]), (63, 4))
         return Source(None, torch.tensor(FACE).float().view(1, 63), motion)
 

@@ -54,10 +54,10 @@ class Settings:
     ckpt: str = "out/toy/ckpt.pt"  # MoDA's weights, ours or the released net-200.pth
     stats: str = "mean.pt"       # the statistics that belong to net-200.pth
     audio_encoder: str = ""      # wav2vec 2.0 or HuBERT, for models trained on it; else log-mel
-    emotion: str = "none"        # a name; or in turn, with seconds: neutral:2.5,happiness
+    emotion: str = "none"        # a name; or in turn, for so many seconds: neutral:2.5,happiness
     edit: str = ""               # expression added to the motion: smile:0.5,brow:5
     seed: int = 1                # another seed, another head motion
-    steps: int = 10              # of Euler
+    steps: int = 10              # of Euler; 2 for a straight student
     # of the next five the checkpoint has defaults of its own, see moda.Config
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
@@ -116,9 +116,12 @@ def open_model(settings, given):
 
 
 def short_chunks(latency):
-    """chunk, overlap and past that keep a latency in seconds. A chunk has 40 frames that stay, then
-    new - BLOCK that it yields, then a BLOCK that fades. The first frame that it yields waits for
-    new - 1 more frames of sound; the time of one is left for work. Sound comes in blocks."""
+    """chunk, overlap and past that keep a latency in seconds.
+
+    A chunk has 40 frames that stay, as context (more were no better), then `new` ones, for whose
+    sound it waits. Of these it yields all but the last BLOCK, which fades into the next chunk. As
+    the first of the new frames waits for new - 1 more, the time of one is left for the work. Sound
+    comes in blocks."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -159,7 +162,7 @@ def amounts(flag, text, known, default, lowest=-1e4):
 
 
 def emotions_in_turn(text):
-    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream."""
+    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream; of 2 s without a number."""
     pairs = amounts("emotion", text, LABELS, 2, lowest=0)
     return [(LABELS[name], 25 * seconds) for name, seconds in pairs]
 
@@ -171,10 +174,11 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # What is rendered is about portrait + motion - neutral (see renderer.relative). Absolute motion
-    # has the portrait as neutral, so that it stays as it is, and is made to fit the face's size.
+    # Rendered is portrait + motion - neutral (nearly: see renderer.relative). Absolute: neutral is
+    # the portrait, so that the motion itself is rendered, fitted to the size of the face. Relative:
+    # neutral is a face at rest in mean pose. The generated motion starts from neutral in both.
     neutral, size = portrait, model.size(portrait)
-    if settings.motion != "absolute":              # relative: from a face at rest, in mean pose
+    if settings.motion != "absolute":
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     controls = amounts("edit", settings.edit, CONTROLS, 1) if settings.edit else ()
     edit = portrait.new_tensor(expression(**dict(controls)))
@@ -233,6 +237,7 @@ def make_video(settings, model):
     if live:
         # each in `spoken` is an upper bound of when the sound began, the smallest the tightest
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25
+        # (3, 2): the three quantiles of the waits for motion and for frame
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
         to_motion, to_frame = waits.T.round(2)
         print(f"median, 95 %, worst: sound to motion {to_motion} s, sound to frame {to_frame} s")
@@ -265,6 +270,7 @@ def check(settings, given):
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
+    # the voice without its span, #t=START,END
     inputs = voice.partition("#t=")[0], settings.image_path, settings.motion_path
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         path = Path(getattr(settings, flag))
@@ -331,7 +337,8 @@ def beginnings(data, count, model):
     """How the K longest clips begin, all cut to one length, 7.4 seconds at most: normalised motion
     (K, T, 70), audio (K, T, L, A), identity (K, 63), the motion before (K, 70), emotion (K,)."""
     longest = np.argsort(-data.lengths, kind="stable")[:count]
-    frames = min(185, *data.lengths[longest]) - 1  # of two chunks, without the frame before
+    # 184 frames are two chunks of 100 that share 16; one more is the frame before
+    frames = min(185, *data.lengths[longest]) - 1
     # a row of one number, the clip's first window; lines about damaged ones are not needed
     batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
@@ -421,10 +428,10 @@ def emotion_accuracy(motion, emotion):
 def evaluate(settings, model, data, training):
     """Print and return a table {column: {metric: x}} on clips of `data`.
 
-    Compared with the truth: the truth; the model; the model given another clip's voice, a face at
-    rest and emotion k mod 8 in clip k, which should have all the emotion, but no mouth corr and no
-    Sync, for the clip's own voice is what the expert hears; a linear model of `training` clips.
-    Compared with the model: another seed."""
+    Compared with the truth: itself; the model; the model given another clip's voice, and a linear
+    model of `training` clips. Compared with the model: another seed. With the other voice, clip k
+    begins with a face at rest and has emotion k mod 8. There the emotion should be right, but mouth
+    corr and Sync, which the expert judges by the clip's own voice, should be near 0."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8

@@ -46,7 +46,7 @@ class Settings:
     preset: str = "toy"          # toy or moda
     data_dir: str = ""           # a data set prepared by data.py; else the toy talker
     clips: int = 300             # how many clips the toy talker makes, 8 s each
-    out_dir: str = ""            # checkpoints, log.csv, samples; else out/<preset> or out/alse
+    out_dir: str = ""            # for checkpoints, log.csv; else out/<preset>[-straight], out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run
     stats: str = ""              # file of mean and std, for a new run; net-200.pth's: mean.pt
@@ -82,8 +82,8 @@ REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)       # begins with a
 
 
 def read_settings(argv):
-    """Settings of the run and Config of the network: a preset's, and what the flags say, which is
-    also returned: {field of the Config: value}."""
+    """-> Settings of the run and Config of the network, a preset's with what the flags say, and
+    {field: value} of the Config's fields that flags gave."""
     # these two choose the others' defaults
     preset = "moda" if "--preset=moda" in argv else "toy"
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
@@ -210,7 +210,7 @@ def validate(model, data, settings, expert, teacher, autocast):
     each time."""
     total = 0
     for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
-        with autocast:                             # but not the reading
+        with autocast:
             terms = loss_terms(model, model, batch, expert, settings.tau, teacher)
         total = total + torch.stack(terms)
     *terms, lips = mean_over_processes(total / VAL_BATCHES)
@@ -313,6 +313,7 @@ def main(argv):
     if settings.reflow:
         teacher = MoDA.from_pretrained(settings.reflow).to(device)
         changes = STRAIGHT | changes
+    # the Config is that of the model it begins as, with what flags change; or `cfg` from scratch
     start = settings.reflow or settings.init_from
     if found[0]:
         # for its Config; all else is loaded by `resume`
@@ -393,8 +394,8 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        # DDP lets go of the group first: were it the last, it would hold Python's lock and wait for
-        # gloo's threads, which need that lock. It goes at once, for Adam was made before it.
+        # DDP lets go of the group first: were it the last to hold it, it would wait for gloo's
+        # threads, and they for Python's lock, which it has meanwhile.
         del net
         dist.destroy_process_group()
     if stop or RANK > 0:
