@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -34,7 +35,6 @@ import torch.nn.functional as F
 from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
 from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
-from PIL import Image
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
@@ -46,7 +46,6 @@ FRAME = 640                      # samples per video frame
 HOP = 160                        # samples from spectrum to spectrum, 10 ms
 BLOCK = 5                        # frames of sound that are read and analysed at once
 RANK = int(os.environ.get("RANK", 0))              # torchrun's number of this process,
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine,
 WORLD = int(os.environ.get("WORLD_SIZE", 1))       # and how many there are
 
 
@@ -71,6 +70,8 @@ FILTERS = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
 MANY = ("aresample=async=1:first_pts=0,pan=stereo"
         "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
         "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
+# a path; with #t=2,5 behind it, these seconds of the file
+SPAN = re.compile(r"(?s)(.*?)(?:#t=([\d.]+),([\d.]+))?")
 # H.264 and AAC; colours as players take them to be, and tagged
 CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -vf "
           "scale=out_color_matrix=bt709:out_range=tv,setparams=range=tv:colorspace=bt709:"
@@ -98,14 +99,12 @@ def ffmpeg(complaint, *args, **pipes):
 
 
 def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
-    """ffmpeg's options to read a user's file, and no other; for the path "-" they are `live`.
-    #t=2,5 after a file's name means these seconds of it."""
+    """ffmpeg's options to read a user's file, and no other; for the path "-" they are `live`."""
     if path == "-":
         return live.split()
-    file, _, span = str(path).partition("#t=")
+    file, start, end = SPAN.fullmatch(str(path)).groups()
     options = f"-nostdin -protocol_whitelist file,pipe -format_whitelist {FORMATS}".split()
-    if span:
-        start, _, end = span.partition(",")
+    if start:
         options += "-ss", start, "-to", end
     return [*options, "-i", f"file:{file}"]
 
@@ -200,7 +199,9 @@ def write_video(path, frames, sound, pipe=None):
         for pipe in pipes:
             os.close(pipe)                         # ffmpeg has its own
         for frame in frames:
-            Image.fromarray(frame).save(encoder.stdin, "ppm")
+            # by Python, which hears signals while it waits, as Pillow's C does not
+            header = b"P6 %d %d 255\n" % frame.shape[1::-1]
+            encoder.stdin.write(header + frame.tobytes())
 
 
 def regroup(pieces, size):
@@ -470,8 +471,9 @@ def find_clips(settings):
         row = defaultdict(str, row)
         if row["start"] + row["end"]:
             row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
-        # it names a folder below clips/: no / or ../ before it, nor an @ at its end without a crop
-        name = f"{row['video']}{row['span']}@{row['crop']}".strip("@./")
+        name = f"{row['video']}{row['span']}@{row['crop']}"
+        # it names a folder below clips/: no ../ in it, no ./ before it, nor an @ without a crop
+        name = name.replace("../", "up/").strip("@./")
         video = Path(plain(row["video"]))
         # its path, its name, its folders from the nearest on
         names = [str(video), *video.parts[::-1]]
@@ -573,6 +575,7 @@ def write_clip(folder, *work):
             save(part / f"{name}.npy", blocks, write=write_npy)
         part.rename(folder)
     except ValueError as error:
+        shutil.rmtree(part, ignore_errors=True)
         save(folder, str(error), write=write_json)
 
 
@@ -607,7 +610,7 @@ def begin(path, settings):
         zlib.crc32(Path(file).read_bytes()) for file in files if os.path.isfile(file)])
     tools = [settings.weights, settings.audio_encoder, torch.__version__, get_ffmpeg_version()]
     if not path.exists():
-        manifest = dict(settings=begun, tools=tools, splits={}, clips=[], left_out={})
+        manifest = dict(settings=begun, tools=tools, splits={}, clips=[])
         save(path, manifest, write=write_json)
     manifest = json.loads(path.read_text())
     if manifest.get("settings") != begun:
@@ -624,7 +627,7 @@ def complete(folder, manifest, clips):
     Of speakers the first trains, the second validates, then, by a hash of the name, one in 20; who
     has a split keeps it."""
     clips = {row["clip"]: row for row in manifest["clips"]} | clips
-    splits, left_out, rows = manifest["splits"], manifest["left_out"], []
+    splits, left_out, rows = manifest["splits"], {}, []
     for name, row in sorted(clips.items()):
         clip = folder / "clips" / name
         try:
@@ -632,7 +635,6 @@ def complete(folder, manifest, clips):
         except ValueError as error:
             left_out[name] = str(error)
             continue
-        left_out.pop(name, None)
         speaker = row["speaker"]
         # the first of all speakers trains, the second validates, then the hash decides
         lot = zlib.crc32(os.fsencode(speaker)) % 20
@@ -648,7 +650,8 @@ def complete(folder, manifest, clips):
         moments=moments_of(opened(clip, "motion")[0] for clip in training).tolist(),
         # a list of one identity is like a motion of one frame
         x_c_moments=moments_of(opened(clip, "identity") for clip in training).tolist(),
-        clips=rows)
+        clips=rows,
+        left_out=left_out)
     save(folder / "manifest.json", manifest, write=write_json)
 
 
@@ -1017,11 +1020,11 @@ def parse_flags(argv, doc, *settings):
 
     A flag has the type of its default; a bare --name switches a bool on. UsageError says what is
     wrong; --help prints `doc` and the classes, where every field has a comment."""
-    if "-h" in argv or "--help" in argv:
+    if "--help" in argv:
         print(doc)
         for owner in settings:
             print(inspect.getsource(type(owner)))
-        sys.exit()
+        raise SystemExit
     owners = {f"--{name}": vars(owner) for owner in settings for name in vars(owner)}
     given = {}
     for arg in argv:
@@ -1047,8 +1050,9 @@ BOOLEANS = {"": True, "True": True, "False": False}
 
 def find_device(name):
     """The torch.device of --device, by default a GPU if there is one; UsageError if it is none."""
-    if name in ("", "cuda") and torch.cuda.is_available():             # processes share them out
-        name = f"cuda:{LOCAL_RANK % torch.cuda.device_count()}"
+    if name in ("", "cuda") and torch.cuda.is_available():
+        # torchrun counts the processes of a machine in one run, so each has a GPU of its own
+        name = f"cuda:{RANK % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name or "cpu").device
     except Exception as error:
@@ -1082,10 +1086,11 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()
         return
-    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, csv.Error,
+            KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
-        if type(error) is RuntimeError and not re.search("memory|ffmpeg", str(error)):
+        if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more

@@ -636,7 +636,8 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                     # truncated, foreign, or a pickle with code
-        raise ValueError(f"{path}: not a readable checkpoint ({error!s:.200}); {advice}") from None
+        # cut short, for torch would go on to advise to load the file unsafely
+        raise ValueError(f"{path}: not a readable checkpoint ({error!s:.60}); {advice}") from None
 
 
 def load_strictly(places, tensors):

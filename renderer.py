@@ -836,7 +836,7 @@ class Sketch:
         motion = F.pad(torch.tensor([[1.3, 0, 0.1]]), (63, 4))
         return Source(None, torch.tensor(FACE).float().view(1, 63), motion)
 
-    def frames(self, source, motion, **unused):
+    def frames(self, source, motion):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
         for m in checked(motion):
             x = np.stack([100 * source.x_c[0], m[EXP]])

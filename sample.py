@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, Clips, Sound, ToyTalker, UsageError,
-                  appearing, check_effects, expression, feature_blocks, find_device, parse_flags,
-                  read_rows, report, run, write_npy, write_video)
+from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, SPAN, Clips, Sound, ToyTalker,
+                  UsageError, appearing, check_effects, expression, feature_blocks, find_device,
+                  parse_flags, read_rows, report, run, write_npy, write_video)
 from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
                   guidance_of, load_statistics, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
@@ -74,7 +74,7 @@ class Settings:
     compile: bool = False        # both through torch.compile: worth its minutes on a GPU
     eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
     data_dir: str = ""           # or the val clips of a data set
-    alse: str = "out/alse/ckpt.pt"  # lip-sync expert, for the Sync columns of --eval
+    alse: str = ""               # checkpoint of a lip-sync expert: two more metrics
     device: str = ""             # cuda if there is one
 
 
@@ -88,6 +88,7 @@ EFFECTS = {
     "without --audio_encoder": "latency",
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
                              "chunk overlap past smooth latency stream",
+    "without --latency": "chunk overlap past",
     "without --pairs": "audio_path image_path emotion save_motion",
     "without --eval": "audio_path output_path pairs image_path weights motion emotion "
                       "edit save_motion motion_path audio_encoder stream bf16 device"}
@@ -245,6 +246,8 @@ def make_video(settings, model):
 
 def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
+    if "output_path" not in given:
+        raise UsageError("--pairs needs --output_path=FOLDER")
     os.makedirs(settings.output_path, exist_ok=True)
     for number, row in enumerate(read_rows(settings.pairs), 1):
         video = f"{settings.output_path}/{number:03}.mp4"
@@ -270,11 +273,11 @@ def check(settings, given):
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
-    # the voice without its span, #t=START,END
-    inputs = voice.partition("#t=")[0], settings.image_path, settings.motion_path
+    # the voice's file, without a span of it
+    inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         path = Path(getattr(settings, flag))
-        known = (path.suffix.lower() or str(path)) in endings.split()
+        known = (path.suffix or path.name.strip(".")) in endings.split()      # no .mp4 alone
         if flag in given and not (known and path.parent.is_dir()):
             raise UsageError(f"--{flag}={path}: should be in a folder that exists, and one of "
                              f"{endings}")
@@ -446,7 +449,7 @@ def evaluate(settings, model, data, training):
     def judge(z, reference, label):
         motion = model.denormalise(z)
         row = compare(z, reference, model.std)
-        if Path(settings.alse).is_file():
+        if settings.alse:
             row |= sync_scores(ALSE.from_pretrained(settings.alse), audio, motion)
         if isinstance(data, ToyTalker):
             row["emotion"] = emotion_accuracy(motion, label)

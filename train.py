@@ -78,7 +78,13 @@ class Settings:
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
-REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)       # begins with a teacher's weights
+# a toy's student begins with its teacher's weights; the paper's preset keeps its own numbers
+REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)
+# flags that have an effect only with, or only without, another one
+EFFECTS = {
+    "with --alse": "tau",
+    "without --data_dir": "clips eval_clips",
+    "without --reflow": "p_drop_audio p_drop_emotion"}
 
 
 def read_settings(argv):
@@ -87,9 +93,9 @@ def read_settings(argv):
     # these two choose the others' defaults
     preset = "moda" if "--preset=moda" in argv else "toy"
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
-    settings, cfg = Settings(**TRAINING[preset] | start), Config(**PRESETS[preset])
+    settings, cfg = Settings(**start | TRAINING[preset]), Config(**PRESETS[preset])
     given = parse_flags(argv, __doc__, settings, cfg)
-    check_effects(given, settings, {"with --alse": "tau"})
+    check_effects(given, settings, EFFECTS)
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):
@@ -105,8 +111,7 @@ def read_settings(argv):
     if settings.batch_size % parts:
         raise UsageError(f"--batch_size={settings.batch_size}: should be a multiple of {parts}: "
                          "of the processes, x 2 for the expert")
-    changes = {name: value for name, value in given.items() if hasattr(cfg, name)}
-    return settings, cfg, changes
+    return settings, cfg, {name: value for name, value in given.items() if hasattr(cfg, name)}
 
 
 def open_data(settings):
@@ -152,8 +157,7 @@ def resume(state, parts, settings):
 
 def open_log(out, first_step, kind):
     """log.csv, which keeps the rows of the steps before first_step. A new run also deletes the
-    ckpt.pt and best.pt of the one that it overwrites: here, when all is loaded and nothing can
-    fail."""
+    ckpt.pt and best.pt of the one that it overwrites: here, when its first step has gone well."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -165,7 +169,7 @@ def open_log(out, first_step, kind):
         if not first_step:
             (out / name).unlink(missing_ok=True)
     if not rows:
-        print(f"step,loss,{terms},lips,grad_norm,learning_rate,seconds,waiting,epochs,val_loss,"
+        print(f"step,loss,{terms},lips,grad_norm,learning_rate,seconds,waiting,val_loss,"
               "val_lips", file=log)
     return log
 
@@ -346,7 +350,7 @@ def main(argv):
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
     expert = load_expert(settings.alse, model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
-    log = open_log(out, first_step, kind)
+    log = None
     began = perf_counter()
     for step, batch in enumerate(bar, first_step):
         waiting = perf_counter() - began
@@ -364,7 +368,8 @@ def main(argv):
         loss = sum(terms)
         if not math.isfinite(loss + norm):
             raise ValueError(f"step {step}: loss {loss}, gradients {norm}; "
-                             "the last checkpoint is good")
+                             "checkpoints from before are good")
+        log = log or open_log(out, first_step, kind)                   # now nothing should fail
         rate = optimizer.param_groups[0]["lr"] = rate_of(settings, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -381,11 +386,10 @@ def main(argv):
             val_loss, val_lips = validate(sampled, val, settings, expert, teacher, autocast)
             best = min(best, val_loss)
             bar.set_description(f"val_loss {val_loss:.3f}, val_lips {val_lips:.3f}")
-        epochs = step * settings.batch_size * data.frames / data.lengths.sum()
         # steps count from 0, a checkpoint's number is how many are done
-        row = step - 1, loss, *terms, lips, norm, rate, seconds, waiting, epochs, val_loss, val_lips
+        row = step - 1, loss, *terms, lips, norm, rate, seconds, waiting, val_loss, val_lips
         print(*row, sep=",", file=log, flush=True)
-        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, epoch {epochs:.1f}, "
+        bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, "
                             f"{settings.batch_size / seconds:.0f} windows/s, "
                             f"{waiting / seconds:.0%} waiting")
         if RANK == 0:

@@ -46,7 +46,7 @@ FLAGS = dict(
     prepare="--videos=videos --data_dir=new --weights=lp",
     check="--data_dir=set --report=")
 # what a run may begin before it fails
-BEGUN = {"new_run/log.csv", "old/log.csv", "new/manifest.json"}
+BEGUN = {"new_run/log.csv", "new/manifest.json"}
 
 
 # -------------------------------------------------------------------------- a folder, and its copy

@@ -33,7 +33,8 @@ def encode(name, n):
 
 # -------------------------------------------------------------------------------------- no sound
 @pytest.mark.parametrize("path", [
-    "nowhere.wav", "text.txt", "me.png", "videos", "/dev/null", "two\nlines.wav"])
+    "nowhere.wav", "text.txt", "me.png", "videos", "/dev/null", "two\nlines.wav",
+    "voice.wav#t=-1,1", "voice.wav#t=1", "voice.wav#t=1,", "voice.wav#t=nan,2", "voice.wav#t=2,1"])
 def test_what_is_no_sound_is_named(refused, path):
     name = path.split("\n")[-1]
     refused(f"sample --audio_path={path}", f"{name}: no sound")
@@ -276,6 +277,14 @@ def an_mp3_cut_in_the_middle():
 def a_flac_called_wav():
     sound(NOISE, name="v.flac")
     shutil.move("v.flac", "voice.wav")
+
+
+def test_a_name_may_hold_what_marks_a_span(run, soon_drawn):
+    sound(NOISE, name="a#t=1.wav")
+    assert run("sample --audio_path=a#t=1.wav --save_motion=m.npy") == (0, [])
+    assert len(np.load("m.npy")) == 5
+    assert run("sample --audio_path=a#t=1.wav#t=0,0.08 --save_motion=m.npy") == (0, [])
+    assert len(np.load("m.npy")) == 2
 
 
 @pytest.mark.parametrize("odd", [

@@ -1,5 +1,6 @@
 """Ctrl-C, a full disk, a locked file and a reader that leaves are one line; no file is lost or half
 written under a final name."""
+import fcntl
 import os
 import random
 import re
@@ -92,6 +93,26 @@ def test_every_way_to_be_stopped_cleans_up(folder, number):
     assert process.wait() == 1 and reported(seen + rest) == ["error: interrupted"]
     assert time.perf_counter() - began < 4     # 2 where no training runs beside
     assert contents() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/wchan").exists(), reason="shows what a process waits for")
+def test_a_stream_whose_reader_has_paused_can_be_stopped(folder):
+    hum(200)
+    paused, stdout = os.pipe()
+    fcntl.fcntl(stdout, fcntl.F_SETPIPE_SZ, 4096)
+    flags = *FLAGS["sample"].split(), "--output_path=-"
+    process = start(folder, "sample.py", *flags, stdout=stdout)
+    os.close(stdout)
+    first_frames(process)
+    waited = 0                                 # in a row
+    while waited < 10:
+        time.sleep(0.05)
+        blocked = "pipe_write" in Path(f"/proc/{process.pid}/wchan").read_text()
+        waited = waited + 1 if blocked else 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 1
+    assert reported(process.stderr.read())[-1] == "error: interrupted"
+    os.close(paused)
 
 
 def test_one_ctrl_c_ends_a_run_whose_stdin_is_open_and_silent(folder):

@@ -272,7 +272,7 @@ def test_published_layouts_become_one_set(stand_in, published, monkeypatch):
     before = listed(folder)
     assert {name: (row["emotion"], row["speaker"]) for name, row in before.items()} == {
         "celeb/videos/a_1.mp4": (6, "a"),
-        "hdtf/../celeb/videos/a_1.mp4": (8, "b"),
+        "hdtf/up/celeb/videos/a_1.mp4": (8, "b"),
         "hdtf/WDA_Ann0.mp4#t=0,1.5@0,0,48": (4, "Ann"),
         "hdtf/WDA_Ann0.mp4#t=1.5,99999@8,0,40": (8, "Ann")}
     (published / "labels.csv").write_text("clip,emotion\nW011,Fear\n")
@@ -436,6 +436,17 @@ def test_bad_videos_are_named_and_harm_no_other(stand_in, tmp_path, capsys):
     assert "5 clips; 8 left out" in capsys.readouterr().out
 
 
+def test_a_clip_that_fails_half_way_leaves_nothing_but_the_reason(stand_in, tmp_path, monkeypatch):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/a.mp4").touch()
+    nan = torch.full((90, 1, 160), torch.nan).half()
+    monkeypatch.setattr(data, "extract", lambda *args: still(*args) | dict(audio=[nan]))
+    with pytest.raises(ValueError, match="none of its 1 videos"):
+        prepare(tmp_path / "v", tmp_path / "set")
+    left, = (tmp_path / "set/clips").iterdir()
+    assert left.name == "a.mp4" and "holds NaN" in left.read_text()
+
+
 def test_nothing_usable_is_one_error(stand_in, tmp_path, videos):
     root = tmp_path / "v"
     with pytest.raises(ValueError, match="no videos there"):
@@ -489,6 +500,13 @@ def test_the_nearest_name_labels_in_any_case_but_a_video_is_not_labelled_by_its_
         assert clip["emotion"] == emotion, row
 
 
+def test_every_clip_lies_in_the_data_set_wherever_its_video_is(tmp_path):
+    videos = "a.mp4", "../a.mp4", "sub/../../../b.mp4", "/c.mp4", "./d.mp4", "x/../e.mp4"
+    (tmp_path / "clips.csv").write_text("\n".join(["video", *videos]))
+    clips = data.find_clips(data.Settings(clips=tmp_path / "clips.csv", videos="v"))
+    assert [*clips] == ["a.mp4", "up/a.mp4", "sub/up/up/up/b.mp4", "c.mp4", "d.mp4", "x/up/e.mp4"]
+
+
 @pytest.mark.parametrize("text", [
     b"clip,emotion\n24,furious\n", b"24,happy\n25,sad\n", b"clip,emotion\n24\n",
     b"\xff\xfe\x00\x81", None])
@@ -540,7 +558,7 @@ def test_the_check_finds_the_shifted_soundtrack(prepared, tmp_path, capsys):
 
 
 def test_training_takes_the_prepared_set(prepared, tmp_path):
-    flags = "--steps=3 --batch_size=2 --eval_clips=0 --width=32 --workers=1".split()
+    flags = "--steps=3 --batch_size=2 --width=32 --workers=1".split()
     train.main([f"--data_dir={prepared}", f"--out_dir={tmp_path}", *flags])
     with open(tmp_path / "log.csv") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]

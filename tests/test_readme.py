@@ -33,7 +33,7 @@ OTHERS = ("pip ", "hf download ", "arecord ", "ffplay ", "torchrun ", "python -m
           "python sample.py --stream --audio_path=- ", "python tests/tools/pictures.py ",
           "python tests/tools/experiments.py", "python tests/tools/table.py ")
 RUN = sorted(part for part in PARTS if not part.startswith(OTHERS))
-SMALL = ("--steps=1 --batch_size=2 --workers=1 --eval_clips=0 --eval_every=1 --width=32 --heads=1 "
+SMALL = ("--steps=1 --batch_size=2 --workers=1 --eval_every=1 --width=32 --heads=1 "
          "--n_four=1 --n_two=0 --n_one=0 --out_dir=out/new").split()
 
 

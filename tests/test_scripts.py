@@ -19,7 +19,7 @@ import data
 import moda
 import sample
 import train
-from bad import folder, good, run, start, write
+from bad import folder, good, refused, run, start, write
 from data import RATE, Sound, ToyTalker, UsageError, parse_flags, toy_clip, write_video
 from forks import Script
 from moda import MoDA
@@ -305,6 +305,11 @@ def test_every_pair_becomes_a_video_and_broken_rows_are_passed_over(folder, run,
     assert [path.name for path in sorted(Path("new/clips").glob("*.mp4"))] == ["001.mp4", "006.mp4"]
     assert len(faces) == 1
     assert not np.array_equal(frames_of("new/clips/001.mp4"), frames_of("new/clips/006.mp4"))
+
+
+def test_a_table_that_is_none_is_one_line(refused):
+    write("pairs.csv", 'portrait,voice,emotion\n"' + 200_000 * "x")
+    refused("pairs --pairs=pairs.csv --output_path=clips", "field larger than field limit")
 
 
 def test_a_run_over_pairs_that_was_killed_goes_on(folder, run):

@@ -27,7 +27,7 @@ from data import Clips, ToyTalker, UsageError, save
 from forks import Script
 from moda import ALSE, EMOTIONS, Config, MoDA, read_checkpoint
 
-TINY = "--width=32 --heads=1 --eval_clips=0 --eval_every=0 --device=cpu --warmup=5".split()
+TINY = "--width=32 --heads=1 --eval_every=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3 --eval_every=4 --init_from=auto".split()
 SPLIT = ["--workers=2"]
 toy = functools.cache(ToyTalker)
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")     # as in the processes: su
 def arguments(out, flags):
     """A tiny training's, of the toy unless the flags name a data set."""
     own_data = "--data_dir" in " ".join(flags)
-    toy_clips = [] if own_data else ["--clips=4"]
+    toy_clips = [] if own_data else ["--clips=4", "--eval_clips=0"]
     return [*TINY, *toy_clips, f"--out_dir={out}", *flags]
 
 
@@ -209,6 +209,16 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsy
     assert not (tmp_path / "best.pt").exists()                 # it was the other run's
 
 
+def test_a_run_is_lost_to_no_other_that_fails_at_once(tmp_path, monkeypatch):
+    train_here(tmp_path, "--steps=2", "--batch_size=2")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    nan = torch.full((2,), math.nan)
+    monkeypatch.setattr(data, "draw", lambda *args: moda.draw(*args) | dict(t=nan))
+    with pytest.raises(ValueError, match="step 0: "):
+        train_here(tmp_path, "--steps=2", "--batch_size=2", "--overwrite")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_milestones_are_kept(tmp_path):
     train_here(tmp_path, *"--steps=5 --batch_size=2 --save_every=1 --keep_every=2".split())
     kept = {path.name: read_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
@@ -309,7 +319,7 @@ def test_a_loss_that_is_no_number_stops_before_it_harms(tmp_path, monkeypatch):
             drawn["eps"] *= math.nan
         return drawn
     monkeypatch.setattr(data, "draw", draw)
-    with pytest.raises(ValueError, match="step 5: .* nan; the last checkpoint is good"):
+    with pytest.raises(ValueError, match="step 5: .* nan; checkpoints from before are good"):
         train_here(tmp_path, "--steps=9", "--batch_size=2", "--save_every=2")
     assert len(curve(tmp_path)) == 5
     assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 4
