@@ -71,7 +71,7 @@ MANY = ("aresample=async=1:first_pts=0,pan=stereo"
         "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
         "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
 # a path; with #t=2,5 behind it, these seconds of the file
-SPAN = re.compile(r"(?s)(.*?)(?:#t=([\d.]+),([\d.]+))?")
+SPAN = re.compile(r"(?s)(.*?)(?:#t=([\d.:]+),([\d.:]+))?")
 # H.264 and AAC; colours as players take them to be, and tagged
 CODING = ("-c:a aac -ar 48000 -c:v libx264 -preset veryfast -crf 18 -pix_fmt yuv420p -vf "
           "scale=out_color_matrix=bt709:out_range=tv,setparams=range=tv:colorspace=bt709:"
@@ -170,9 +170,9 @@ def load_audio(path):
 @contextmanager
 def appearing(path):
     """A place to write to; what is there moves to `path` when all has succeeded, and only then.
-    "-", which is stdout, "" and folders, which have no suffix, are left alone."""
+    "-", which is stdout, and "" are left alone."""
     path = Path(path)
-    if not path.suffix:
+    if str(path) in ("-", "."):
         yield path
         return
     part = path.with_name(f".part-{path.name}")
@@ -472,7 +472,7 @@ def find_clips(settings):
         if row["start"] + row["end"]:
             row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
         name = f"{row['video']}{row['span']}@{row['crop']}"
-        # it names a folder below clips/: no ../ in it, no ./ before it, nor an @ without a crop
+        # it names a folder below clips/: no ../ in it, no / before it, no @ without a crop
         name = name.replace("../", "up/").strip("@./")
         video = Path(plain(row["video"]))
         # its path, its name, its folders from the nearest on
@@ -610,7 +610,7 @@ def begin(path, settings):
         zlib.crc32(Path(file).read_bytes()) for file in files if os.path.isfile(file)])
     tools = [settings.weights, settings.audio_encoder, torch.__version__, get_ffmpeg_version()]
     if not path.exists():
-        manifest = dict(settings=begun, tools=tools, splits={}, clips=[])
+        manifest = dict(settings=begun, tools=tools, splits={}, clips=[], left_out={})
         save(path, manifest, write=write_json)
     manifest = json.loads(path.read_text())
     if manifest.get("settings") != begun:
@@ -626,7 +626,8 @@ def complete(folder, manifest, clips):
 
     Of speakers the first trains, the second validates, then, by a hash of the name, one in 20; who
     has a split keeps it."""
-    clips = {row["clip"]: row for row in manifest["clips"]} | clips
+    # of what was left out before, the row is not needed
+    clips = manifest["left_out"] | {row["clip"]: row for row in manifest["clips"]} | clips
     splits, left_out, rows = manifest["splits"], {}, []
     for name, row in sorted(clips.items()):
         clip = folder / "clips" / name
@@ -1051,7 +1052,7 @@ BOOLEANS = {"": True, "True": True, "False": False}
 def find_device(name):
     """The torch.device of --device, by default a GPU if there is one; UsageError if it is none."""
     if name in ("", "cuda") and torch.cuda.is_available():
-        # torchrun counts the processes of a machine in one run, so each has a GPU of its own
+        # torchrun numbers the processes of a machine one after the other: each gets its own GPU
         name = f"cuda:{RANK % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=name or "cpu").device
@@ -1101,7 +1102,7 @@ def run(main):
 @dataclass
 class Settings:
     videos: str = ""             # folder of talking videos, one face each, searched deeply
-    clips: str = ""              # csv with columns video,audio,start,end,crop,emotion,speaker
+    clips: str = ""              # csv: video,audio,start,end (seconds),crop,emotion,speaker
     data_dir: str = ""           # the data set, for train.py --data_dir
     weights: str = ""            # folder of LivePortrait's weights
     audio_encoder: str = ""      # file or folder of wav2vec 2.0 or HuBERT; else log-mel features

@@ -23,7 +23,7 @@ SCALE = slice(63, 64)
 TRANS = slice(64, 67)            # translation
 ROT = slice(67, 70)              # pitch, yaw, roll in degrees
 MOUTH = 58                       # y of point 19, the lower lip: moves most in speech
-# the lips, the corners of the mouth, the chin and the skin above it: see renderer.POINTS
+# lips, corners of the mouth, chin, the skin below the nose: see renderer.POINTS
 LIPS = [3 * point + axis for point in (6, 12, 14, 17, 19, 20) for axis in range(3)]
 EMOTIONS = "anger contempt disgust fear happiness neutral sadness surprise none".split()
 NO_EMOTION = 8                   # the null label of classifier-free guidance
@@ -503,13 +503,14 @@ def euler(velocity, z, times):
 def windows(frames, chunk, overlap, past, emotions):
     """Cut a voice, as it arrives, into windows for `stream`: yields (voice, stride, emotion).
 
-    voice (n, L, A), n <= chunk; the next window begins `stride` frames later, and shares its first
-    `overlap` frames with this one; their motion is known then, though all but the first `past` of
-    them may still change. emotions: [(label, frames), ...]; each new one begins a new window, if
-    more voice than the overlap is left."""
+    voice (n, L, A), n <= chunk; the next window begins `stride` frames later. The motion of its
+    first `overlap` frames is known then, though all but `past` of them may still change. emotions:
+    [(label, frames), ...]; each new one begins a new window, if more voice than the overlap is
+    left."""
     voice = []                                     # of the window
-    known = past                                   # its first frames, whose motion is known: of the
-    frames_left = 0                                # previous window, or the silence before a voice
+    # its first frames, whose motion is known: from the previous window, or silence before a voice
+    known = past
+    frames_left = 0                                # of the emotion
     frames = iter(frames)
     for emotion, duration in emotions:
         frames_left += duration                    # plus the part of a frame that is left
@@ -636,8 +637,9 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:                     # truncated, foreign, or a pickle with code
-        # cut short, for torch would go on to advise to load the file unsafely
-        raise ValueError(f"{path}: not a readable checkpoint ({error!s:.60}); {advice}") from None
+        # without torch's own text, which may advise to load such a file all the same
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); "
+                         f"{advice}") from None
 
 
 def load_strictly(places, tensors):

@@ -119,10 +119,10 @@ def open_model(settings, given):
 def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds.
 
-    A chunk has 40 frames that stay, as context (more were no better), then `new` ones, for whose
-    sound it waits. Of these it yields all but the last BLOCK, which fades into the next chunk. As
-    the first of the new frames waits for new - 1 more, the time of one is left for the work. Sound
-    comes in blocks."""
+    A chunk has 40 frames that stay, as context (90 were a little better, at more work), then `new`
+    ones, for whose sound it waits. Of these it yields all but the last BLOCK, which fades into the
+    next chunk. As the first of the new frames waits for new - 1 more, the time of one is left for
+    the work. Sound comes in blocks."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -246,8 +246,6 @@ def make_video(settings, model):
 
 def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
-    if "output_path" not in given:
-        raise UsageError("--pairs needs --output_path=FOLDER")
     os.makedirs(settings.output_path, exist_ok=True)
     for number, row in enumerate(read_rows(settings.pairs), 1):
         video = f"{settings.output_path}/{number:03}.mp4"
@@ -276,10 +274,11 @@ def check(settings, given):
     # the voice's file, without a span of it
     inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
-        path = Path(getattr(settings, flag))
-        known = (path.suffix or path.name.strip(".")) in endings.split()      # no .mp4 alone
+        name = getattr(settings, flag)
+        path = Path(name)
+        known = (path.suffix or name) in endings.split()
         if flag in given and not (known and path.parent.is_dir()):
-            raise UsageError(f"--{flag}={path}: should be in a folder that exists, and one of "
+            raise UsageError(f"--{flag}={name}: should be in a folder that exists, and one of "
                              f"{endings}")
         for one in filter(os.path.exists, inputs):
             if path.is_file() and path.samefile(one):
@@ -434,7 +433,7 @@ def evaluate(settings, model, data, training):
     Compared with the truth: itself; the model; the model given another clip's voice, and a linear
     model of `training` clips. Compared with the model: another seed. With the other voice, clip k
     begins with a face at rest and has emotion k mod 8. There the emotion should be right, but mouth
-    corr and Sync, which the expert judges by the clip's own voice, should be near 0."""
+    corr and Sync-C, which the expert judges by the clip's own voice, should be near 0."""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8

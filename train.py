@@ -1,7 +1,7 @@
 """Train MoDA, or its lip-sync expert ALSE, from scratch.
 
     python train.py                              the toy talker on a CPU: data, training, a video
-    python train.py --model=alse                 the expert, for --alse and for sample.py --eval
+    python train.py --model=alse                 the expert, for --alse, here and in sample.py
     python train.py --alse=out/alse/ckpt.pt      MoDA under its supervision (Eq. 6, 7)
     torchrun --standalone --nproc_per_node=8 train.py --preset=moda --data_dir=data/hdtf
 
@@ -78,13 +78,13 @@ class Settings:
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
-# a toy's student begins with its teacher's weights; the paper's preset keeps its own numbers
+# a student begins with its teacher's weights, so a toy's needs less; --preset=moda keeps PAPER's
 REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --alse": "tau",
     "without --data_dir": "clips eval_clips",
-    "without --reflow": "p_drop_audio p_drop_emotion"}
+    "without --reflow": "p_drop_audio p_drop_emotion cfg_audio cfg_emotion cfg_both"}
 
 
 def read_settings(argv):
@@ -157,7 +157,7 @@ def resume(state, parts, settings):
 
 def open_log(out, first_step, kind):
     """log.csv, which keeps the rows of the steps before first_step. A new run also deletes the
-    ckpt.pt and best.pt of the one that it overwrites: here, when its first step has gone well."""
+    ckpt.pt and best.pt of the one that it overwrites: here, when its first gradients are finite."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -316,7 +316,7 @@ def main(argv):
     teacher = None
     if settings.reflow:
         teacher = MoDA.from_pretrained(settings.reflow).to(device)
-        changes = STRAIGHT | changes
+        changes |= STRAIGHT
     # the Config is that of the model it begins as, with what flags change; or `cfg` from scratch
     start = settings.reflow or settings.init_from
     if found[0]:

@@ -18,7 +18,7 @@ UNKNOWN = "ckpt.pt: not a MoDA that this version knows"
 
 # ------------------------------------------------------------------------- no checkpoint at all
 def test_no_checkpoint(refused):
-    reason = "nowhere.pt: not a readable checkpoint ([Errno 2] No such file"
+    reason = "nowhere.pt: not a readable checkpoint (FileNotFoundError)"
     refused("sample --ckpt=nowhere.pt", reason, "train it first")
 
 
@@ -138,7 +138,7 @@ def test_statistics_without_a_std(refused):
 # ---------------------------------------------------------------------------- where training starts
 @pytest.mark.parametrize("flag", ["--alse", "--init_from"])
 def test_no_checkpoint_to_train_with(refused, flag):
-    reason = "nowhere.pt: not a readable checkpoint ([Errno 2] No such file"
+    reason = "nowhere.pt: not a readable checkpoint (FileNotFoundError)"
     refused(f"train {flag}=nowhere.pt", reason)
 
 
@@ -166,12 +166,12 @@ def test_a_run_to_resume_without_its_optimizer(refused):
 # -------------------------------------------------------------------------------- the audio encoder
 def test_no_audio_encoder(refused):
     words = "nowhere: not a base-size wav2vec 2.0 or HuBERT"
-    refused("sample --audio_encoder=nowhere", words, "No such file", "get facebook/wav2vec2-base")
+    refused("sample --audio_encoder=nowhere", words, "FileNotFoundError", "get facebook/wav2vec2-base")
 
 
 def test_an_empty_folder_as_encoder(refused):
     words = "videos/pytorch_model.bin: not a base-size wav2vec 2.0 or HuBERT"
-    refused("sample --audio_encoder=videos", words, "No such file")
+    refused("sample --audio_encoder=videos", words, "FileNotFoundError")
 
 
 def test_an_encoder_without_tensors(refused):

@@ -100,7 +100,8 @@ def test_names_are_read_in_any_case(run):
     ("sample --latency=1 --chunk=50", "--chunk has an effect only without --latency"),
     ("train --tau=0.3", "--tau has an effect only with --alse"),
     ("train --clips=9", "--clips has an effect only without --data_dir"),
-    ("train --reflow=ckpt.pt --p_drop_audio=0.5", "--p_drop_audio has an effect only without")])
+    ("train --reflow=ckpt.pt --p_drop_audio=0.5", "--p_drop_audio has an effect only without"),
+    ("train --reflow=ckpt.pt --cfg_both=0.5", "--cfg_both has an effect only without --reflow")])
 def test_a_flag_without_effect(refused, command, words):
     refused(command, words, code=2)
 
@@ -115,7 +116,6 @@ def test_a_device_that_is_not_there(refused, command, device):
 @pytest.mark.parametrize("command, words", [
     ("sample --audio_path=", "--audio_path=: which voice? a file"),
     ("play --audio_path=- --motion_path=m.npy", "not with --motion_path"),
-    ("pairs --pairs=p.csv", "--pairs needs --output_path=FOLDER"),
     ("sample --image_path=me.png", "--weights and --image_path go together"),
     ("sample --weights=videos", "--weights and --image_path go together"),
     ("check --data_dir=", "needed: --data_dir=FOLDER"),
@@ -132,10 +132,10 @@ def test_flags_that_do_not_go_together(refused, command, words):
     "--output_path=video", "--output_path=", "--output_path=nowhere/video.mp4",
     "--output_path=/dev/full", "--output_path=voice.wav", "--output_path=video.gif",
     "--output_path=video.avi", "--output_path=video.nonsense", "--save_motion=nowhere/m.npy",
-    "--output_path=.mp4", "--save_motion=motion", "--save_motion=-", "--save_motion=m.PKL"])
+    "--output_path=old/-", "--output_path=./-", "--save_motion=motion", "--save_motion=-", "--save_motion=m.PKL"])
 def test_a_place_that_no_video_or_motion_can_have(refused, flag):
     name, place = flag.split("=")
-    words = f"{name}={place or '.'}: should be in a folder that exists, and one of"
+    words = f"{name}={place}: should be in a folder that exists, and one of"
     refused(f"sample {flag}", words, code=2)
 
 

@@ -549,7 +549,7 @@ def refused(words, call, *args):
 @pytest.mark.parametrize("file", NETWORKS)
 def test_a_missing_file_is_named(copy, file):
     (copy / file).unlink()
-    refused([file, "No such file", "hf download"], LivePortrait, copy)
+    refused([file, "FileNotFoundError", "hf download"], LivePortrait, copy)
 
 
 @pytest.mark.parametrize("spoil", SPOIL)
@@ -561,7 +561,7 @@ def test_a_spoilt_file_is_named_with_its_key(copy, spoil):
 
 
 def test_other_weights_are_refused(copy):
-    refused(["nowhere", "No such file"], LivePortrait, copy / "nowhere")
+    refused(["nowhere", "FileNotFoundError"], LivePortrait, copy / "nowhere")
     rewrite(copy / STITCHING, (copy / APPEARANCE).read_bytes())
     refused([STITCHING, "Missing", "mlp.0.weight"], load, StitchingNetwork, copy / STITCHING)
 

@@ -434,6 +434,10 @@ def test_bad_videos_are_named_and_harm_no_other(stand_in, tmp_path, capsys):
     (tmp_path / "set/clips/text.avi").unlink()
     prepare(root, tmp_path / "set")
     assert "5 clips; 8 left out" in capsys.readouterr().out
+    (tmp_path / "more").mkdir()
+    shutil.copy(good, tmp_path / "more/z.mp4")                 # what was left out is not forgotten
+    prepare(tmp_path / "more", tmp_path / "set")
+    assert "6 clips; 8 left out" in capsys.readouterr().out
 
 
 def test_a_clip_that_fails_half_way_leaves_nothing_but_the_reason(stand_in, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ class Training:
 
     def argv(self, out):
         flags = ("--width=32 --heads=1 --batch_size=2 --steps=40 --warmup=5 --save_every=2 "
-                 "--eval_every=4 --eval_clips=0 --device=cpu --init_from=auto").split()
+                 "--eval_every=4 --device=cpu --init_from=auto").split()
         return [f"--data_dir={self.data_dir}", f"--out_dir={out}", *flags]
 
     def check(self, out):
