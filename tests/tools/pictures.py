@@ -128,9 +128,10 @@ def strip(settings, path):
     seconds = np.arange(200) / 25
     rows[2].plot(seconds, true[:, MOUTH], color=GREY, linewidth=3, alpha=0.6, label="true")
     rows[2].plot(seconds, motion[:, MOUTH], color=RED, label="generated")
-    rows[2].plot(seconds[widest], motion[widest, MOUTH], "o", color=RED, markersize=5)
+    rows[2].plot(seconds[widest], motion[widest, MOUTH], "o", color=RED, markersize=5,
+                 label="the faces above")
     rows[2].set_ylabel("mouth's\nopening", rotation=0, ha="right", va="center")
-    rows[2].legend(loc="upper center", ncols=2, frameon=False)
+    rows[2].legend(loc="upper center", ncols=3, frameon=False)
     for row in rows:
         plain(row)
         row.set_xlim(0, 8)
@@ -177,7 +178,7 @@ def keypoints_of_a_face(settings, path):
         (turn, "$x_c R$: the head turns"),
         (speak, r"$x_c R + \delta$: the expression"),
         (close, r"$s\,(x_c R + \delta) + t$: nearer, moved")]
-    figure, panels = plt.subplots(1, 4, figsize=(9.6, 2.9), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(9.6, 3.2), layout="constrained")
     before = None
     for panel, (motion, title) in zip(panels, steps):
         face = Sketch()
@@ -189,15 +190,13 @@ def keypoints_of_a_face(settings, path):
             panel.quiver(*before[:, :2].T, *moved[:, :2].T, angles="xy", scale_units="xy", scale=1,
                          color=RED, width=0.008)
         panel.plot(*points[:, :2].T, "o", color=TEAL, markersize=4)
-        if before is None:
-            for number in (0, 1, 2, 3, 4, 5, 7, 10, 12):
-                x, y, _ = points[number]
-                panel.text(x, y - 0.03, number, fontsize=9, color=INK, ha="center", va="bottom")
         panel.set_xlim(-0.7, 0.7)
-        panel.set_ylim(0.95, -0.55)
+        panel.set_ylim(1, -0.55)
         panel.set_title(title, fontsize=11)
         plain(panel)
         before = points
+    figure.supxlabel("two points lie one behind the other, between the eyes; red: how far each has "
+                     "moved since the picture before", fontsize=10, color=INK)
     save_figure(figure, path, 96)
 
 
@@ -353,7 +352,7 @@ def claims(settings, path):
     left.set_xscale("log")
     left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
     left.minorticks_off()
-    left.set_ylabel("jerk, 1 = the truth's; correlation")
+    left.set_ylabel("jerk of rotation, 1 = the truth's; correlation")
     curves(right, "audio guidance", ("Sync-C", TEAL))
     mean, deviation = measured("sync loss")["tau 0.4"]["Sync-C"]
     right.axhline(mean, color=RED, label="Sync-C, trained with the sync loss")
@@ -362,6 +361,8 @@ def claims(settings, path):
     right.set_title("guidance and the sync loss: better sync", fontsize=11)
     left.legend()
     right.legend(loc="lower right")
+    figure.supxlabel("means of three trainings of 300 steps; bars and band: one standard deviation",
+                     fontsize=10, color=INK)
     save_figure(figure, path)
 
 
@@ -379,8 +380,8 @@ BLUE, SAND, ROSE, GREEN = "#cfe3ea", "#f3d9b8", "#e8cfe0", "#d5e6c8"
 INPUTS = [
     ("noisy motion and\nthe frame before", BLUE, "motion m"),
     ("voice\n12 x 768 a frame", SAND, "audio a"),
-    ("emotion\none of 8", ROSE, "emotion e"),
-    ("21 keypoints\nof the portrait", GREEN, "identity i")]
+    ("one emotion of 8,\nfor all frames", ROSE, "emotion e"),
+    ("21 keypoints,\nfor all frames", GREEN, "identity i")]
 
 
 class Drawing:
@@ -434,15 +435,16 @@ def network(settings, path):
                     (790, "12 x one stream")):
         d.text(x, 310, text, 11, weight="bold")
         d.arrow((x, 344), (x, 324))
+    d.text(165, 350, "the paper's size;\nthe toy has 1, 1 and 1", 10)
     d.box(330, 344, 540, 32, "#fdf3d0", "time t and emotion: shift, scale and gate of every block")
 
-    d.text(528, 420, "inside a block of two or four streams (Fig. 4): each stream owns all but the "
+    d.text(528, 416, "inside a block of two or four streams (Fig. 4): each stream owns all but the "
                      "attention", 11, weight="bold")
     for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "audio")):
         d.text(42, y + 30, name, 11)
         d.arrow((75, y + 30), (110, y + 30))
         d.box(110, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
-        d.box(232, y, 92, 60, colour, "q, k, v;\nRoPE on q, k", 9)
+        d.box(228, y, 100, 60, colour, "q, k, v;\nRoPE on q, k", 9)
         d.box(560, y, 74, 60, colour, "linear", 9)
         d.box(654, y, 52, 60, "#fdf3d0", "gate", 9)
         d.text(740, y + 30, "+", 16)
@@ -450,14 +452,15 @@ def network(settings, path):
         d.box(882, y, 58, 60, colour, "MLP", 9)
         d.box(960, y, 46, 60, "#fdf3d0", "gate", 9)
         d.text(1024, y + 30, "+", 16)
-        for start, end in ((202, 232), (634, 654), (706, 732), (748, 770), (862, 882), (940, 960),
+        for start, end in ((202, 228), (634, 654), (706, 732), (748, 770), (862, 882), (940, 960),
                            (1006, 1017)):
             d.arrow((start, y + 30), (end, y + 30))
-        d.arrow((92, y + 30), (92, y + 76), (740, y + 76), (740, y + 40))
-        d.arrow((758, y + 30), (758, y + 76), (1024, y + 76), (1024, y + 40))
-        d.arrow((324, y + 30), (376, y + 30), (376, 544 if y < 500 else 586))
+        skip, back = (y - 12, y + 20) if y < 500 else (y + 72, y + 40)
+        d.arrow((92, y + 30), (92, skip), (740, skip), (740, back))
+        d.arrow((758, y + 30), (758, skip), (1024, skip), (1024, back))
+        d.arrow((328, y + 30), (376, y + 30), (376, 544 if y < 500 else 586))
         d.arrow((508, 544 if y < 500 else 586), (508, y + 30), (560, y + 30))
-    d.box(332, 544, 220, 42, "#e3e1ea", "one softmax over all tokens", 10)
+    d.box(326, 544, 232, 42, "#e3e1ea", "one softmax over all tokens", 10)
     d.text(528, 740, "a single-stream block has one path for all tokens, with attention and MLP side "
                      "by side", 10)
     save_figure(d.figure, path, 32)
