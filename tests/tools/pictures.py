@@ -117,7 +117,11 @@ def strip(settings, path):
     """The widest mouth of every second; the voice; the mouth's opening, true and generated."""
     wav, true, emotion, _ = toy_clip((True, 0), 200)
     frames, motion = talking(settings, wav, EMOTIONS[emotion])
-    widest = [k + int(motion[k:k + 25, MOUTH].argmax()) for k in range(0, 200, 25)]
+    # a mouth that closes since the second before counts in that one
+    opening = torch.as_tensor(motion[:, MOUTH])
+    peaks = opening == F.max_pool1d(opening[None], 3, stride=1, padding=1)[0]
+    opening = opening.where(peaks, opening.min())
+    widest = [k + int(opening[k:k + 25].argmax()) for k in range(0, 200, 25)]
     faces = [frames[k].crop(HEAD).resize((160, 160), Image.LANCZOS) for k in widest]
     figure = plt.figure(figsize=(9.6, 3.2), layout="constrained")
     rows = figure.subplots(3, height_ratios=[1.3, 0.6, 1.3])
@@ -227,12 +231,12 @@ def flow(settings, path, steps=10):
         panel.set_yticks([])
         panel.set_ylabel(f"t = {times[k]:.1f}", rotation=0, ha="right", va="center")
     panel.set_xlabel("frame")
-    left.suptitle("the mouth, from noise to motion (grey: the truth)", fontsize=11)
+    left.suptitle("the mouth on one scale (red: the end; grey: the truth)", fontsize=11)
     axes = right.subplots()
     for frame in range(4, 80, 9):
         path_of_frame, = axes.plot(times, mouth[:, frame], "o-", color=TEAL, markersize=3)
         straight_line, = axes.plot([1, 0], mouth[[0, -1], frame], "--", color=GREY)
-    axes.legend([path_of_frame, straight_line], ["a frame's path, step by step", "straight"])
+    axes.legend([path_of_frame, straight_line], ["a frame's path, step by step", "straight line"])
     axes.set_xlim(1.03, -0.03)
     axes.set_xlabel("time t of the flow: ten Euler steps")
     axes.set_ylabel("the mouth, normalised")
@@ -273,7 +277,7 @@ def straight(settings, path, steps=20):
         panels[0, column].set_title(title, fontsize=11)
         panel.set_xlim(1.03, -0.03)
         panel.set_xlabel("time t of the flow, from noise to motion")
-    panels[0, 0].legend([path_of_frame, line], ["a frame's path", "straight"])
+    panels[0, 0].legend([path_of_frame, line], ["a frame's path", "straight line"])
     save_figure(figure, path, 32)
 
 
