@@ -330,7 +330,8 @@ def attention(settings, path):
         panel.set_ylabel(f"{name} training\nmotion frame", fontsize=11)
         panel.set_xticks(range(0, 4 * N, 20), [k % N for k in range(0, 4 * N, 20)], fontsize=8)
         panel.set_yticks([0, 40, 79])
-    panels[1].set_xlabel("frame of the modality that is attended to")
+    panels[1].set_xlabel("frame of the modality that is attended to (percent: its share of the "
+                         "attention)")
     save_figure(figure, path, 48)
 
 
@@ -364,7 +365,8 @@ def claims(settings, path):
     right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("guidance and the sync loss: better sync", fontsize=11)
     left.legend()
-    right.legend(loc="lower right")
+    curve = right.legend(loc="lower right").get_texts()[-1]
+    curve.set_text("Sync-C, trained without it")
     figure.supxlabel("means of three trainings of 300 steps; bars and band: one standard deviation",
                      fontsize=10, color=INK)
     save_figure(figure, path)
