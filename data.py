@@ -626,9 +626,8 @@ def complete(folder, manifest, clips):
 
     Of speakers the first trains, the second validates, then, by a hash of the name, one in 20; who
     has a split keeps it."""
-    # of what was left out before, the row is not needed
-    clips = manifest["left_out"] | {row["clip"]: row for row in manifest["clips"]} | clips
-    splits, left_out, rows = manifest["splits"], {}, []
+    clips = {row["clip"]: row for row in manifest["clips"]} | clips
+    splits, left_out, rows = manifest["splits"], manifest["left_out"], []
     for name, row in sorted(clips.items()):
         clip = folder / "clips" / name
         try:
@@ -636,6 +635,7 @@ def complete(folder, manifest, clips):
         except ValueError as error:
             left_out[name] = str(error)
             continue
+        left_out.pop(name, None)
         speaker = row["speaker"]
         # the first of all speakers trains, the second validates, then the hash decides
         lot = zlib.crc32(os.fsencode(speaker)) % 20
@@ -651,8 +651,7 @@ def complete(folder, manifest, clips):
         moments=moments_of(opened(clip, "motion")[0] for clip in training).tolist(),
         # a list of one identity is like a motion of one frame
         x_c_moments=moments_of(opened(clip, "identity") for clip in training).tolist(),
-        clips=rows,
-        left_out=left_out)
+        clips=rows)
     save(folder / "manifest.json", manifest, write=write_json)
 
 

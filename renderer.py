@@ -476,9 +476,9 @@ def transposed(upsample, conv):
         return conv
     # A convolution, seen from its input: each pixel adds to the outputs around it its value times
     # the flipped kernel, 3 x 3. One that became up x up equal pixels adds as many kernels, shifted
-    # by one from pixel to pixel: together
-    # one kernel, up + 2 high and wide. A row of `ones` says which rows of the 3 x 3 kernel make one
-    # of its rows (for up = 2: 1 0 0, 1 1 0, 0 1 1, 0 0 1); `ones.T` says the same of columns.
+    # by one from pixel to pixel: together one kernel, up + 2 high and wide. A row of `ones` says
+    # which rows of the 3 x 3 kernel make one of its rows (for up = 2: 1 0 0, 1 1 0, 0 1 1, 0 0 1);
+    # `ones.T` says the same of columns.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
