@@ -63,32 +63,31 @@ STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0
 
 # ----------------------------------------------------------------------------- positions and times
 def waves(position, d, theta):
-    """Cosine and sine of position (...) * theta^(-2i / d) for i < d / 2: (..., d / 2, 2)."""
-    i = torch.arange(d // 2, device=position.device)
-    frequency = torch.exp(-math.log(theta) * 2 * i / d)
+    """cos + i sin of the angles position (...) * theta^(-2k / d), for k < d / 2: (..., d / 2)."""
+    k = torch.arange(d // 2, device=position.device)
+    frequency = torch.exp(-math.log(theta) * 2 * k / d)
     angles = position[..., None] * frequency
-    return torch.stack([angles.cos(), angles.sin()], -1)
+    return torch.complex(angles.cos(), angles.sin())
 
 
 def rope_table(n, d, device=None):
-    """RoPE's (Sec. 3.2.2) waves for n positions and d channels: (n, d / 2, 2)."""
+    """RoPE's (Sec. 3.2.2) waves for n positions and d channels: (n, d / 2)."""
     return waves(torch.arange(n, device=device), d, theta=256)         # windows are short
 
 
 def rotate(x, rope):
-    """Turn the channel pairs (2i, 2i + 1) of x (B, H, k N, d) by the angles of N positions.
+    """Turn the channel pairs (2i, 2i + 1) of x (B, H, k N, d) by the angles of N positions: each
+    pair is a complex number, multiplied by cos + i sin.
 
     Aligned RoPE: each of the k modalities in x counts its frames from 0 again."""
-    cos, sin = rope.unbind(-1)                                         # (N, d / 2)
-    x_ = x.float().unflatten(2, (-1, len(rope)))                       # (B, H, k, N, d)
-    even, odd = x_[..., 0::2], x_[..., 1::2]
-    turned = [even * cos - odd * sin, even * sin + odd * cos]
-    return torch.stack(turned, -1).view(x.shape).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2)).unflatten(2, (-1, len(rope)))
+    turned = torch.view_as_complex(pairs) * rope                       # (B, H, k, N, d / 2)
+    return torch.view_as_real(turned).view(x.shape).type_as(x)
 
 
 def timestep_embedding(t):
     """t (...) in [0, 1] -> (..., 256), cosines first."""
-    return waves(1000 * t, 256, 10000).mT.flatten(-2)
+    return torch.view_as_real(waves(1000 * t, 256, 10000)).mT.flatten(-2)
 
 
 # ------------------------------------------------------------------------ motion transformer blocks
@@ -284,8 +283,6 @@ def embedder(n_in, D):
 
 class MoDA(MotionModel):
     """The motion generation network (Fig. 3): the velocity of noisy motion under conditions."""
-
-    compiled = False             # whether the network that samples goes through torch.compile
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -626,9 +623,23 @@ def fast_network(model, times, emotions):
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, conditions, p=1).argmin(1, keepdim=True)
     network.conditioning = row
-    if model.compiled:
-        network.compile()
+    if times.is_cuda:
+        network.forward = recorded(network.forward)
     return network
+
+
+def recorded(function):
+    """A function of tensors on a GPU, of the same shapes in each call, as a CUDA graph: the first
+    call records which kernels it launches, and each replays them at once, for to launch them one by
+    one takes longer than they run."""
+    graphs = []
+
+    def replay(*given):
+        if not graphs:
+            places = tuple(x.clone() for x in given)
+            graphs.append(torch.cuda.make_graphed_callables(function, places, 1))
+        return graphs[0](*given)
+    return replay
 
 
 # ------------------------------------------------------------------------------------- checkpoints
