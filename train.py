@@ -34,8 +34,8 @@ from tqdm import tqdm
 import sample
 from data import (RANK, RATE, WORLD, Clips, ToyTalker, UsageError, check_effects, find_device,
                   parse_flags, read_ahead, report, run, save)
-from moda import (ALSE, EMOTIONS, PRESETS, STRAIGHT, Config, JointBlock, MoDA, SingleBlock,
-                  load_statistics, losses, read_checkpoint, reflow)
+from moda import (ALSE, EMOTIONS, PRESETS, STRAIGHT, Config, JointBlock, MoDA, ResidualConv,
+                  SingleBlock, load_statistics, losses, read_checkpoint, reflow)
 
 VAL_BATCHES = 8
 
@@ -278,13 +278,26 @@ def load_expert(path, model):
     return lambda audio, z0: expert(audio, model.denormalise(z0))
 
 
+def set_up(device):
+    """Fast arithmetic, whose results are the same each time."""
+    torch.set_flush_denormal(True)                 # Adam's tiny moments are slow on a CPU
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                     # TF32
+        # attention adds up its gradients in any order without, and cuBLAS asks for the variable
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False    # which takes time
+
+
 def wrapped(model, settings):
     """The model as it is called in training; parameters keep their names in checkpoints."""
     for block in model.modules():
-        if settings.checkpointing and isinstance(block, (JointBlock, SingleBlock)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if settings.compile:
-        model.compile()
+        if isinstance(block, (JointBlock, SingleBlock, ResidualConv)):
+            if settings.compile:                   # equal blocks share one compilation
+                block.forward = torch.compile(block.forward)
+            if settings.checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if WORLD > 1:
         return DistributedDataParallel(model, broadcast_buffers=False)
     return model
@@ -305,11 +318,8 @@ def main(argv):
     if WORLD > 1:
         dist.init_process_group()
         dist.broadcast_object_list(found, device=torch.device("cpu"))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                     # TF32
+    set_up(device)
     torch.manual_seed(settings.seed)
-    torch.set_flush_denormal(True)                 # Adam's tiny moments are slow on a CPU
 
     # data, model and optimizer
     data, val = open_data(settings)
