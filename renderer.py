@@ -551,18 +551,22 @@ class LivePortrait:
         if stitch:
             x_d = self.S(x_s, x_d)
         image = self.G(self.W(f_s, x_s, x_d))
-        return (image.float() * 255).byte().movedim(1, -1)             # truncated, as LivePortrait
+        # bytes are truncated, as in LivePortrait
+        return (image.float() * 255).byte().movedim(1, -1).contiguous()
 
     def frames(self, source, motion, stitch=True):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), `batch` at a time."""
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
+        ready = []
         for part in x_d.split(self.batch):
             # repeated to a whole batch, for torch.compile wants one size
             full = part.repeat(self.batch, 1, 1)[:self.batch]
             f_s = source.f_s.repeat_interleave(self.batch, 0)
             frames = self.render(f_s, x_s.expand_as(full), full, stitch)
-            yield from frames[:len(part)].cpu().numpy()
+            yield from ready                       # while a GPU renders the next ones
+            ready = frames[:len(part)].cpu().numpy()
+        yield from ready
 
 
 # ---------------------------------------------------------------------------------------- pictures
