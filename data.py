@@ -95,7 +95,8 @@ def ffmpeg(complaint, *args, **pipes):
         log.seek(0)
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        raise ValueError(f"{complaint} ({'; '.join(said[:2]):.300})")
+        # a crash says nothing
+        raise ValueError(f"{complaint} ({'; '.join(said[:2]) or f'exit {child.returncode}':.300})")
 
 
 def source(path, live=f"-f s16le -ar {RATE} -ac 1 -i -"):
