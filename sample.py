@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data import (BLOCK, CONTROLS, LABELS, MANNERS, RATE, SPAN, Clips, Sound, ToyTalker,
                   UsageError, appearing, check_effects, expression, feature_blocks, find_device,
                   parse_flags, read_rows, report, run, write_npy, write_video)
-from moda import (ALSE, EXP, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
+from moda import (ALSE, LIPS, MOUTH, ROT, SCALE, TRANS, MoDA, generate,
                   guidance_of, load_statistics, stream)
 from renderer import (SIZE, LivePortrait, Sketch, crop_box, paste_back, read_image, read_motion,
                       relative, write_template)
@@ -55,7 +55,6 @@ class Settings:
     stats: str = "mean.pt"       # the statistics that belong to net-200.pth
     audio_encoder: str = ""      # wav2vec 2.0 or HuBERT, for models trained on it; else log-mel
     emotion: str = "none"        # a name; or in turn, for so many seconds: neutral:2.5,happiness
-    edit: str = ""               # expression added to the motion: smile:0.5,brow:5
     seed: int = 1                # another seed, another head motion
     steps: int = 10              # of Euler; 2 for a straight student
     # of the next five the checkpoint has defaults of its own, see moda.Config
@@ -71,7 +70,7 @@ class Settings:
     stream: bool = False         # take a file in real time, like a microphone; print the delays
     latency: float = 0.0         # seconds, at most, from a sound to its motion: makes chunks short
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
-    compile: bool = False        # both through torch.compile: worth its minutes on a GPU
+    compile: bool = False        # LivePortrait through torch.compile: worth its minute on a GPU
     eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
     data_dir: str = ""           # or the val clips of a data set
     alse: str = ""               # checkpoint of a lip-sync expert: two more metrics
@@ -83,7 +82,7 @@ load_face = cache(LivePortrait)
 load_features = cache(feature_blocks)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
-    "with --weights": "crop paste_back",
+    "with --weights": "crop paste_back compile",
     "with --eval": "alse data_dir",
     "without --audio_encoder": "latency",
     "without --motion_path": "audio_encoder emotion seed steps cfg_audio cfg_emotion cfg_both "
@@ -91,14 +90,13 @@ EFFECTS = {
     "without --latency": "chunk overlap past",
     "without --pairs": "audio_path image_path emotion save_motion",
     "without --eval": "audio_path output_path pairs image_path weights motion emotion "
-                      "edit save_motion motion_path audio_encoder stream bf16 device"}
+                      "save_motion motion_path audio_encoder stream bf16 device"}
 
 
 # --------------------------------------------------------------------------------- model and face
 def open_model(settings, given):
     """The model of --ckpt, whose config says how to sample unless the flags do."""
     model = MoDA.from_pretrained(settings.ckpt)
-    model.compiled = settings.compile
     defaults = dict(vars(model.cfg))
     if settings.latency:
         defaults |= short_chunks(settings.latency)
@@ -148,24 +146,21 @@ def sampling(settings):
     return {name: getattr(settings, name) for name in names} | {"guidance": guidance_of(settings)}
 
 
-def amounts(flag, text, known, default, lowest=-1e4):
-    """NAME:NUMBER,NAME -> each name with its number, or the default; UsageError: what is wrong."""
-    for word in text.split(","):
-        name, _, number = word.strip().lower().partition(":")
-        try:
-            value = float(number or default)
-        except ValueError:
-            value = np.nan
-        if name not in known or not lowest < value < 1e4:
-            raise UsageError(f"--{flag}={text}: {word!r}? known are {', '.join(known)}, with : and "
-                             f"a number above {lowest:g}")
-        yield name, value
-
-
 def emotions_in_turn(text):
-    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream; of 2 s without a number."""
-    pairs = amounts("emotion", text, LABELS, 2, lowest=0)
-    return [(LABELS[name], 25 * seconds) for name, seconds in pairs]
+    """neutral:2.5,happiness -> [(emotion, frames), ...] of moda.stream; of 2 s without a number;
+    UsageError says what is wrong."""
+    turns = []
+    for word in text.split(","):
+        name, _, seconds = word.strip().lower().partition(":")
+        try:
+            frames = 25 * float(seconds or 2)
+        except ValueError:
+            frames = 0
+        if name not in LABELS or not 0 < frames < 1e6:
+            raise UsageError(f"--emotion={text}: {word!r}? known are {', '.join(LABELS)}, with : "
+                             "and seconds above 0")
+        turns.append((LABELS[name], frames))
+    return turns
 
 
 # --------------------------------------------------------------------- sound -> features -> motion
@@ -181,8 +176,6 @@ def motion_of(settings, model, source, features, saved, frames=None):
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
-    controls = amounts("edit", settings.edit, CONTROLS, 1) if settings.edit else ()
-    edit = portrait.new_tensor(expression(**dict(controls)))
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
@@ -195,9 +188,7 @@ def motion_of(settings, model, source, features, saved, frames=None):
     for motion in motions:
         if settings.save_motion:
             saved.append(motion.cpu())
-        motion = motion.to(portrait) * size
-        motion[:, EXP] += edit
-        yield relative(motion, portrait, neutral).cpu()
+        yield relative(motion.to(portrait) * size, portrait, neutral).cpu()
 
 
 # ----------------------------------------------------------------------------------------- video

@@ -62,7 +62,6 @@ def test_a_number_out_of_range(refused, command, words):
     ("sample --emotion=glee", "--emotion=glee: 'glee'? known are anger"),
     ("sample --emotion=9", "--emotion=9: '9'? known are anger"),
     ("sample --emotion=", "--emotion=: ''? known are anger"),
-    ("sample --edit=grin", "--edit=grin: 'grin'? known are aaa"),
     ("sample --motion=sideways", "--motion=sideways: should be relative or absolute"),
     ("train --preset=huge", "--preset=huge: known are toy, moda"),
     ("train --model=gan", "--model=gan: known are moda, alse")])
@@ -72,18 +71,12 @@ def test_a_name_that_is_not_known(refused, command, words):
 
 @pytest.mark.parametrize("number", ["long", "nan", "inf", "-5", "0", "1e9"])
 def test_seconds_of_an_emotion_that_are_none(refused, number):
-    words = f"'happiness:{number}'? known are anger", "a number above 0"
+    words = f"'happiness:{number}'? known are anger", "seconds above 0"
     refused(f"sample --emotion=neutral,happiness:{number}", *words, code=2)
 
 
-@pytest.mark.parametrize("number", ["much", "nan", "-inf", "1e30", "brow"])
-def test_an_amount_that_is_none(refused, number):
-    words = f"'smile:{number}'? known are aaa", "a number above -10000"
-    refused(f"sample --edit=smile:{number}", *words, code=2)
-
-
 def test_names_are_read_in_any_case(run):
-    assert run("sample --emotion=Neutral:1,HAPPINESS --edit=Smile:0.5,brow:-3") == (0, [])
+    assert run("sample --emotion=Neutral:1,HAPPINESS") == (0, [])
 
 
 @pytest.mark.parametrize("command, words", [
@@ -223,11 +216,11 @@ class LyingArray:
 
 
 @pytest.mark.parametrize("content, words", [
-    (template(t=LyingArray()), "not inexact"),
+    (template(t=LyingArray()), "m.pkl"),
     (pickle.dumps(Code()), "it holds posix.mkdir, which is no array"),
     (pickle.dumps(dict(motion=[], do=eval)), "it holds builtins.eval, which is no array"),
-    (template(exp=np.array([print])), "not inexact"),
-    (template(t=np.array([None] * 3)), "not inexact"),
+    (template(exp=np.array([print])), "m.pkl"),
+    (template(t=np.array([None] * 3)), "m.pkl"),
     (template(exp=np.zeros((1, 20, 3))), "motion of shape (1, 67)"),
     (template(scale=np.full(1, np.nan)), "should be finite numbers"),
     (template()[:-40], "m.pkl"),

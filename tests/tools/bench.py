@@ -12,7 +12,6 @@ a step: exact algebra counts as speed. The plain loop calls the whole network on
 Eq. 8 in every step. The last row adds the fastest of each stage. Without weights, numbers of our
 own stand in. Flags:
 """
-import copy
 import statistics
 import sys
 import tempfile
@@ -48,7 +47,7 @@ class Settings:
     weights: str = ""            # folder of LivePortrait's weights
     audio_encoder: str = ""      # file or folder of wav2vec 2.0 or HuBERT
     device: str = ""             # cuda if there is one
-    compile: bool = False        # compile the renderer, and add a row of motion (minutes)
+    compile: bool = False        # compile the renderer (minutes)
 
 
 # ------------------------------------------------------------------------------- what a machine can
@@ -141,13 +140,6 @@ def straight(model, given, noise, steps):
     return generate(model, *given, EMOTION, 2, {}, chunk=N, noise=noise[None])
 
 
-def compiled(model):
-    """The same weights, sampled by a network that torch.compile has made in the first turn."""
-    model = copy.copy(model)
-    model.compiled = True
-    return model
-
-
 # ----------------------------------------------------------------------------------------- the rows
 def in_turns(runs, turns):
     """{name: (call, what measures its peak)} one after the other, so many turns after a first one.
@@ -188,11 +180,6 @@ def motion_rows(settings, device, turns):
     if knows_bfloat16(device):
         half = in_bfloat16(model, device)
         runs["motion, bfloat16"] = partial(our_loop, half, given, noise, steps), top_half
-    if settings.compile and device.type == "cpu":
-        runs["motion, compiled"] = partial(our_loop, compiled(model), given, noise, steps), top
-    if device.type == "cuda":
-        name = "motion, bfloat16, compiled"
-        runs[name] = partial(our_loop, compiled(half), given, noise, steps), top_half
     seconds, peaks, results = in_turns(runs, turns)
     plain = "motion, plain loop"
     for name, motion in results.items():
