@@ -117,8 +117,7 @@ def main(argv):
     machine = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")                     # TF32, as train.py does
+        train.set_up(device)
     print(f"{machine}, torch {torch.__version__}; preset {settings.preset}, {settings.batch_size} "
           f"windows a step, {work / 1e9:.1f} GFLOP for each", flush=True)
     show(settings, cfg, device, work, bf16=False, compile=False)
