@@ -124,9 +124,9 @@ class Sound:
     """Any sound that ffmpeg reads, or a video's: iterate for blocks of float32 (BLOCK * FRAME,), 16
     kHz, mono.
 
-    Of several tracks it is the default one. A file is read once before, for its length in `frames`,
-    and lest the mean of two channels cancels them: then the louder one is taken. "-" is stdin,
-    mono, of unknown length. ValueError: there is no sound."""
+    Of several tracks it is the default one. A file is read once before, for its length in `frames`
+    and to see whether two channels cancel in their mean: then the louder one is taken. "-" is
+    stdin, 16-bit mono of 16 kHz, of unknown length. ValueError: there is no sound."""
 
     frames, column, filters = None, 0, FILTERS
 
@@ -136,7 +136,7 @@ class Sound:
             return
         try:
             next(self.blocks())
-        except ValueError:                         # many channels, or no sound: see below
+        except ValueError:                         # too many channels; no sound fails again below
             self.filters = MANY
         n, power = 0, np.zeros(3)                  # of the mean, the left and the right channel
         for block in self.blocks():
@@ -153,7 +153,7 @@ class Sound:
 
     def blocks(self):
         """Columns (n, 3): the channels' mean, the left one, the right one."""
-        # "<" makes a mean of what is there; the right one of mono is silence
+        # "<" makes a mean of what is there; the right one of mono is silence. 12 bytes: 3 columns
         options = f"-af {self.filters},pan=3c|c0<c0+c1|c1=c0|c2=c1 -ar {RATE} -f f32le"
         for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
             yield np.frombuffer(piece, np.float32).reshape(-1, 3)
@@ -188,7 +188,7 @@ def appearing(path):
 def write_video(path, frames, sound, pipe=None):
     """Encode a generator of frames (H, W, 3) as they come, with their Sound, at 25 fps.
 
-    "-" is stdout. Live sound is read, as float32, from a pipe, given by its number."""
+    "-" is stdout. Live sound, which is float32 by then, is read from a pipe, by its number."""
     target = [f"file:{path}"]
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
@@ -231,8 +231,8 @@ def log_mel_blocks(pieces):
 
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
     blocks have one size: the features of a sound are the same to the bit however it was cut. Power
-    is relative to the loudest second so far, which fades by 1 dB a second: the gain of a recording
-    does not matter, and its pauses stay silent."""
+    is relative to the loudest second so far, up to the end of the block, which fades by 1 dB a
+    second: the gain of a recording does not matter, and its pauses stay silent."""
     taper = np.hanning(400)                        # 25 ms
     wav = np.zeros(400)
     last_second, loudest = [], SILENCE
@@ -320,7 +320,7 @@ class Clips:
         self.lengths = np.array([row["frames"] for row in rows])
         self.emotion = [row["emotion"] for row in rows]
         self.voices = [row.get("voice") for row in rows]               # files
-        L, A = self.audio_shape = tuple(map(int, audio_shape))         # must be two
+        L, A = self.audio_shape = tuple(map(int, audio_shape))         # fails if they are not two
         self.moments = torch.tensor(moments).view(2, M)                # mean and std of the motion,
         self.x_c_moments = torch.tensor(x_c_moments).view(2, 63)       # and of the faces
         windows = np.maximum(self.lengths - self.frames, 0)            # each with a frame before
@@ -338,7 +338,8 @@ class Clips:
     def windows(self, rows, damaged, frames=frames):
         """A batch of windows. A row holds the numbers of some windows, of which the first one that
         can be read is used; lines about those before it go to the list `damaged`. ValueError: none
-        of a row can be read. Other numbers of frames are for clips' beginnings, in evaluation."""
+        of a row can be read. `frames` are the class's 80, but for clips' beginnings in evaluation.
+        """
         n = len(rows)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
@@ -417,6 +418,7 @@ def moments_of(motions):
     sums = 0
     for motion in motions:
         motion = np.asarray(motion, float)
+        # numbers of frames, sums, sums of squares: (3, n)
         sums = sums + np.stack([motion ** k for k in range(3)]).sum(1)
     mean, square = sums[1:] / sums[0]
     return np.stack([mean, (square - mean ** 2).clip(0) ** 0.5])
@@ -470,7 +472,7 @@ def find_clips(settings):
     clips = {}
     for row in rows:
         row = defaultdict(str, row)
-        if row["start"] + row["end"]:
+        if row["start"] + row["end"]:              # texts; either may be empty
             row["span"] = f"#t={row['start'] or 0},{row['end'] or 99999}"
         name = f"{row['video']}{row['span']}@{row['crop']}"
         # it names a folder below clips/: no ../ in it, no / before it, no @ without a crop
@@ -526,8 +528,8 @@ def extract(row, settings, face, features):
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     wav = wav[:T * FRAME]
-    # the sound in one piece, for an encoder's features depend on where it is cut; identity is the
-    # mean of all frames
+    # the sound in one piece, but for the encoder's own minutes, for features depend on where it is
+    # cut; identity is the mean of all frames
     return dict(
         motion=[motion.contiguous()],
         audio=(block.half() for block in features([wav])),
@@ -569,7 +571,7 @@ def write_json(x, path):
 
 def write_clip(folder, *work):
     """A folder of .npy files that appears when it is complete, or a file that says why there is
-    none."""
+    none; work: what `extract` takes."""
     part = folder.with_name(f"{folder.name}.part")
     try:
         for name, blocks in extract(*work).items():
@@ -638,7 +640,7 @@ def complete(folder, manifest, clips):
             continue
         left_out.pop(name, None)
         speaker = row["speaker"]
-        # the first of all speakers trains, the second validates, then the hash decides
+        # of the first, `splits` is still empty
         lot = zlib.crc32(os.fsencode(speaker)) % 20
         splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
         rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
@@ -648,7 +650,7 @@ def complete(folder, manifest, clips):
     training = [row for row in rows if row["split"] == "train"] or rows
     training = [folder / "clips" / row["clip"] for row in training]
     manifest |= dict(
-        audio_shape=audio.shape[1:],
+        audio_shape=audio.shape[1:],               # the last clip's; all have the same
         moments=moments_of(opened(clip, "motion")[0] for clip in training).tolist(),
         # a list of one identity is like a motion of one frame
         x_c_moments=moments_of(opened(clip, "identity") for clip in training).tolist(),
@@ -660,8 +662,8 @@ def complete(folder, manifest, clips):
 class AudioEncoder(nn.Module):
     """A public base-size wav2vec 2.0 or HuBERT, at 25 frames per second as in the released MoDA.
 
-    GroupNorm and attention see the whole sound: features depend on where it is cut, so encode
-    first, cut then."""
+    GroupNorm and attention see all of the sound that they are given, a minute at most: features
+    depend on where it is cut, so encode first, cut then."""
 
     def __init__(self, channels=512, width=768, hidden=3072, depth=12, groups=16, heads=12):
         super().__init__()
@@ -682,7 +684,8 @@ class AudioEncoder(nn.Module):
     def forward(self, wav):
         """Sound (640 T,) -> the outputs of all L layers, (T, L, A)."""
         x = wav[None, None]
-        for _ in range(2):                         # 80 samples more make 2 T frames; as released
+        # 80 samples more make 2 T frames; twice 20 at each end, as released, is not once 40
+        for _ in range(2):
             x = F.pad(x, (20, 20), mode="reflect")
         for conv in self.convs:
             x = F.gelu(conv(x))                                        # (1, channels, 2 T) at last
@@ -721,7 +724,7 @@ class AudioEncoder(nn.Module):
         return model
 
 
-# parts of public names; ours are those of nn.TransformerEncoderLayer and of weight_norm
+# parts of public names; ours are AudioEncoder's, and within its layers and weight_norm PyTorch's
 RENAMED = table("""
     public                                      ours
     feature_extractor.conv_layers.0.conv        convs.0.0
@@ -760,9 +763,10 @@ def encoder_tensors(file):
 
 # ---------------------------------------------------------------------------------- the toy talker
 # A made-up talker in LivePortrait's own 70 numbers: syllables of a formant synthesiser, and the
-# motion of mouth, head, brows and lids that belongs to them. Emotion and identity act on both.
+# motion of mouth, head, brows and lids that belongs to them. The emotion acts on the face and, in
+# over half of the clips, on the voice; identity on the lips.
 
-# Controls are LivePortrait's sliders for expressions (aaa opens the mouth, eee widens and woo
+# Controls are like LivePortrait's sliders for expressions (aaa opens the mouth, eee widens and woo
 # rounds it). A row: by how many thousandths one of the 63 channels, 3 point + axis, moves per unit
 # of each control; point and axis stand behind it.
 MOVES = table("""
@@ -880,7 +884,7 @@ def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
     end = rng.uniform(-1, 0)                       # seconds: the first pause ends before the clip
     if rng.random() < 0.1:                         # or within its first 60 %
-        end = rng.uniform(0, 0.006) * n            # n / 100 seconds are all
+        end = rng.uniform(0, 0.006) * n            # the clip has n / 100 seconds
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
         stress = rng.uniform(0.75, 1.25)
@@ -889,7 +893,7 @@ def articulation(rng, n, rate):
                 continue
             phone = rng.choice(PHONES[PHONES["kind"] == kind])         # a copy
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
-            if kind == "vowel":
+            if kind == "vowel":                    # aaa stays a whole number
                 phone["voice"] *= stress
                 phone["aaa"] *= stress
             phones.append(phone)
@@ -935,6 +939,7 @@ def toy_voice(rng, manner, phones):
     """Source and filter, in a room: (160 (n - 1),)."""
     source = torch.tensor(toy_source(rng, manner, phones))
     response = torch.tensor(toy_filter(rng, phones))
+    # windows of 40 ms, as long as a video's frame
     stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
     wav = torch.istft(spectrum * response.T, **stft).numpy()
@@ -974,7 +979,7 @@ def toy_filter(rng, phones):
 
 
 def toy_room(rng, wav):
-    """A voice of unit variance with echo, sometimes music or hum, and noise."""
+    """A voice of unit variance with echo, sometimes music with a hum, and noise."""
     n = len(wav)
     wav = wav / wav.std()
     decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
@@ -1061,7 +1066,8 @@ def find_device(name):
 
 
 def check_effects(given, settings, effects):
-    """UsageError for a flag given in vain: effects = {"with --flag": "other flags"}, or without."""
+    """UsageError for a flag given in vain: effects = {"with --flag": names of flags that need it,
+    "without --flag": names of flags that it makes useless}."""
     for condition, names in effects.items():
         how, flag = condition.split(" --")
         idle = given.keys() & names.split()
@@ -1091,12 +1097,14 @@ def run(main):
             KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
+        # memory and overflow are torch's words for sizes that a user chose
         if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    sys.exit(code)                                 # here, where the error and its frames are freed
+    # here, where the error, its frames and with them unfinished generators are freed: they clean up
+    sys.exit(code)
 
 
 @dataclass

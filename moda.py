@@ -87,6 +87,7 @@ def rotate(x, rope):
 
 def timestep_embedding(t):
     """t (...) in [0, 1] -> (..., 256), cosines first."""
+    # (..., 128, 2) -> (..., 2, 128) -> (..., 256)
     return torch.view_as_real(waves(1000 * t, 256, 10000)).mT.flatten(-2)
 
 
@@ -270,6 +271,7 @@ class MotionModel(nn.Module):
             if state.get("kind") != cls.__name__:
                 raise ValueError(f"it holds {state.get('kind', 'nothing')}")
             model = cls(Config(**state["config"] | changes))
+            # state_dict holds the model's own tensors: to copy into them loads it
             load_strictly(model.state_dict(), state.get("ema") or state["model"])
         except Exception as error:
             raise ValueError(f"{path}: not a {cls.__name__} that this version knows ({error}); "
@@ -313,13 +315,14 @@ class MoDA(MotionModel):
         """Velocity, estimating eps - z0, of normalised noisy motion.
 
         z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity
-        (B, 63); prev (B, 70), the frame before, which guides the window (Sec. 3.2.1), normalised;
+        (B, 63); prev (B, 70), the frame before the window, normalised (Sec. 3.2.1, which takes the
+        clip's first);
         drop_audio (B,) bool -> (B, N, 70)."""
         N = z.size(1)
         prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
         m = self.motion_embedder(torch.cat([prev, z], -1))             # (B, N, D)
-        # CUDA's autocast gives float32 where there is a norm, and half as many bits for m
+        # under CUDA's autocast m is bfloat16, but what comes from a norm float32
         a = self.embed_audio(audio, drop_audio).type_as(m)
         e = self.emotion_embedder(emotion)[:, None].expand_as(m).type_as(m)
         # standardised, for faces differ by a small part of their size
@@ -374,7 +377,7 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     t_ = t[:, None, None]
     z_t = (1 - t_) * z0 + t_ * eps                                     # Sec. 3.1: a straight path,
     x = eps - z0                                                       # and its velocity
-    m = model(z_t, t, audio, emotion, identity, prev, drop_audio)      # v_theta; m in Eq. 5
+    m = model(z_t, t, audio, emotion, identity, prev, drop_audio)      # v_theta, called m in Eq. 5
     error = (x - m) * weight ** 0.5
     loss_rf = error.square().mean()                                    # Eq. 4
     loss_vel = error.diff(dim=1).square().mean()                       # Eq. 5: x' - m',
@@ -396,7 +399,7 @@ def reflow(teacher, batch, steps=10):
     Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
     steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Each pair is learned
     at its t and at t = 1, where a single step goes all the way."""
-    # drop_audio and drop_emotion stay in the batch: a student's p_drop is 0
+    # without drop_audio and drop_emotion, which are all False: a student's p_drop is 0
     conditions = {name: batch[name] for name in "audio emotion identity prev".split()}
     velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
     times = euler_times(steps).to(batch["eps"])
@@ -472,7 +475,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
         if scale:
             weights[condition] = -scale
     n, B = len(weights), len(z)
-    # "audio+emotion" holds both words
+    # (n, 2), a row for each pass; "audio+emotion" holds both words
     drops = torch.tensor([("audio" in dropped, "emotion" in dropped) for dropped in weights])
     drop_audio, drop_emotion = drops.repeat_interleave(B, 0).T.to(z.device)
     emotion = torch.where(drop_emotion, NO_EMOTION, emotion.repeat(n))
@@ -500,12 +503,12 @@ def euler(velocity, z, times):
 def windows(frames, chunk, overlap, past, emotions):
     """Cut a voice, as it arrives, into windows for `stream`: yields (voice, stride, emotion).
 
-    voice (n, L, A), n <= chunk; the next window begins `stride` frames later. The motion of its
-    first `overlap` frames is known then, though all but `past` of them may still change. emotions:
-    [(label, frames), ...]; each new one begins a new window, if more voice than the overlap is
-    left."""
+    voice (n, L, A), n <= chunk; the next window begins `stride` frames later, and its first
+    `overlap` frames are in this one too. A window that would hold no others is not yielded:
+    `stream` has their motion. emotions: [(label, frames), ...]; each new one begins a new window,
+    if more voice than the overlap is left."""
     voice = []                                     # of the window
-    # its first frames, whose motion is known: from the previous window, or silence before a voice
+    # how many of them were in the window before; at first the silence before a voice
     known = past
     frames_left = 0                                # of the emotion
     frames = iter(frames)
@@ -552,13 +555,13 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]          # the final one goes on to the end
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # and all labels
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of the previous window
     silence = torch.zeros(past, 1, 1)
-    # Of the previous window, at first empty: before, the frame before this one, for smoothing;
-    # tail, the frames that fade into this one; eps, the noise of all frames that both have.
+    # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
+    # tail, the frames that fade into the new one; eps, the noise of all frames that both hold.
     before = tail = eps = torch.empty(0, M)
 
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
@@ -568,11 +571,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
                            identity=identity.view(1, 63), prev=prev.view(1, M), guidance=guidance)
         fresh = torch.randn(chunk - len(eps), M, generator=generator)
         eps = torch.cat([eps, fresh])
-        z = next(noises, eps).view(1, chunk, M).to(times.device)       # `noise`, if given
+        z = next(noises, eps).view(1, chunk, M).to(times.device)       # `noise`, while it lasts
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
-        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))  # 1 for the past, then less
+        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))  # 1 to frame past, then less
         ready = motion[:len(voice)]
         if smooth:                                 # a second time, with the frame before the first
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
@@ -599,7 +602,7 @@ def smooth_pose(motion):
 
 
 # --------------------------------------------------------------------------------- faster sampling
-# The same numbers with less work, to which tests/test_sampler.py holds it: AdaLN is computed for
+# The same numbers with less work (tests/test_sampler.py compares them): AdaLN is computed for
 # all steps at once, and its weights, a third of the network's, are not read again in each.
 
 def fast_network(model, times, emotions):
@@ -630,13 +633,14 @@ def fast_network(model, times, emotions):
 
 def recorded(function):
     """A function of tensors on a GPU, of the same shapes in each call, as a CUDA graph: the first
-    call records which kernels it launches, and each replays them at once, for to launch them one by
-    one takes longer than they run."""
+    call records all that it launches, and every call replays that at once, for to launch kernels
+    one by one takes longer than they run."""
     graphs = []
 
     def replay(*given):
         if not graphs:
-            places = tuple(x.clone() for x in given)
+            places = tuple(x.clone() for x in given)                   # where a graph reads
+            # a single call before, for what is made only once
             graphs.append(torch.cuda.make_graphed_callables(function, places, 1))
         return graphs[0](*given)
     return replay

@@ -36,7 +36,8 @@ def rotation(degrees):
     x_c R. Each of the three turns is Rodrigues' formula."""
     angle = degrees.deg2rad()[..., None, None]
     axes = torch.eye(3, device=degrees.device)     # also the identity matrix, below
-    K = torch.linalg.cross(axes[:, None], axes[None])                  # v @ K[i]: axis i x v
+    # (3, 3, 3): row j of K[i] is axis i x axis j, so that v @ K[i] is axis i x v
+    K = torch.linalg.cross(axes[:, None], axes[None])
     pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
     return pitch @ yaw @ roll
 
@@ -64,7 +65,9 @@ def relative(motion, portrait, neutral):
 
 def angles(R):
     """The inverse of `rotation`: (T, 3, 3) -> pitch, yaw, roll in degrees, (T, 3)."""
-    x, y, z = R.movedim(0, -1)                                         # rows (3, T)
+    # Rows, (3, T) each. With p, y, r for pitch, yaw, roll, the row of x is cos y cos r,
+    # cos y sin r, -sin y, and the last column -sin y, sin p cos y, cos p cos y.
+    x, y, z = R.movedim(0, -1)
     pitch = y[2].atan2(z[2])
     yaw = -x[2].clamp(-1, 1).asin()
     roll = x[1].atan2(x[0])
@@ -136,9 +139,9 @@ def write_template(motion, path):
             t=m[None, TRANS],
             R=R[None]))
     # How open the eyes are: 34 and 46 are y of points 11 and 15, the upper lids, which fall by
-    # 0.013 to shut. 25 and 5 make ratios of it, height over width, roughly.
+    # 0.013 to shut. 25 makes a ratio of it, height over width, roughly.
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
-    # how open the mouth is: lower lip (point 19) minus upper lip (52 is y of point 17)
+    # how open the mouth is: lower lip (point 19) minus upper lip (52 is y of point 17); 5 like 25
     lips = 5 * motion[:, None, [52, MOUTH]].diff().clip(0)
     template = dict(
         n_frames=len(motion),
@@ -150,8 +153,8 @@ def write_template(motion, path):
 
 
 # --------------------------------------------------------------------------------- building blocks
-# All networks are written as they were trained, and their parameters have the names that they have
-# in the public files.
+# All networks are plain here, as they were trained (fold_for_inference changes them later), and
+# their parameters have the names that they have in the public files.
 
 class Chain(nn.Sequential):
     """Named layers, one after the other."""
@@ -192,7 +195,7 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                block2d(128, 256, pool=nn.AvgPool2d(2))),              # which pools first
+                block2d(128, 256, pool=nn.AvgPool2d(2))),              # pools, then convolves
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
             volume=nn.Unflatten(1, (32, 16)),                          # channel 16 c + depth
@@ -275,10 +278,11 @@ class GlobalResponseNorm(nn.Module):
 
 
 def to_motion(heads):
-    """What M puts out -> motion (B, 70); an angle is a mean over 66 bins, 3 degrees apart."""
+    """What M puts out -> motion (B, 70); an angle is the expected value over 66 bins, 3 degrees
+    apart."""
     bins = torch.linspace(-97.5, 97.5, 66, device=heads["t"].device)
-    angles = torch.stack([heads["pitch"], heads["yaw"], heads["roll"]], 1).softmax(-1) @ bins
-    return torch.cat([heads["exp"], heads["scale"], heads["t"], angles], 1)
+    turns = torch.stack([heads["pitch"], heads["yaw"], heads["roll"]], 1).softmax(-1) @ bins
+    return torch.cat([heads["exp"], heads["scale"], heads["t"], turns], 1)
 
 
 # ---------------------------------------------------------------------------------- W: the warping
@@ -328,6 +332,7 @@ class DenseMotion(nn.Module):
         distance = torch.cdist(points, grid.flatten(1, 3))             # (2, B, 22, 16 * 64 * 64)
         heat = torch.exp(-50 * distance ** 2).diff(dim=0)              # at x_d, less those at x_s
         heat = heat.view(-1, 22, 1, 16, 64, 64)
+        # convolutions compute in the type of the weights, sampling and softmax in float32
         c = F.relu(self.norm(self.compress(f.to(self.mask.weight))))
         # the grid is made with align_corners and read without: so the weights were trained
         moved = grid[:, None] + shift[:, :, None, None, None]          # (B, 22, 16, 64, 64, 3)
@@ -348,7 +353,8 @@ class DownBlocks(nn.ModuleList):
     def forward(self, x):
         outputs = [x]
         for block in self:
-            x = F.avg_pool2d(block(x).flatten(1, 2), 2)                # avg_pool3d lacks bfloat16
+            # height and width only; avg_pool3d lacks bfloat16
+            x = F.avg_pool2d(block(x).flatten(1, 2), 2)
             x = x.unflatten(1, (-1, 16))
             outputs.append(x)
         return outputs
@@ -387,8 +393,9 @@ class SpadeGenerator(Chain):
 
 
 class SpadeBlock(nn.Module):
-    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same, or
-    where n_out is another number (B, n_out, 2 H, 2 W), to which a third, conv_s, fits x.
+    """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same. Where
+    n_out is another number, x is first made twice as large, and a third convolution, conv_s, gives
+    the x that is added n_out channels: (B, n_out, 2 H, 2 W).
 
     up: how many times larger than h the result is."""
 
@@ -455,8 +462,8 @@ class StitchingNetwork(nn.Module):
 # layers are replaced, forward stays as it is. To train a network, take it plain, from `load`.
 
 def fold_for_inference(net, device):
-    """Make spectral norm, BatchNorm and upsampling of images part of the convolutions beside them;
-    then move to the device."""
+    """Make spectral norm, the BatchNorm of block2d and block3d and Spade's upsampling of h part of
+    the convolutions beside them; then move to the device."""
     for module in [*net.modules()]:
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
@@ -489,7 +496,8 @@ def transposed(upsample, conv):
 
 def keep_memory():
     """Let glibc keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD): to return it and fetch it again
-    costs a twentieth of a frame's time on a CPU, and a third of M's. Other systems have no mallopt.
+    costs a twentieth of a frame's time on a CPU, a third of that of the motion extractor M. Other
+    systems have no mallopt.
     """
     if hasattr(ctypes.pythonapi, "mallopt"):
         ctypes.pythonapi.mallopt(-4, 0)
@@ -516,8 +524,8 @@ def load(network, path):
 
 
 class LivePortrait:
-    """The five networks with the public weights. weights_dir holds base_models, or liveportrait,
-    which does. W and G compute in `dtype`, else in float32; `compiled`: through torch.compile.
+    """The five networks with the public weights. weights_dir, or its folder liveportrait, holds
+    base_models. W and G compute in `dtype`, else in float32; `compiled`: through torch.compile.
     ValueError says which file does not fit."""
 
     def __init__(self, weights_dir, device="cpu", dtype=None, compiled=False):
@@ -539,7 +547,8 @@ class LivePortrait:
         self.S = folded(StitchingNetwork, "retargeting_models/stitching_retargeting_module.pth")
 
     def source(self, image):
-        """uint8 portrait crop (H, W, 3), or a batch (B, H, W, 3) -> Source."""
+        """uint8 portrait crop (H, W, 3), or a batch (B, H, W, 3) -> Source, with f_s on the device.
+        """
         x = torch.tensor(image, device=self.device).movedim(-1, -3)
         x = F.adaptive_avg_pool2d(x / 255, 256)                        # of 512: means of 2 x 2
         x = x.reshape(-1, 3, 256, 256)
@@ -555,7 +564,8 @@ class LivePortrait:
         return (image.float() * 255).byte().movedim(1, -1).contiguous()
 
     def frames(self, source, motion, stitch=True):
-        """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3), `batch` at a time."""
+        """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3); `batch` of them are
+        rendered at once, one batch ahead."""
         x_s = keypoints(source.x_c, source.motion).to(self.device)
         x_d = keypoints(source.x_c, checked(motion)).to(self.device)
         ready = []
@@ -612,7 +622,8 @@ def crop_box(image, crop=""):
 
 
 def paste_back(frames, image, box):
-    """Frames blended into the whole picture, which is shrunk to 1280 pixels and to even sides."""
+    """Frames blended into the whole picture, which is shrunk to 1280 pixels and to even sides, as
+    videos need."""
     zoom = min(1, 1280 / max(image.size))
     x, y, size = [int(v * zoom) for v in box]
     picture = image.resize([int(v * zoom) // 2 * 2 for v in image.size])
@@ -626,7 +637,8 @@ def paste_back(frames, image, box):
 
 
 # ---------------------------------------------------------------------------------- the drawn face
-# LivePortrait's 21 points on a face, in percent, and which point is the mirror image
+# LivePortrait's 21 points on a face: how far right, down and in, in percent of half the picture;
+# and which point is the mirror image
 POINTS = np.loadtxt("""
       0   -40     0    0    # 0 forehead
     -14   -16    -8    2    # 1 brow
@@ -654,7 +666,9 @@ FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
 # What the drawing makes of the 63 offsets; nothing else depends on it. A row is a name and terms,
-# which are added. There are two kinds; signals are in capitals, places are not:
+# which are added. A term is a name and up to three numbers: a name in capitals is multiplied by
+# them, any other (a place) is shifted by them. D14 is the offset of point 14 in LivePortrait units.
+# There are two kinds of rows; signals are in capitals, places are not:
 #     NAME   D14,right,down,in ..    a signal: the offset of point 14, its three numbers times these
 #            OTHER,0,times ..        or another signal, 0 to 1, which has no direction
 #     name   place,right,down ..     a place: from another, or a point's number, so many %
@@ -677,8 +691,8 @@ def weighted(term, known):
 
 
 def find_places(x):
-    """Keypoints in percent and their offsets, (2, 21, 3) -> all that PLACES names: places (2, 3) in
-    percent, signals (2, 1)."""
+    """x (2, 21, 3), which is changed: keypoints in percent, and their offsets in LivePortrait units
+    -> all that PLACES names: places (2, 3) in percent, signals (2, 1)."""
     # LivePortrait's offsets of 2 and 20 are no mirror images of those of 1 and 14: where 1 goes
     # down 2 goes up, and 20 moves half as far. Here they are made to be.
     x[1, [2, 20], 1] *= -1, 2
@@ -833,7 +847,8 @@ def outline(corners):
 
 
 class Sketch:
-    """A face drawn for keypoints laid out like FACE. Same methods as LivePortrait, no weights."""
+    """A face drawn for keypoints laid out like FACE, without weights; `source` and `frames` stand
+    in for LivePortrait's."""
 
     def source(self):
         """The face at rest, its motion zero but for scale and t_y."""
@@ -844,6 +859,7 @@ class Sketch:
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3)."""
         for m in checked(motion):
             x = np.stack([100 * source.x_c[0], m[EXP]])
+            # unlike in Eq. 3, the offsets move places of the face before it is turned
             known = find_places(x.reshape(2, 21, 3))
             R = (m[SCALE] * rotation(m[ROT]) / 100).numpy()
             t = m[TRANS].numpy()

@@ -104,7 +104,8 @@ def open_model(settings, given):
         defaults["motion"] = "absolute"
     if model.cfg.straight:
         defaults["steps"] = 2
-    vars(settings).update(defaults | given)        # what Settings has no field for is not used
+    # fields of Config that Settings has too; the others do no harm
+    vars(settings).update(defaults | given)
     if model.cfg.straight and any(guidance_of(settings).values()):
         report(f"warning: {settings.ckpt} learned guided motion: more guidance exaggerates")
     if model.std.eq(1).all():
@@ -120,7 +121,7 @@ def short_chunks(latency):
     A chunk has 40 frames that stay, as context (90 were a little better, at more work), then `new`
     ones, for whose sound it waits. Of these it yields all but the last BLOCK, which fades into the
     next chunk. As the first of the new frames waits for new - 1 more, the time of one is left for
-    the work. Sound comes in blocks."""
+    the work. Sound comes in blocks of 5. So 0.4 s make a chunk of 50, an overlap of 45."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -181,9 +182,9 @@ def motion_of(settings, model, source, features, saved, frames=None):
         if settings.motion_path.endswith(".pkl") and settings.motion != "absolute":
             neutral = motions[0][0].to(portrait)   # as LivePortrait plays them
     else:
-        frames = chain.from_iterable(features)
-        zs = stream(model, frames, source.x_c, model.normalise(neutral / size),
-                    emotions_in_turn(settings.emotion), **sampling(settings))
+        zs = stream(model, chain.from_iterable(features), source.x_c,
+                    model.normalise(neutral / size), emotions_in_turn(settings.emotion),
+                    **sampling(settings))
         motions = (model.denormalise(z.to(portrait)) for z in zs)
     for motion in motions:
         if settings.save_motion:
@@ -200,7 +201,8 @@ def make_video(settings, model):
     spoken, times, saved = [], [], []              # filled by microphone, rendered and motion_of
     stdin = sound.path == "-"
     live = settings.stream or stdin
-    # live sound goes two ways, to the features and, as a copy, through a pipe to the video
+    # sound from stdin goes two ways, to the features and, as a copy, through a pipe to the video,
+    # which reads a file by itself
     pipe, copy = os.pipe() if stdin else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
@@ -228,7 +230,7 @@ def make_video(settings, model):
           f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
         # each in `spoken` is an upper bound of when the sound began, the smallest the tightest
-        heard = min(spoken) + np.arange(1, bar.n + 1) / 25
+        heard = min(spoken) + np.arange(1, bar.n + 1) / 25             # the end of each frame's
         # (3, 2): the three quantiles of the waits for motion and for frame
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
         to_motion, to_frame = waits.T.round(2)
@@ -262,7 +264,7 @@ def check(settings, given):
     if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
-    # the voice's file, without a span of it
+    # the voice's file, without a span: voice.wav#t=2,5 are three seconds of it
     inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         name = getattr(settings, flag)
@@ -299,7 +301,7 @@ def main(argv):
 
 # ------------------------------------------------------------------------------ the live microphone
 def microphone(sound, pipe, spoken):
-    """Sound as it comes, a file's in real time; a copy goes to the video's pipe.
+    """Sound as it comes, a file's in real time; a copy goes to the pipe.
 
     With every piece, the latest time at which the sound may have begun goes to the list `spoken`.
     """
@@ -318,7 +320,7 @@ def microphone(sound, pipe, spoken):
 
 def ahead(motion):
     """Pass motion on while a thread generates the next piece."""
-    thread = ThreadPoolExecutor(1)                 # not waited for: stdin may be silent
+    thread = ThreadPoolExecutor(1)                 # no "with", which waits: stdin may be silent
     coming = thread.submit(next, motion, None)
     while (piece := coming.result()) is not None:
         coming = thread.submit(next, motion, None)
@@ -332,7 +334,7 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # a row of one number, the clip's first window; lines about damaged ones are not needed
+    # a row of one window for each clip, its first; the list takes lines about damaged ones
     batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
@@ -380,7 +382,7 @@ def compare(z, truth, std):
         moved = centred.diff(order, dim=2) * std
         true, ours = moved[..., channels].abs().mean((1, 2, 3))
         row[name] = ours / true
-    # how far two heads turn apart; where both are the model's, a measure of diversity
+    # normalised: how far two heads turn apart; where both are the model's, a measure of diversity
     row["heads apart"] = both[..., ROT].diff(dim=0).std()
     frames = torch.cat([both[:, :, 1:], both.diff(dim=2)], -1)         # (2, K, T - 1, 140)
     row["Frechet"] = frechet(*frames.flatten(1, 2))
@@ -411,7 +413,8 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    held = {name: MANNERS[name] for name in CONTROLS}  # how far each of the 8 emotions moves them
+    # of each control, where the 8 emotions hold it: 8 numbers; they make 8 faces, (8, 63)
+    held = {name: MANNERS[name] for name in CONTROLS}
     prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
     return (distance.argmin(1) == emotion).float().mean()

@@ -1,6 +1,6 @@
 """Train MoDA, or its lip-sync expert ALSE, from scratch.
 
-    python train.py                              the toy talker on a CPU: data, training, a video
+    python train.py                              the toy talker: data, training, a table, a video
     python train.py --model=alse                 the expert, for --alse, here and in sample.py
     python train.py --alse=out/alse/ckpt.pt      MoDA under its supervision (Eq. 6, 7)
     torchrun --standalone --nproc_per_node=8 train.py --preset=moda --data_dir=data/hdtf
@@ -74,7 +74,7 @@ class Settings:
     workers: int = 1             # threads that read windows
 
 
-# Sec. 4.1.2: Adam, 1e-4, batch 512
+# Sec. 4.1.2: Adam, 1e-4, batch 512, 500 epochs; the other numbers are ours
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
@@ -178,9 +178,9 @@ def loss_terms(net, model, batch, expert, tau, teacher):
     """The terms of the loss, L_RF, L_vel and L_ALSE of a MoDA (Eq. 6), or an ALSE's own; and last a
     number that is only logged, the lips' own error.
 
-    net: the model, or what wraps it; batch: windows in LivePortrait units and what was drawn for
-    them; expert: from load_expert, or None; teacher: a MoDA whose paths are to be made straight, or
-    None."""
+    net: the model, or what wraps it; batch: motion, prev, audio, identity and emotion of windows,
+    in LivePortrait units, and what moda.draw gives; expert: from load_expert, or None; teacher: a
+    MoDA whose paths are to be made straight, or None."""
     if isinstance(model, ALSE):
         late = int(3 + 27 * batch["t"][0])         # 3 to 29 frames; t is the step's random number
         # net in place of self, for DDP has to see the forward pass
@@ -227,8 +227,8 @@ def is_due(step, every, settings):
 
 
 def make_video(out, settings, name, val):
-    """A video by sample.py of what the last checkpoint makes of the first val clip's voice, or what
-    --sample says; if it fails, the training goes on."""
+    """A video by sample.py of what the last checkpoint makes of the first val clip's voice; flags
+    in --sample come after these, and so count; if it fails, the training goes on."""
     video = out / f"{name}.mp4"
     voice = out / "sample.wav"
     try:
@@ -284,7 +284,7 @@ def set_up(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                     # TF32
-        # attention adds up its gradients in any order without, and cuBLAS asks for the variable
+        # otherwise attention adds up its gradients in any order; cuBLAS asks for the variable
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False    # which takes time
@@ -408,8 +408,8 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        # DDP lets go of the group first: were it the last to hold it, it would wait for gloo's
-        # threads, and they for Python's lock, which it has meanwhile.
+        # DDP has to let go of the group first: as its last holder it would wait for gloo's threads
+        # with Python's lock in hand, for which they wait.
         del net
         dist.destroy_process_group()
     if stop or RANK > 0:
