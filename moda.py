@@ -635,14 +635,16 @@ def recorded(function):
     """A function of tensors on a GPU, of the same shapes in each call, as a CUDA graph: the first
     call records all that it launches, and every call replays that at once, for to launch kernels
     one by one takes longer than they run."""
-    graphs = []
+    graph = None
 
     def replay(*given):
-        if not graphs:
-            places = tuple(x.clone() for x in given)                   # where a graph reads
-            # a single call before, for what is made only once
-            graphs.append(torch.cuda.make_graphed_callables(function, places, 1))
-        return graphs[0](*given)
+        nonlocal graph
+        if not graph:
+            places = tuple(x.clone() for x in given)                   # where the graph reads
+            # on their device, which a new thread does not know; 1 call before, to warm up
+            with torch.cuda.device_of(places[0]):
+                graph = torch.cuda.make_graphed_callables(function, places, 1)
+        return graph(*given)
     return replay
 
 

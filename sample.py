@@ -159,7 +159,7 @@ def emotions_in_turn(text):
             frames = 0
         if name not in LABELS or not 0 < frames < 1e6:
             raise UsageError(f"--emotion={text}: {word!r}? known are {', '.join(LABELS)}, with : "
-                             "and seconds above 0")
+                             "and seconds above 0, below 40000")
         turns.append((LABELS[name], frames))
     return turns
 

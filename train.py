@@ -61,7 +61,7 @@ class Settings:
     grad_clip: float = 1.0       # largest norm of the gradients; 0 = any
     ema: float = 0.99            # decay of a moving average of the weights, for sampling; 0 = none
     bf16: bool = False           # bfloat16 where autocast knows it to be safe
-    compile: bool = False        # torch.compile the model
+    compile: bool = False        # torch.compile the model's blocks
     checkpointing: bool = False  # of activations: slower, but ten times as many windows fit
     save_every: int = 250        # steps; of ckpt.pt, from which a run goes on
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Tests compare bits and count processes, for which one GPU is another machine: they see none, but
-# for those of test_gpu.py, which run alone.
-if not any("test_gpu" in arg for arg in sys.argv):
+# Tests compare bits, which are others on a GPU: they see none, but for those of test_gpu.py, alone.
+named = [arg.split("::")[0] for arg in sys.argv[1:] if ".py" in arg and not arg.startswith("-")]
+if [Path(arg).name for arg in named] != ["test_gpu.py"]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np

@@ -71,7 +71,7 @@ def test_a_name_that_is_not_known(refused, command, words):
 
 @pytest.mark.parametrize("number", ["long", "nan", "inf", "-5", "0", "1e9"])
 def test_seconds_of_an_emotion_that_are_none(refused, number):
-    words = f"'happiness:{number}'? known are anger", "seconds above 0"
+    words = f"'happiness:{number}'? known are anger", "seconds above 0, below 40000"
     refused(f"sample --emotion=neutral,happiness:{number}", *words, code=2)
 
 
@@ -81,6 +81,7 @@ def test_names_are_read_in_any_case(run):
 
 @pytest.mark.parametrize("command, words", [
     ("sample --crop=0,0,32", "--crop has an effect only with --weights"),
+    ("sample --compile", "--compile has an effect only with --weights"),
     ("sample --paste_back", "--paste_back has an effect only with --weights"),
     ("sample --alse=expert.pt", "--alse has an effect only with --eval"),
     ("sample --eval", "--audio_path has an effect only without --eval"),
@@ -125,7 +126,8 @@ def test_flags_that_do_not_go_together(refused, command, words):
     "--output_path=video", "--output_path=", "--output_path=nowhere/video.mp4",
     "--output_path=/dev/full", "--output_path=voice.wav", "--output_path=video.gif",
     "--output_path=video.avi", "--output_path=video.nonsense", "--save_motion=nowhere/m.npy",
-    "--output_path=old/-", "--output_path=./-", "--save_motion=motion", "--save_motion=-", "--save_motion=m.PKL"])
+    "--output_path=old/-", "--output_path=./-", "--save_motion=motion", "--save_motion=-",
+    "--save_motion=m.PKL"])
 def test_a_place_that_no_video_or_motion_can_have(refused, flag):
     name, place = flag.split("=")
     words = f"{name}={place}: should be in a folder that exists, and one of"

@@ -104,6 +104,14 @@ def test_a_machine_without_ffmpeg(refused, monkeypatch):
     refused("sample", "No ffmpeg exe could be found.")
 
 
+def test_an_ffmpeg_that_crashes(refused, tmp_path, monkeypatch):
+    crashing = tmp_path / "ffmpeg"
+    crashing.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr(data, "get_ffmpeg_exe", lambda: str(crashing))
+    refused("sample", "voice.wav: no sound could be read (exit -11)")
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(run, monkeypatch):
     def mistaken(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

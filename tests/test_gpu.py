@@ -1,5 +1,5 @@
-"""What a CPU promises holds on a GPU: a resumed training equals an uninterrupted one, and motion and
-frames are the CPU's up to rounding.
+"""What holds on a CPU holds on a GPU: a resumed training equals an uninterrupted one, and motion
+and frames are the CPU's up to rounding.
 
     python -m pytest -q tests/test_gpu.py        alone, for all other tests run on the CPU
 """
@@ -21,13 +21,16 @@ TRAININGS = {
     "float32": [],
     "bfloat16": ["--bf16"],
     "checkpointing": ["--bf16", "--checkpointing"],
+    "compiled": ["--bf16", "--compile"],
     "expert": ["--model=alse"]}
 
 
 @pytest.fixture(autouse=True)
-def float32_again():
+def as_before():
+    """What a training sets."""
     yield
-    torch.set_float32_matmul_precision("highest")  # a training takes TF32
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
 
 
 def train_on_gpu(out, *flags):
@@ -43,7 +46,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(flags, tmp_path):
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copy(tmp_path / "whole/ckpt-4.pt", resumed / "ckpt.pt")
-    for x, y in zip(whole, train_on_gpu(resumed, "--init_from=resume", *flags)):
+    for x, y in zip(whole, train_on_gpu(resumed, "--init_from=resume", *flags), strict=True):
         assert torch.equal(x, y) if torch.is_tensor(x) else x == y
 
 
@@ -84,7 +87,8 @@ def test_a_video_is_made_on_a_gpu(tmp_path):
     statistics = dict(mean=torch.ones(M), std=torch.full([M], 0.01))
     torch.save(dict(kind="MoDA", config=vars(model.cfg), model=model.state_dict() | statistics),
                tmp_path / "ckpt.pt")
-    for flags in [], ["--bf16"]:
+    for flags in [], ["--bf16"], ["--stream", "--emotion=fear:1,anger"]:
+        video = tmp_path / f"{len(flags)}.mp4"
         sample.main([f"--ckpt={tmp_path}/ckpt.pt", f"--audio_path={tmp_path}/voice.mp4",
-                     "--device=cuda", f"--output_path={tmp_path}/out.mp4", *flags])
-        assert (tmp_path / "out.mp4").stat().st_size
+                     "--device=cuda", f"--output_path={video}", *flags])
+        assert video.stat().st_size
