@@ -231,7 +231,7 @@ def flow(settings, path, steps=10):
         panel.set_yticks([])
         panel.set_ylabel(f"t = {times[k]:.1f}", rotation=0, ha="right", va="center")
     panel.set_xlabel("frame")
-    left.suptitle("the mouth, equal scales (red: the end; grey: the truth)", fontsize=11)
+    left.suptitle("the mouth, equal scales (red: generated; grey: the truth)", fontsize=11)
     axes = right.subplots()
     for frame in range(4, 80, 9):
         path_of_frame, = axes.plot(times, mouth[:, frame], "o-", color=TEAL, markersize=3)
@@ -385,8 +385,8 @@ def curves(panel, claim, *columns):
 # --------------------------------------------------------------------------------------- the network
 BLUE, SAND, ROSE, GREEN = "#cfe3ea", "#f3d9b8", "#e8cfe0", "#d5e6c8"
 INPUTS = [
-    ("noisy motion and\nthe frame before", BLUE, "motion m"),
-    ("voice\n12 x 768 a frame", SAND, "audio a"),
+    ("noisy motion and\nframe before chunk", BLUE, "motion m"),
+    ("voice\n12 layers x 768", SAND, "audio a"),
     ("one emotion of 8,\nfor all frames", ROSE, "emotion e"),
     ("21 keypoints,\nfor all frames", GREEN, "identity i")]
 
