@@ -200,7 +200,7 @@ def write_video(path, frames, sound, pipe=None):
         for pipe in pipes:
             os.close(pipe)                         # ffmpeg has its own
         for frame in frames:
-            # by Python, which hears signals while it waits, as Pillow's C does not
+            # Python hears signals while a pipe is full; Pillow, which could write this, would not
             header = b"P6 %d %d 255\n" % frame.shape[1::-1]
             encoder.stdin.write(header + frame.tobytes())
 
@@ -268,8 +268,8 @@ def feature_blocks(encoder, device):
 # --------------------------------------------------------------------------- windows and data sets
 # A data set is a folder: clips/VIDEO/motion.npy (T, 70), audio.npy (T, L, A) in float16,
 # identity.npy (63,), loudness.npy (T,), which tests/tools/check.py compares with the mouth; and
-# manifest.json, which alone knows lengths and labels. A clip that was left out is a file in place
-# of a folder, which says why.
+# manifest.json, which alone knows labels and is asked for lengths. A clip that was left out is a
+# file in place of a folder, which says why.
 
 def opened(folder, *names):
     """Arrays of a clip, memory-mapped. ValueError if it is damaged or was left out."""
@@ -528,8 +528,8 @@ def extract(row, settings, face, features):
     if T <= Clips.frames:
         raise ValueError(f"{path}: {T} frames of picture and sound; a window is {Clips.frames + 1}")
     wav = wav[:T * FRAME]
-    # the sound in one piece, but for the encoder's own minutes, for features depend on where it is
-    # cut; identity is the mean of all frames
+    # the sound in one piece, for an encoder's features depend on where it is cut (it cuts minutes
+    # by itself); identity is the mean of all frames
     return dict(
         motion=[motion.contiguous()],
         audio=(block.half() for block in features([wav])),
@@ -716,6 +716,7 @@ class AudioEncoder(nn.Module):
         if path.is_dir():
             path /= "pytorch_model.bin"
         try:
+            # into the model's own tensors, which state_dict holds
             load_strictly(model.state_dict(), encoder_tensors(read_checkpoint(path)))
         except Exception as error:
             raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
@@ -766,9 +767,10 @@ def encoder_tensors(file):
 # motion of mouth, head, brows and lids that belongs to them. The emotion acts on the face and, in
 # over half of the clips, on the voice; identity on the lips.
 
-# Controls are like LivePortrait's sliders for expressions (aaa opens the mouth, eee widens and woo
-# rounds it). A row: by how many thousandths one of the 63 channels, 3 point + axis, moves per unit
-# of each control; point and axis stand behind it.
+# Controls are like LivePortrait's sliders for expressions: aaa opens the mouth, eee widens and woo
+# rounds it, brow raises; below 0 blink shuts the lids and frown knits the brows. A row: by how many
+# thousandths one of the 63 channels, 3 point + axis, moves per unit of each control; point and axis
+# stand behind it.
 MOVES = table("""
     channel  aaa  eee  woo  smile  brow  frown  blink  sneer  smirk
     58       1    0    0    0      0     0      0      0      0        # 19 y
@@ -866,7 +868,7 @@ def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
     emotion, tone = rng.integers(8, size=2)
-    if rng.random() < 0.5:                         # the others do not sound as they look
+    if rng.random() < 0.5:                         # the others sound as it falls
         tone = emotion
     manner, voice = MANNERS[emotion], MANNERS[tone]
     phones = articulation(rng, 4 * T + 1, voice["rate"])               # at 100 Hz, ends included
@@ -1097,7 +1099,7 @@ def run(main):
             KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
-        # memory and overflow are torch's words for sizes that a user chose
+        # torch says memory and overflow of sizes that a user chose, imageio_ffmpeg that it has none
         if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")

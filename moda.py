@@ -234,8 +234,9 @@ class MotionModel(nn.Module):
     def size(self, portrait):
         """A portrait's motion (..., 70) -> how large its face is, a factor for each of the 70
         numbers: for scale and translation, which grow with the face, its scale over the mean scale;
-        for the rest 1. With absolute motion (see sample.motion_of) the network sees every face at
-        the mean size: prev is divided by these factors, what comes out is multiplied by them."""
+        for the rest 1. Absolute motion is rendered as it is, not added to the portrait's own (see
+        sample.motion_of): for it the network sees every face at the mean size: prev is divided by
+        these factors, what comes out is multiplied by them."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -508,7 +509,7 @@ def windows(frames, chunk, overlap, past, emotions):
     `stream` has their motion. emotions: [(label, frames), ...]; each new one begins a new window,
     if more voice than the overlap is left."""
     voice = []                                     # of the window
-    # how many of them were in the window before; at first the silence before a voice
+    # how many of them need no window, for `stream` has their motion; at first the silence
     known = past
     frames_left = 0                                # of the emotion
     frames = iter(frames)
@@ -538,7 +539,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once, best cfg.chunk; one without enough voice ends in zeros
-    overlap  so many frames at the end of a chunk are the next one's first; they fade into its own
+    overlap  the next chunk begins with so many frames of this one; they fade into its own
     past     so many of these do not fade but stay; a voice begins after as much silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks; best cfg.smooth
@@ -558,12 +559,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # and all labels
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of the previous window
+    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of tail; inf if all stay
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
     # tail, the frames that fade into the new one; eps, the noise of all frames that both hold.
     before = tail = eps = torch.empty(0, M)
-
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # log-mel's silence
         velocity = partial(guided_velocity, network, audio=padded[None],
@@ -575,7 +575,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
-        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))  # 1 to frame past, then less
+        # tail's weight is 1 up to frame `past`, which smoothing read, then falls
+        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))
         ready = motion[:len(voice)]
         if smooth:                                 # a second time, with the frame before the first
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
@@ -603,7 +604,7 @@ def smooth_pose(motion):
 
 # --------------------------------------------------------------------------------- faster sampling
 # The same numbers with less work (tests/test_sampler.py compares them): AdaLN is computed for
-# all steps at once, and its weights, a third of the network's, are not read again in each.
+# all steps at once, and its weights, 29 % of the network's, are not read again in each.
 
 def fast_network(model, times, emotions):
     """A copy of the model that shares its weights, for these times and emotions; the emotion that

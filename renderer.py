@@ -675,9 +675,10 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 #            SIGNAL,right,down ..    and how far the signal, where it is 1, moves it
 # "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards: the
 # terms' three numbers are added up to one, and cut to 0 .. 1. "corner 14 UP,-3.4,-5.3" is point 14
-# and, where UP is 1, 3.4 % left of it and 5.3 % higher. The number behind another signal stands
-# under down, which is not mirrored. DOWN is of this half's corner of the mouth, DOWN_TOO of the
-# other's, SULK the lesser of the two.
+# and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal in another signal's row has its
+# factor in the place of down, which mirroring leaves alone: ALONE is DOWN less DOWN_TOO. DOWN is of
+# this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two. In
+# LivePortrait a raised brow is point 1 moved down: so RAISE is 45 times that.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 # `weighted` works out one term, `find_places` all rows of PLACES, from the first to the last.
 

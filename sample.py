@@ -63,7 +63,7 @@ class Settings:
     cfg_both: float = 0.0        # and by both dropped together
     chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
-    overlap: int = 16            # last frames of a chunk, which the next has too; they fade into it
+    overlap: int = 16            # frames of a chunk with which the next begins; they fade into it
     past: int = 0                # the first ones of these, which stay as they are
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
@@ -119,9 +119,10 @@ def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds.
 
     A chunk has 40 frames that stay, as context (90 were a little better, at more work), then `new`
-    ones, for whose sound it waits. Of these it yields all but the last BLOCK, which fades into the
-    next chunk. As the first of the new frames waits for new - 1 more, the time of one is left for
-    the work. Sound comes in blocks of 5. So 0.4 s make a chunk of 50, an overlap of 45."""
+    ones, for whose sound it waits. Of these it yields all but the last BLOCK, which are the next
+    chunk's first new ones, and fade there. As the first of the new frames waits for new - 1 more,
+    the time of one is left for the work. Sound comes in blocks of 5. So 0.4 s make a chunk of 50,
+    an overlap of 45."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")

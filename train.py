@@ -227,8 +227,9 @@ def is_due(step, every, settings):
 
 
 def make_video(out, settings, name, val):
-    """A video by sample.py of what the last checkpoint makes of the first val clip's voice; flags
-    in --sample come after these, and so count; if it fails, the training goes on."""
+    """A video by sample.py of what the last checkpoint makes of the first val clip's voice, or,
+    without val clips, the first train clip's; flags in --sample come last, and so count; if it
+    fails, the training goes on."""
     video = out / f"{name}.mp4"
     voice = out / "sample.wav"
     try:

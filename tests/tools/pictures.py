@@ -385,7 +385,7 @@ def curves(panel, claim, *columns):
 # --------------------------------------------------------------------------------------- the network
 BLUE, SAND, ROSE, GREEN = "#cfe3ea", "#f3d9b8", "#e8cfe0", "#d5e6c8"
 INPUTS = [
-    ("noisy motion and\nframe before chunk", BLUE, "motion m"),
+    ("noisy chunk and\nframe before it", BLUE, "motion m"),
     ("voice\n12 layers x 768", SAND, "audio a"),
     ("one emotion of 8,\nfor all frames", ROSE, "emotion e"),
     ("21 keypoints,\nfor all frames", GREEN, "identity i")]
