@@ -188,7 +188,8 @@ def appearing(path):
 def write_video(path, frames, sound, pipe=None):
     """Encode a generator of frames (H, W, 3) as they come, with their Sound, at 25 fps.
 
-    "-" is stdout. Live sound, which is float32 by then, is read from a pipe, by its number."""
+    "-" is stdout. Sound from stdin, which the caller has read, comes as float32 through an os.pipe,
+    of which `pipe` is the end to read; ffmpeg reads a file by itself."""
     target = [f"file:{path}"]
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
@@ -338,8 +339,7 @@ class Clips:
     def windows(self, rows, damaged, frames=frames):
         """A batch of windows. A row holds the numbers of some windows, of which the first one that
         can be read is used; lines about those before it go to the list `damaged`. ValueError: none
-        of a row can be read. `frames` are the class's 80, but for clips' beginnings in evaluation.
-        """
+        of a row can be read. `frames`: 80, or up to 184 where evaluation reads how clips begin."""
         n = len(rows)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
@@ -868,7 +868,7 @@ def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
     emotion, tone = rng.integers(8, size=2)
-    if rng.random() < 0.5:                         # the others sound as it falls
+    if rng.random() < 0.5:                         # the others keep what was drawn
         tone = emotion
     manner, voice = MANNERS[emotion], MANNERS[tone]
     phones = articulation(rng, 4 * T + 1, voice["rate"])               # at 100 Hz, ends included
@@ -910,7 +910,7 @@ def toy_expression(rng, manner, phones, reach):
     held = {}
     lips = {name: reach * smooth(phones[name], 4) for name in ("aaa", "eee", "woo")}
     before = manner
-    if rng.random() < 0.5:                         # the face begins with another emotion
+    if rng.random() < 0.5:                         # the face begins with any emotion
         before = rng.choice(MANNERS)
     # from 0 to 1 over a second: the share of the emotion that counts from then on
     turned = np.arange(n) / 100 - rng.uniform(0, 1)

@@ -677,8 +677,11 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 # terms' three numbers are added up to one, and cut to 0 .. 1. "corner 14 UP,-3.4,-5.3" is point 14
 # and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal in another signal's row has its
 # factor in the place of down, which mirroring leaves alone: ALONE is DOWN less DOWN_TOO. DOWN is of
-# this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two. In
-# LivePortrait a raised brow is point 1 moved down: so RAISE is 45 times that.
+# this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two. The terms
+# inwards tell a mouth that is widened, which moves 20 outwards (eee of MOVES in data.py), from a
+# smile; a rounded one (woo) lowers 14 alone, which is no SULK. In LivePortrait a raised brow is
+# point 1 moved down: RAISE is 45 times that, and 18 times that of point 2, whose sign `find_places`
+# turns.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 # `weighted` works out one term, `find_places` all rows of PLACES, from the first to the last.
 
