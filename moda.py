@@ -212,7 +212,7 @@ def init_weights(model):
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
         # Not in the paper: equal biases in every q and k, turned by RoPE, agree most at the same
-        # position. So each frame attends to its own moment in every stream from the first step on,
+        # position. So each frame attends to its own moment in every rotated stream from the first step,
         # which a short training needs.
         if name.endswith(("qkv", "qkv_mlp")):
             nn.init.ones_(layer.bias[:2 * layer.in_features])
@@ -232,11 +232,13 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """A portrait's motion (..., 70) -> how large its face is, a factor for each of the 70
-        numbers: for scale and translation, which grow with the face, its scale over the mean scale;
-        for the rest 1. Absolute motion is rendered as it is, not added to the portrait's own (see
-        sample.motion_of): for it the network sees every face at the mean size: prev is divided by
-        these factors, what comes out is multiplied by them."""
+        """A portrait's motion (..., 70) -> the size of its face, as a factor for each of the 70
+        numbers: for scale and translation, which grow with it, its scale over the mean scale; for
+        the rest 1.
+
+        sample.motion_of uses it where motion is rendered in place of the portrait's own, not added
+        to it: the portrait divided by these factors, a face of mean size, is `prev`; the motion
+        that comes out is multiplied by them."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -509,7 +511,7 @@ def windows(frames, chunk, overlap, past, emotions):
     `stream` has their motion. emotions: [(label, frames), ...]; each new one begins a new window,
     if more voice than the overlap is left."""
     voice = []                                     # of the window
-    # how many of them need no window, for `stream` has their motion; at first the silence
+    # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
     frames_left = 0                                # of the emotion
     frames = iter(frames)
@@ -540,7 +542,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once, best cfg.chunk; one without enough voice ends in zeros
     overlap  the next chunk begins with so many frames of this one; they fade into its own
-    past     so many of these do not fade but stay; a voice begins after as much silence
+    past     so many of these, and one more, do not fade but stay; before a voice is as much silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across chunks; best cfg.smooth
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -565,7 +567,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     # tail, the frames that fade into the new one; eps, the noise of all frames that both hold.
     before = tail = eps = torch.empty(0, M)
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
-        padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # log-mel's silence
+        padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # zeros are log-mel's silence
         velocity = partial(guided_velocity, network, audio=padded[None],
                            emotion=torch.tensor([label], device=times.device),
                            identity=identity.view(1, 63), prev=prev.view(1, M), guidance=guidance)
@@ -575,7 +577,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
-        # tail's weight is 1 up to frame `past`, which smoothing read, then falls
+        # tail counts fully through frame `past`, which smoothed the last one yielded; then less
         motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))
         ready = motion[:len(voice)]
         if smooth:                                 # a second time, with the frame before the first

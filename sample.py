@@ -119,10 +119,10 @@ def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds.
 
     A chunk has 40 frames that stay, as context (90 were a little better, at more work), then `new`
-    ones, for whose sound it waits. Of these it yields all but the last BLOCK, which are the next
-    chunk's first new ones, and fade there. As the first of the new frames waits for new - 1 more,
-    the time of one is left for the work. Sound comes in blocks of 5. So 0.4 s make a chunk of 50,
-    an overlap of 45."""
+    ones. The first BLOCK of these were the last of the chunk before, and fade here; all but the
+    last BLOCK are yielded. As the first of the new frames waits for new - 1 more, the time of one
+    is left for the work. Sound comes in blocks of 5. So 0.4 s make a chunk of 50, an overlap of 45.
+    """
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
