@@ -212,8 +212,8 @@ def init_weights(model):
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
         # Not in the paper: equal biases in every q and k, turned by RoPE, agree most at the same
-        # position. So each frame attends to its own moment in every rotated stream from the first step,
-        # which a short training needs.
+        # position. So each frame attends to its own moment in every rotated stream from the first
+        # step on, which a short training needs.
         if name.endswith(("qkv", "qkv_mlp")):
             nn.init.ones_(layer.bias[:2 * layer.in_features])
 
