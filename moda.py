@@ -319,8 +319,7 @@ class MoDA(MotionModel):
 
         z (B, N, 70); t (B,) in [0, 1], 1 = noise; audio (B, N, L, A); emotion (B,) 0..8; identity
         (B, 63); prev (B, 70), the frame before the window, normalised (Sec. 3.2.1, which takes the
-        clip's first);
-        drop_audio (B,) bool -> (B, N, 70)."""
+        clip's first); drop_audio (B,) bool -> (B, N, 70)."""
         N = z.size(1)
         prev = prev[:, None].expand_as(z)
         # one token per frame and modality (Sec. 3.2.1)
