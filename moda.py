@@ -206,7 +206,8 @@ def init_weights(model):
     """Xavier-uniform weights and zero biases. AdaLN begins at zero, so that a block adds nothing;
     attention begins on each frame's own moment."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "head.linear":     # it keeps PyTorch's own
+        # the head keeps PyTorch's own, smaller ones: velocities are small at first
+        if isinstance(layer, nn.Linear) and name != "head.linear":
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
@@ -232,13 +233,11 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """A portrait's motion (..., 70) -> the size of its face, as a factor for each of the 70
-        numbers: for scale and translation, which grow with it, its scale over the mean scale; for
-        the rest 1.
+        """A portrait's motion (..., 70) -> factors for the 70 numbers that say how large its face
+        is: for scale and translation, the portrait's scale over the mean scale; for the rest 1.
 
-        sample.motion_of uses it where motion is rendered in place of the portrait's own, not added
-        to it: the portrait divided by these factors, a face of mean size, is `prev`; the motion
-        that comes out is multiplied by them."""
+        For absolute motion (sample.motion_of): `prev` is the portrait's motion over its size, and
+        what is generated is multiplied by its size. So the network sees faces of mean size only."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -506,9 +505,9 @@ def windows(frames, chunk, overlap, past, emotions):
     """Cut a voice, as it arrives, into windows for `stream`: yields (voice, stride, emotion).
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later, and its first
-    `overlap` frames are in this one too. A window that would hold no others is not yielded:
-    `stream` has their motion. emotions: [(label, frames), ...]; each new one begins a new window,
-    if more voice than the overlap is left."""
+    `overlap` frames are the last ones of this window, whose motion `stream` has then. If the voice
+    ends with them, there is no next window. emotions: [(label, frames), ...]; each new one begins a
+    new window, if more voice than the overlap is left."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
@@ -539,15 +538,14 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
-    chunk    frames sampled at once, best cfg.chunk; one without enough voice ends in zeros
-    overlap  the next chunk begins with so many frames of this one; they fade into its own
-    past     so many of these, and one more, do not fade but stay; before a voice is as much silence
+    chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
+    overlap  so many last frames of a chunk also begin the next, whose motion replaces theirs gently
+    past     so many of these keep their motion; the first chunk begins with as much silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
-    smooth   average the pose over three frames, in each chunk and across chunks; best cfg.smooth
+    smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
     if not 0 <= past <= overlap < chunk:
-        raise ValueError(f"past={past}, overlap={overlap}, chunk={chunk}: should be 0 <= past <= "
-                         "overlap < chunk")
+        raise ValueError(f"should be 0 <= past={past} <= overlap={overlap} < chunk={chunk}")
     if steps is None:
         steps = 2 if model.cfg.straight else 10
     if guidance is None:
@@ -560,10 +558,12 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # and all labels
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    fade = torch.arange(overlap, 0, -1)[:, None] / (overlap - past)    # of tail; inf if all stay
+    # How much the tail counts: 1 through frame `past`, with which smoothing averaged the last frame
+    # that was yielded, so that it may not change either; then less and less.
+    fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
-    # tail, the frames that fade into the new one; eps, the noise of all frames that both hold.
+    # tail, the motion of the overlap; eps, the noise of all frames that both hold.
     before = tail = eps = torch.empty(0, M)
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
         padded = F.pad(voice, (0, 0, 0, 0, 0, chunk - len(voice)))     # zeros are log-mel's silence
@@ -576,8 +576,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         motion = euler(velocity, z, times)[0].cpu()
         if smooth:
             motion = smooth_pose(motion)
-        # tail counts fully through frame `past`, which smoothed the last one yielded; then less
-        motion[:len(tail)].lerp_(tail, fade[:len(tail)].clamp(max=1))
+        motion[:len(tail)].lerp_(tail, fade[:len(tail)])
         ready = motion[:len(voice)]
         if smooth:                                 # a second time, with the frame before the first
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
@@ -611,8 +610,9 @@ def fast_network(model, times, emotions):
     """A copy of the model that shares its weights, for these times and emotions; the emotion that
     guidance drops to is one of them.
 
-    Where a block computes adaln(c), c is here the number of a time and emotion, and adaln a table
-    of what it would compute, a row for each of them."""
+    Every pair of a time and an emotion has a number here. Each adaln is replaced by a table of what
+    it computes, a row for each pair; `conditioning` returns the pair's number, with which a block's
+    adaln(c) looks up the row."""
     conditions = torch.cartesian_prod(times, times.new_tensor(emotions))
     t, emotion = conditions.T
     c = model.conditioning(t, emotion.long())[:, 0]
@@ -624,7 +624,7 @@ def fast_network(model, times, emotions):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
 
     def row(t, emotion):
-        """t (B,), emotion (B,) -> which row it is, (B, 1): the nearest, for times are floats."""
+        """t (B,), emotion (B,) -> the pair's number (B, 1): the nearest's, for times are floats."""
         given = torch.stack([t, emotion], 1)
         return torch.cdist(given, conditions, p=1).argmin(1, keepdim=True)
     network.conditioning = row
@@ -664,8 +664,10 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
 def load_strictly(places, tensors):
     """Copy tensors into those of the same names; ValueError tells the first that does not fit."""
     def shape(x):                                  # public files differ in axes of size 1
-        return "absent" if x is None else f"of shape {[*x.squeeze().shape]}"
+        return f"of shape {[*x.squeeze().shape]}" if torch.is_tensor(x) else "absent"
     for name in places | tensors:
+        if name.endswith("num_batches_tracked"):   # BatchNorm's, of no use, and some files lack it
+            continue
         needed = shape(places.get(name))
         found = shape(tensors.get(name))
         if needed != found or not tensors[name].isfinite().all():

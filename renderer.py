@@ -22,7 +22,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils import fuse_conv_bn_eval, remove_spectral_norm, spectral_norm
 
 # where in the 70 numbers: slices, but for MOUTH, an index; M is 70
-from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, read_checkpoint
+from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, load_strictly, read_checkpoint
 
 SIZE = 512                       # pixels of a rendered frame, height and width
 GET = "get it with: hf download KwaiVGI/LivePortrait --local-dir pretrained_weights"
@@ -65,8 +65,8 @@ def relative(motion, portrait, neutral):
 
 def angles(R):
     """The inverse of `rotation`: (T, 3, 3) -> pitch, yaw, roll in degrees, (T, 3)."""
-    # Rows, (3, T) each. With p, y, r for pitch, yaw, roll, the row of x is cos y cos r,
-    # cos y sin r, -sin y, and the last column -sin y, sin p cos y, cos p cos y.
+    # x, y, z are the rows of R, (3, T) each. With a, b, c for pitch, yaw, roll, the row x is
+    # cos b cos c, cos b sin c, -sin b, and the last column -sin b, sin a cos b, cos a cos b.
     x, y, z = R.movedim(0, -1)
     pitch = y[2].atan2(z[2])
     yaw = -x[2].clamp(-1, 1).asin()
@@ -111,6 +111,7 @@ def read_template(path):
         parts = frame["exp"], frame["scale"], frame["t"], angles(R.view(1, 3, 3))
         motion.append(np.concatenate(parts, axis=None))
     times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
+    # each of the 70 columns, linearly between its frames
     at_times = partial(np.interp, times, range(len(motion)))
     return checked(np.apply_along_axis(at_times, 0, motion))
 
@@ -138,10 +139,11 @@ def write_template(motion, path):
             scale=m[None, SCALE],
             t=m[None, TRANS],
             R=R[None]))
-    # How open the eyes are: 34 and 46 are y of points 11 and 15, the upper lids, which fall by
-    # 0.013 to shut. 25 makes a ratio of it, height over width, roughly.
+    # How open the eyes are, height over width. 34 and 46 are y of points 11 and 15, the upper lids,
+    # which fall by 0.013 to shut; what is left of that, times 25, is roughly the ratio.
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
-    # how open the mouth is: lower lip (point 19) minus upper lip (52 is y of point 17); 5 like 25
+    # how open the mouth is, also height over width, roughly: 5 times the difference of the lower
+    # lip, point 19, and the upper lip (52 is y of point 17)
     lips = 5 * motion[:, None, [52, MOUTH]].diff().clip(0)
     template = dict(
         n_frames=len(motion),
@@ -195,7 +197,8 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                block2d(128, 256, pool=nn.AvgPool2d(2))),              # pools, then convolves
+                # the pool of each block down stands before what follows it: here, and below
+                block2d(128, 256, pool=nn.AvgPool2d(2))),
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
             volume=nn.Unflatten(1, (32, 16)),                          # channel 16 c + depth
@@ -394,8 +397,8 @@ class SpadeGenerator(Chain):
 
 class SpadeBlock(nn.Module):
     """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same. Where
-    n_out is another number, x is first made twice as large, and a third convolution, conv_s, gives
-    the x that is added n_out channels: (B, n_out, 2 H, 2 W).
+    n_out is another number, x is first made twice as large, and the x to which the convolutions are
+    added is brought to n_out channels by a third one, conv_s: (B, n_out, 2 H, 2 W).
 
     up: how many times larger than h the result is."""
 
@@ -458,8 +461,8 @@ class StitchingNetwork(nn.Module):
 
 
 # -------------------------------------------------------------------------------- faster inference
-# The same numbers up to rounding, to which tests/test_liveportrait.py holds it, with less work:
-# layers are replaced, forward stays as it is. To train a network, take it plain, from `load`.
+# The same numbers, up to rounding, with less work: layers are replaced, forward stays as it is.
+# tests/test_liveportrait.py compares both. To train a network, take it plain, from `load`.
 
 def fold_for_inference(net, device):
     """Make spectral norm, the BatchNorm of block2d and block3d and Spade's upsampling of h part of
@@ -481,11 +484,12 @@ def transposed(upsample, conv):
     up = int(upsample.scale_factor)
     if up == 1:
         return conv
-    # A convolution, seen from its input: each pixel adds to the outputs around it its value times
-    # the flipped kernel, 3 x 3. One that became up x up equal pixels adds as many kernels, shifted
-    # by one from pixel to pixel: together one kernel, up + 2 high and wide. A row of `ones` says
-    # which rows of the 3 x 3 kernel make one of its rows (for up = 2: 1 0 0, 1 1 0, 0 1 1, 0 0 1);
-    # `ones.T` says the same of columns.
+    # A convolution, seen from its input: each pixel adds its value, times the flipped kernel k
+    # (3 x 3), to the outputs around it. Upsampled, the pixel becomes up x up equal ones, which
+    # together add up x up copies of k, shifted by 0 .. up - 1 pixels down and right. The sum of the
+    # copies is one large kernel, up + 2 high and wide. For up = 2 its rows are k0, k0 + k1,
+    # k1 + k2, k2: the matrix `ones` is 1 0 0, 1 1 0, 0 1 1, 0 0 1, and `ones.T` adds up columns
+    # likewise. As before, padding is 1: the large kernel begins one pixel before its own.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -496,9 +500,8 @@ def transposed(upsample, conv):
 
 def keep_memory():
     """Let glibc keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD): to return it and fetch it again
-    costs a twentieth of a frame's time on a CPU, a third of that of the motion extractor M. Other
-    systems have no mallopt.
-    """
+    is 5 % of the time in which a CPU renders a frame, and 33 % of that of the motion extractor M.
+    Other systems have no mallopt."""
     if hasattr(ctypes.pythonapi, "mallopt"):
         ctypes.pythonapi.mallopt(-4, 0)
         ctypes.pythonapi.mallopt(-1, 2**31 - 1)
@@ -508,19 +511,19 @@ def keep_memory():
 def load(network, path):
     """One of the five classes and its public file -> the network, plain, in evaluation mode.
 
-    ValueError names the file and its first key that is missing, too many or of another shape."""
+    ValueError names the file and its first tensor that is absent, too many, of another shape or not
+    finite."""
     state = read_checkpoint(path, GET)
     state = state.get("retarget_shoulder", state)                      # S's, beside two others
     consume_prefix_in_state_dict_if_present(state, "module.")
     consume_prefix_in_state_dict_if_present(state, "detector.")
-    with torch.device("meta"):
-        net = network()
+    net = network()
     try:
-        net.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        wrong = str(error).splitlines()[1].strip()
-        raise ValueError(f"{path}: {wrong:.200}; {GET}") from None
-    return net.float().eval()
+        # state_dict holds the network's own tensors: to copy into them loads it
+        load_strictly(net.state_dict(), state)
+    except Exception as error:
+        raise ValueError(f"{path}: {error}; {GET}") from None
+    return net.eval()
 
 
 class LivePortrait:
@@ -547,11 +550,9 @@ class LivePortrait:
         self.S = folded(StitchingNetwork, "retargeting_models/stitching_retargeting_module.pth")
 
     def source(self, image):
-        """uint8 portrait crop (H, W, 3), or a batch (B, H, W, 3) -> Source, with f_s on the device.
-        """
-        x = torch.tensor(image, device=self.device).movedim(-1, -3)
+        """A portrait, uint8 crop (H, W, 3) -> its Source, with f_s on the device."""
+        x = torch.tensor(image, device=self.device).movedim(-1, 0)[None]
         x = F.adaptive_avg_pool2d(x / 255, 256)                        # of 512: means of 2 x 2
-        x = x.reshape(-1, 3, 256, 256)
         heads = self.M(x)
         return Source(self.F(x), heads["kp"].cpu(), to_motion(heads).cpu())
 
@@ -572,6 +573,7 @@ class LivePortrait:
         for part in x_d.split(self.batch):
             # repeated to a whole batch, for torch.compile wants one size
             full = part.repeat(self.batch, 1, 1)[:self.batch]
+            # one for each frame: a small copy beside the rest of the work
             f_s = source.f_s.repeat_interleave(self.batch, 0)
             frames = self.render(f_s, x_s.expand_as(full), full, stitch)
             yield from ready                       # while a GPU renders the next ones
@@ -584,8 +586,8 @@ Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of 
 
 
 def read_image(path, crop=""):
-    """Any picture that Pillow reads, upright and on white -> RGB. Without a crop, which counts the
-    file's own pixels, sides over 2048 are reduced to that, a JPEG's already while it is decoded.
+    """Any picture that Pillow reads, upright and on white -> RGB. A crop counts the file's own
+    pixels; without one, sides over 2048 are reduced to that, a JPEG's already while it is decoded.
 
     ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
     try:
@@ -671,15 +673,17 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 # There are two kinds of rows; signals are in capitals, places are not:
 #     NAME   D14,right,down,in ..    a signal: the offset of point 14, its three numbers times these
 #            OTHER,0,times ..        or another signal, 0 to 1, which has no direction
-#     name   place,right,down ..     a place: from another, or a point's number, so many %
-#            SIGNAL,right,down ..    and how far the signal, where it is 1, moves it
+#     name   place,right,down ..     a place: another place, or a point by its number, shifted by
+#                                    so many percent
+#            SIGNAL,right,down ..    and how many more a signal, where it is 1, shifts it
 # "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards: the
 # terms' three numbers are added up to one, and cut to 0 .. 1. "corner 14 UP,-3.4,-5.3" is point 14
 # and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal in another signal's row has its
 # factor in the place of down, which mirroring leaves alone: ALONE is DOWN less DOWN_TOO. DOWN is of
-# this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two. The terms
-# inwards tell a mouth that is widened, which moves 20 outwards (eee of MOVES in data.py), from a
-# smile; a rounded one (woo) lowers 14 alone, which is no SULK. In LivePortrait a raised brow is
+# this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two. A mouth that
+# is widened (eee of MOVES in data.py) lifts its corners as a smile does, but also moves them
+# towards the viewer, which is negative: the terms with "inwards" then cancel those with "down". A
+# rounded one (woo) lowers 14 alone, which is no SULK. In LivePortrait a raised brow is
 # point 1 moved down: RAISE is 45 times that, and 18 times that of point 2, whose sign `find_places`
 # turns.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
@@ -689,7 +693,7 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 def weighted(term, known):
     """"name,right,down,in" -> a place shifted so far, or a signal or offset times these numbers:
     (2, 3), of the left half and mirrored."""
-    name, *way = f"{term},0,0,0".split(",")[:4]
+    name, *way = f"{term},0,0,0".split(",")[:4]                        # numbers left out are 0
     way = MIRROR * np.array(way, float)
     return known[name] * way if name.isupper() else known[name] + way
 
@@ -841,8 +845,9 @@ for ellipse in """\
 
 
 def outline(corners):
-    """(2, n, 3) -> points of closed curves, (2, 4 n, 3), by cutting off all corners, twice: points
-    are doubled, then neighbours averaged, then again (Chaikin's quadratic B-spline)."""
+    """(2, n, 3) -> points of closed curves, (2, 4 n, 3): a quadratic B-spline, by Chaikin's method.
+    It cuts off all corners, twice: neighbours A, B become A, A, B, B, by averaging A, (A + B) / 2,
+    B, and by averaging once more 3/4 A + 1/4 B, 1/4 A + 3/4 B."""
     for _ in range(2):
         corners = corners.repeat(2, 1)
         for _ in range(2):
