@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version
+from imageio_ffmpeg import get_ffmpeg_exe
 from numpy.fft import irfft, rfft, rfftfreq
 from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_array_header_1_0
 from torch.nn.utils.parametrizations import weight_norm
@@ -66,7 +66,8 @@ FORMATS = ("3gp,aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,gsm,ir
            "mov,mp3,mpc,mpc8,mpeg,mpegts,mpegvideo,mxf,nut,ogg,oma,rm,tak,tta,voc,w64,wav,wtv,wv")
 # what starts late or has gaps is filled with silence, to stay in step
 FILTERS = "aresample=async=1:first_pts=0,aformat=channel_layouts=mono|stereo"
-# of nine channels, say, nobody knows which is where: every second one goes to the left
+# Of nine channels, say, nobody knows which is where: every second one goes to the left. "<" makes
+# a mean of those that are there.
 MANY = ("aresample=async=1:first_pts=0,pan=stereo"
         "|c0<c0+c2+c4+c6+c8+c10+c12+c14+c16+c18+c20+c22+c24+c26+c28+c30"
         "|c1<c1+c3+c5+c7+c9+c11+c13+c15+c17+c19+c21+c23+c25+c27+c29+c31")
@@ -85,6 +86,7 @@ def ffmpeg(complaint, *args, **pipes):
     # a file, for a pipe that is full would stop it
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         command = [get_ffmpeg_exe(), "-v", "error", *args]
+        # a pipe breaks when ffmpeg has ended; below, its exit code and its log say why
         with suppress(BrokenPipeError), Popen(command, stderr=log, **pipes) as child:
             CHILDREN.add(child)
             try:
@@ -153,7 +155,7 @@ class Sound:
 
     def blocks(self):
         """Columns (n, 3): the channels' mean, the left one, the right one."""
-        # "<" makes a mean of what is there; the right one of mono is silence. 12 bytes: 3 columns
+        # mono has no right channel, and so silence there; 12 bytes: 3 columns
         options = f"-af {self.filters},pan=3c|c0<c0+c1|c1=c0|c2=c1 -ar {RATE} -f f32le"
         for piece in decoded(self.path, "sound", options, 12 * BLOCK * FRAME):
             yield np.frombuffer(piece, np.float32).reshape(-1, 3)
@@ -231,9 +233,10 @@ def log_mel_blocks(pieces):
     """Sound in pieces of any length -> log-mel features of BLOCK frames, (n, 1, 160), at once.
 
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
-    blocks have one size: the features of a sound are the same to the bit however it was cut. Power
-    is relative to the loudest second so far, up to the end of the block, which fades by 1 dB a
-    second: the gain of a recording does not matter, and its pauses stay silent."""
+    blocks have one size: the features of a sound are the same to the bit however it was cut.
+
+    Power is relative to that of the loudest second up to the end of the block; what a second counts
+    falls by 1 dB a second. So the gain of a recording does not matter; its pauses stay silent."""
     taper = np.hanning(400)                        # 25 ms
     wav = np.zeros(400)
     last_second, loudest = [], SILENCE
@@ -339,13 +342,14 @@ class Clips:
     def windows(self, rows, damaged, frames=frames):
         """A batch of windows. A row holds the numbers of some windows, of which the first one that
         can be read is used; lines about those before it go to the list `damaged`. ValueError: none
-        of a row can be read. `frames`: 80, or up to 184 where evaluation reads how clips begin."""
+        of a row can be read. `frames`: 80, or for evaluation, which knows that the clips are long
+        enough, up to 184 (two chunks)."""
         n = len(rows)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
         identity = np.empty((n, 63), "f4")
         emotion = []
-        # clips are read straight into the batch, for to copy them takes as long
+        # clips are read straight into the batch: to copy them there would take the time twice
         for row, *window in zip(rows, motion, audio, identity):
             for i in row:
                 k = np.searchsorted(self.first, i, side="right") - 1
@@ -392,8 +396,8 @@ def read_ahead(data, model, settings, steps):
     """Batches of some steps, each read while earlier ones are used, by threads: reading and summing
     release Python's lock, and a batch need not be sent from process to process.
 
-    Other windows stand in for those that cannot be read; ValueError if these are more than 1 % of
-    what a process reads in a whole training, which is the measure of a short validation too."""
+    Other windows stand in for those that cannot be read. ValueError: over 1 % cannot, of as many as
+    a process reads in a whole training; a validation, which reads fewer, has the same limit."""
     steps = iter(steps)
     coming = []
     damaged = 0
@@ -457,9 +461,10 @@ def find_clips(settings):
     """{clip: its row of the table}; without a table, of every video in the folder. Paths are below
     --videos.
 
-    The emotion is that of the nearest name in the labels, else the row's own, else that of the
-    nearest folder that is called like one; a speaker, if not given, the first folder or, without
-    one, the video."""
+    For M003/angry/level_3/001.mp4 the labels are asked for this path, without its .mp4, then for
+    001, level_3, angry and M003. If they know none, the row's own emotion counts; else the folder
+    that is called like one, here angry. The speaker, if the row has none, is the first folder, here
+    M003, or without folders the video."""
     labels = read_labels(settings.labels)
     if settings.clips:
         rows = read_rows(settings.clips)
@@ -605,30 +610,27 @@ def prepare(settings):
 
 def begin(path, settings):
     """Begin a manifest, or go on with one; ValueError if it was begun with other settings: another
-    crop or networks, known by checksums of their files. Other places and versions are reported."""
+    crop or networks, known by checksums of their files."""
     files = (f"{settings.weights}/base_models/motion_extractor.pth",
              f"{settings.weights}/liveportrait/base_models/motion_extractor.pth",
              settings.audio_encoder, f"{settings.audio_encoder}/pytorch_model.bin")
     begun = dict(crop=settings.crop, networks=[
         zlib.crc32(Path(file).read_bytes()) for file in files if os.path.isfile(file)])
-    tools = [settings.weights, settings.audio_encoder, torch.__version__, get_ffmpeg_version()]
     if not path.exists():
-        manifest = dict(settings=begun, tools=tools, splits={}, clips=[], left_out={})
+        manifest = dict(settings=begun, splits={}, clips=[], left_out={})
         save(path, manifest, write=write_json)
     manifest = json.loads(path.read_text())
     if manifest.get("settings") != begun:
         raise ValueError(f"{path}: begun with other settings ({manifest.get('settings')}); "
                          "use another --data_dir")
-    if manifest["tools"] != tools:
-        print(f"{path}: begun with {manifest['tools']}, goes on with {tools}")
     return manifest
 
 
 def complete(folder, manifest, clips):
     """Write the manifest of all clips, prepared now or before, and report.
 
-    Of speakers the first trains, the second validates, then, by a hash of the name, one in 20; who
-    has a split keeps it."""
+    The first speaker trains, the second validates; of the others one in 20 validates, by a hash of
+    the name. Who has a split keeps it."""
     clips = {row["clip"]: row for row in manifest["clips"]} | clips
     splits, left_out, rows = manifest["splits"], manifest["left_out"], []
     for name, row in sorted(clips.items()):
@@ -640,8 +642,8 @@ def complete(folder, manifest, clips):
             continue
         left_out.pop(name, None)
         speaker = row["speaker"]
-        # of the first, `splits` is still empty
         lot = zlib.crc32(os.fsencode(speaker)) % 20
+        # when the first comes, `splits` is empty; when the second comes, it holds one
         splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
         rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
     print(f"{folder}: {len(rows)} clips; {len(left_out)} left out", *left_out.values(), sep="\n")
@@ -652,7 +654,7 @@ def complete(folder, manifest, clips):
     manifest |= dict(
         audio_shape=audio.shape[1:],               # the last clip's; all have the same
         moments=moments_of(opened(clip, "motion")[0] for clip in training).tolist(),
-        # a list of one identity is like a motion of one frame
+        # no [0]: an identity (63,) in a list of one is like a motion of one frame, (1, 63)
         x_c_moments=moments_of(opened(clip, "identity") for clip in training).tolist(),
         clips=rows)
     save(folder / "manifest.json", manifest, write=write_json)
@@ -725,7 +727,8 @@ class AudioEncoder(nn.Module):
         return model
 
 
-# parts of public names; ours are AudioEncoder's, and within its layers and weight_norm PyTorch's
+# Parts of public names, and of ours: these are AudioEncoder's, but the names inside of a layer and
+# of weight_norm are PyTorch's own.
 RENAMED = table("""
     public                                      ours
     feature_extractor.conv_layers.0.conv        convs.0.0
@@ -895,9 +898,9 @@ def articulation(rng, n, rate):
                 continue
             phone = rng.choice(PHONES[PHONES["kind"] == kind])         # a copy
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
-            if kind == "vowel":                    # aaa stays a whole number
+            if kind == "vowel":
                 phone["voice"] *= stress
-                phone["aaa"] *= stress
+                phone["aaa"] *= stress             # cut to a whole number, as its column is
             phones.append(phone)
             ends.append(end)
     now = np.searchsorted(ends, np.arange(n) / 100)
@@ -912,7 +915,7 @@ def toy_expression(rng, manner, phones, reach):
     before = manner
     if rng.random() < 0.5:                         # the face begins with any emotion
         before = rng.choice(MANNERS)
-    # from 0 to 1 over a second: the share of the emotion that counts from then on
+    # from 0 to 1 over a second: the share of `manner`; the rest is `before`
     turned = np.arange(n) / 100 - rng.uniform(0, 1)
     turned = smooth(turned.clip(0, 1), 20)
     for name in CONTROLS:                                              # strong or weak, never still
@@ -1033,6 +1036,7 @@ def parse_flags(argv, doc, *settings):
         for owner in settings:
             print(inspect.getsource(type(owner)))
         raise SystemExit
+    # a dataclass's vars, where writing sets a field
     owners = {f"--{name}": vars(owner) for owner in settings for name in vars(owner)}
     given = {}
     for arg in argv:
@@ -1068,12 +1072,15 @@ def find_device(name):
 
 
 def check_effects(given, settings, effects):
-    """UsageError for a flag given in vain: effects = {"with --flag": names of flags that need it,
-    "without --flag": names of flags that it makes useless}."""
+    """UsageError for a flag given in vain. effects = {condition: names of the flags that have an
+    effect only under it}; conditions: "with --flag", "with --flag=value", "without --flag"."""
     for condition, names in effects.items():
-        how, flag = condition.split(" --")
+        how, flag, *value = re.split(" --|=", condition)
+        found = getattr(settings, flag)
+        if value:
+            found = found in value
         idle = given.keys() & names.split()
-        if idle and bool(getattr(settings, flag)) != (how == "with"):
+        if idle and bool(found) != (how == "with"):
             raise UsageError(f"--{min(idle)} has an effect only {condition}")
 
 
@@ -1099,13 +1106,15 @@ def run(main):
             KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
-        # torch says memory and overflow of sizes that a user chose, imageio_ffmpeg that it has none
+        # the user's: torch's "memory" and "overflow", of sizes too large; imageio_ffmpeg's "no
+        # ffmpeg exe could be found"
         if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    # here, where the error, its frames and with them unfinished generators are freed: they clean up
+    # Not within except: only behind it Python lets go of the error, and with it of generators that
+    # have not finished, which then clean up.
     sys.exit(code)
 
 

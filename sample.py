@@ -118,11 +118,12 @@ def open_model(settings, given):
 def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds.
 
-    A chunk has 40 frames that stay, as context (90 were a little better, at more work), then `new`
-    ones. The first BLOCK of these were the last of the chunk before, and fade here; all but the
-    last BLOCK are yielded. As the first of the new frames waits for new - 1 more, the time of one
-    is left for the work. Sound comes in blocks of 5. So 0.4 s make a chunk of 50, an overlap of 45.
-    """
+    0.4 s make a chunk of 50 frames, of which the next one begins BLOCK = 5 frames later:
+        0 .. 39   keep the motion of the chunk before; context (90 were a little better, and slower)
+        40 .. 44  go over from the chunk before to this one, and are yielded
+        45 .. 49  are sampled, but only the next chunk will yield them
+    Sound comes in blocks of 5 frames. Of 40 .. 49 the first one has to wait for nine more, so that
+    of the 0.4 s one frame's time is left for the work."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -202,8 +203,8 @@ def make_video(settings, model):
     spoken, times, saved = [], [], []              # filled by microphone, rendered and motion_of
     stdin = sound.path == "-"
     live = settings.stream or stdin
-    # sound from stdin goes two ways, to the features and, as a copy, through a pipe to the video,
-    # which reads a file by itself
+    # Sound from stdin goes two ways: to the features and, as a copy, through a pipe to the video.
+    # From a file the video reads it by itself: if that is played live, the copy goes nowhere.
     pipe, copy = os.pipe() if stdin else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
@@ -285,6 +286,8 @@ def main(argv):
     if settings.output_path == "-":
         sys.stdout = sys.stderr                    # stdout is for the video
     check_effects(given, settings, EFFECTS)
+    if settings.pairs and "output_path" not in given:
+        raise UsageError("--pairs: into which folder? --output_path=FOLDER")
     if not settings.pairs and not settings.eval:
         check(settings, given)
     model = open_model(settings, given)
@@ -356,7 +359,8 @@ def linear_baseline(model, training, audio):
     return seven_frames(audio) @ torch.linalg.solve(gram, x.T @ z.flatten(0, 1))
 
 
-# mean sizes that are compared: of which channels, differenced how often from frame to frame
+# What is compared by its mean absolute value, ours over the true one: channels, and the order of
+# the difference from frame to frame (3 is jerk)
 SIZES = {
     "head motion": (ROT, 0),
     "jerk, lips": (LIPS, 3),
@@ -414,7 +418,8 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    # of each control, where the 8 emotions hold it: 8 numbers; they make 8 faces, (8, 63)
+    # MANNERS has a row for each emotion; of each control of the face this is the column, 8 numbers.
+    # Together they make the 8 faces, (8, 63).
     held = {name: MANNERS[name] for name in CONTROLS}
     prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])
@@ -433,6 +438,7 @@ def evaluate(settings, model, data, training):
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8
     rest = model.normalise(F.pad(model.mean[63:], (63, 0))).expand_as(prev)
+    expert = settings.alse and ALSE.from_pretrained(settings.alse)
     foreign = audio.roll((1, 50), (0, 1))          # in time as well: there may be a single clip
 
     def speak(*given, **other):
@@ -443,8 +449,8 @@ def evaluate(settings, model, data, training):
     def judge(z, reference, label):
         motion = model.denormalise(z)
         row = compare(z, reference, model.std)
-        if settings.alse:
-            row |= sync_scores(ALSE.from_pretrained(settings.alse), audio, motion)
+        if expert:
+            row |= sync_scores(expert, audio, motion)
         if isinstance(data, ToyTalker):
             row["emotion"] = emotion_accuracy(motion, label)
         return row

@@ -83,6 +83,9 @@ REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --alse": "tau",
+    "with --model=moda": "alse reflow sample sample_every heads n_four n_two n_one rope_streams "
+                         "p_drop_audio p_drop_emotion focus cfg_audio cfg_emotion cfg_both chunk "
+                         "smooth straight",
     "without --data_dir": "clips eval_clips",
     "without --reflow": "p_drop_audio p_drop_emotion cfg_audio cfg_emotion cfg_both"}
 
@@ -328,13 +331,16 @@ def main(argv):
     if settings.reflow:
         teacher = MoDA.from_pretrained(settings.reflow).to(device)
         changes |= STRAIGHT
-    # the Config is that of the model it begins as, with what flags change; or `cfg` from scratch
-    start = settings.reflow or settings.init_from
+    # the Config is `cfg` from scratch, else that of the checkpoint it starts from, with `changes`
+    start = settings.init_from
+    if settings.reflow and start in ("scratch", "auto"):
+        start = settings.reflow
     if found[0]:
         # for its Config; all else is loaded by `resume`
         model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
+        vars(cfg).update(changes)                  # flags that do not fit fail in the first step
         model = kind(cfg)
         model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
@@ -409,8 +415,8 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        # DDP has to let go of the group first: as its last holder it would wait for gloo's threads
-        # with Python's lock in hand, for which they wait.
+        # DDP has to let go of the group first. If it is the last to do so, it waits for gloo's
+        # threads while it holds Python's lock, and they wait for that lock.
         del net
         dist.destroy_process_group()
     if stop or RANK > 0:

@@ -40,7 +40,7 @@ FLAGS = dict(
     portrait="--audio_path=voice.wav --ckpt=ckpt.pt --image_path=me.png --weights=.",
     play="--audio_path=voice.wav --ckpt=ckpt.pt --output_path=video.mp4",
     pairs="--ckpt=ckpt.pt --steps=1 --chunk=20 --overlap=4",
-    train="--data_dir=set --out_dir=new_run --width=32 --heads=1 --steps=20 --batch_size=2",
+    train="--data_dir=set --out_dir=new_run --width=32 --steps=20 --batch_size=2",
     resume="--data_dir=set --out_dir=old --init_from=resume --width=32 --heads=2 --n_one=2 "
            "--steps=2",
     prepare="--videos=videos --data_dir=new --weights=lp",

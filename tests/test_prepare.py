@@ -376,7 +376,7 @@ def test_a_full_disk_is_one_line_and_a_second_run_completes_the_set(
 
 
 def test_other_networks_or_crops_than_those_begun_with_are_refused_other_places_are_not(
-        stand_in, videos, prepared, tmp_path, capsys):
+        stand_in, videos, prepared, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(prepared, folder)
     before = complete(folder)
@@ -389,7 +389,6 @@ def test_other_networks_or_crops_than_those_begun_with_are_refused_other_places_
         prepare(videos, folder, f"--weights={tmp_path}/other")
     (tmp_path / "elsewhere").symlink_to(videos)
     prepare(tmp_path / "elsewhere", folder, f"--weights={tmp_path}/nowhere")
-    assert f"goes on with ['{tmp_path}/nowhere'" in capsys.readouterr().out
     assert complete(folder) == before
 
 

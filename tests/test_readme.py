@@ -33,8 +33,9 @@ OTHERS = ("pip ", "hf download ", "arecord ", "ffplay ", "torchrun ", "python -m
           "python sample.py --stream --audio_path=- ", "python tests/tools/pictures.py ",
           "python tests/tools/experiments.py", "python tests/tools/table.py ")
 RUN = sorted(part for part in PARTS if not part.startswith(OTHERS))
-SMALL = ("--steps=1 --batch_size=2 --workers=1 --eval_every=1 --width=32 --heads=1 "
-         "--n_four=1 --n_two=0 --n_one=0 --out_dir=out/new").split()
+SMALL = ("--steps=1 --batch_size=2 --workers=1 --eval_every=1 --width=32 "
+         "--out_dir=out/new").split()
+SMALL_MODA = "--heads=1 --n_four=1 --n_two=0 --n_one=0".split()
 
 
 @pytest.fixture
@@ -107,7 +108,8 @@ def test_the_readmes_command_runs(command, stand_ins):
         assert script == "train.py"
         own_data = "--data_dir" in " ".join(flags)
         no_table = [] if own_data else ["--eval_clips=0"]
-        train.main([*flags, *SMALL, *no_table])
+        small = SMALL if "--model=alse" in flags else SMALL + SMALL_MODA
+        train.main([*flags, *small, *no_table])
         assert Path("out/new/ckpt.pt").exists()
 
 

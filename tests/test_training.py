@@ -27,7 +27,7 @@ from data import Clips, ToyTalker, UsageError, save
 from forks import Script
 from moda import ALSE, EMOTIONS, Config, MoDA, read_checkpoint
 
-TINY = "--width=32 --heads=1 --eval_every=0 --device=cpu --warmup=5".split()
+TINY = "--width=32 --eval_every=0 --device=cpu --warmup=5".split()
 FLAGS = "--steps=20 --batch_size=4 --save_every=3 --eval_every=4 --init_from=auto".split()
 SPLIT = ["--workers=2"]
 toy = functools.cache(ToyTalker)
@@ -506,8 +506,8 @@ def test_threads_read_ahead_and_keep_the_order(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")               # rms_norm under autocast on CPUs
-@pytest.mark.parametrize("model", ["moda", "alse"])
-def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model):
+@pytest.mark.parametrize("model, changes", [("moda", ["--focus=2"]), ("alse", [])])
+def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model, changes):
     flags = f"--model={model} --batch_size=2 --warmup=0 --bf16 --cooldown=0".split()
     train_here(tmp_path / "first", *flags, "--steps=2")
     first = tmp_path / "first/ckpt.pt"
@@ -518,9 +518,10 @@ def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model):
     with pytest.raises(ValueError, match="is of shape"):   # what it has is not changed in silence
         train_here(first.parent, *begin, "--width=64")
     assert first.exists()                                      # nor lost
-    train_here(first.parent, *begin, "--steps=1", "--focus=2", "--save_every=1")
+    train_here(first.parent, *begin, "--steps=1", "--save_every=1", *changes)
     begun = read_checkpoint(first)["config"]
-    assert [begun[name] for name in ("rope_streams", "chunk", "focus")] == [2, 80, 2]
+    assert [begun[name] for name in ("rope_streams", "chunk")] == [2, 80]
+    assert begun["focus"] == (2 if changes else 4)             # 4 is the toy's
     train_here(first.parent, *flags, "--init_from=auto", "--steps=2")
     assert read_checkpoint(first)["step"] == 2
     assert read_checkpoint(first)["config"] == begun
@@ -550,6 +551,28 @@ def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(t
     student = MoDA.from_pretrained(last)
     assert student.cfg.straight and student.cfg.p_drop_audio == student.cfg.p_drop_emotion == 0
     assert torch.equal(student.std, teacher.std)
+
+
+def test_a_student_may_begin_as_another_model_than_its_teacher(tmp_path):
+    models = dict(teacher=build.model(), other=build.model())
+    for name, model in models.items():
+        model.mean[:], model.std[:] = toy("train", 4).moments
+        state = dict(kind="MoDA", config=vars(model.cfg), model=model.state_dict())
+        torch.save(state, tmp_path / f"{name}.pt")
+    train_here(tmp_path, f"--reflow={tmp_path}/teacher.pt", f"--init_from={tmp_path}/other.pt",
+               "--heads=2", "--n_one=2", "--steps=1", "--batch_size=2", "--learning_rate=0",
+               "--ema=0")
+    student = MoDA.from_pretrained(tmp_path / "ckpt.pt")
+    assert student.cfg.straight
+    for ours, others in zip(student.parameters(), models["other"].parameters()):
+        assert torch.equal(ours, others)
+
+
+@pytest.mark.parametrize("flags", [["--audio_dim=5"], ["--audio_layers=2", "--model=alse"]])
+def test_features_of_another_shape_than_the_datas_are_refused(tmp_path, flags):
+    with pytest.raises(ValueError, match=r"takes \(., \d+\) features per frame, not \(1, 160\)"):
+        train_here(tmp_path, *flags)
+    assert not (tmp_path / "ckpt.pt").exists()
 
 
 def test_the_rate_rises_stays_and_falls_to_zero():

@@ -233,9 +233,10 @@ def flow(settings, path, steps=10):
     panel.set_xlabel("frame")
     left.suptitle("the mouth, equal scales (red: generated; grey: the truth)", fontsize=11)
     axes = right.subplots()
-    for frame in range(4, 80, 9):
-        path_of_frame, = axes.plot(times, mouth[:, frame], "o-", color=TEAL, markersize=3)
-        straight_line, = axes.plot([1, 0], mouth[[0, -1], frame], "--", color=GREY)
+    for k, frame in enumerate(range(4, 80, 9)):
+        colour = plt.get_cmap("tab10")(k)
+        path_of_frame, = axes.plot(times, mouth[:, frame], "o-", color=colour, markersize=3)
+        straight_line, = axes.plot([1, 0], mouth[[0, -1], frame], "--", color=colour, alpha=0.5)
     axes.legend([path_of_frame, straight_line], ["a frame's path, step by step", "straight line"])
     axes.set_xlim(1.03, -0.03)
     axes.set_xlabel("time t of the flow: ten Euler steps")
@@ -353,15 +354,14 @@ def claims(settings, path):
     """Steps against jerk; guidance and the sync loss against sync. Means and deviations."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
     curves(left, "Euler steps", ("jerk", RED), ("mouth corr", TEAL))
-    left.set_title("more steps: the lips stay, the shaking falls", fontsize=11)
+    left.set_title("after a short training: more steps, less shaking", fontsize=11)
     left.set_xscale("log")
     left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
     left.minorticks_off()
     left.set_ylabel("jerk of rotation, 1 = the truth's; correlation")
     curves(right, "audio guidance", ("Sync-C", TEAL))
     mean, deviation = measured("sync loss")["tau 0.4"]["Sync-C"]
-    # beside the blue point, which it would hide
-    right.errorbar(0.53, mean, deviation, fmt="s", color=RED, capsize=3,
+    right.errorbar(0.5, mean, deviation, fmt="s", color=RED, capsize=3,
                    label="with the sync loss, guidance 0.5")
     right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("Sync-C by guidance, and by the sync loss", fontsize=11)
@@ -447,7 +447,7 @@ def network(settings, path):
 
     d.text(528, 416, "inside a block of two or four streams (Fig. 4): each stream owns all but the "
                      "attention", 11, weight="bold")
-    for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "audio,\nor a, e, i")):
+    for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "each other\nstream")):
         d.text(42, y + 30, name, 11)
         d.arrow((75, y + 30), (110, y + 30))
         d.box(110, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
