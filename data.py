@@ -138,7 +138,7 @@ class Sound:
             return
         try:
             next(self.blocks())
-        except ValueError:                         # too many channels; no sound fails again below
+        except ValueError:                         # too many channels; or no sound, fails below
             self.filters = MANY
         n, power = 0, np.zeros(3)                  # of the mean, the left and the right channel
         for block in self.blocks():
@@ -235,8 +235,8 @@ def log_mel_blocks(pieces):
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
     blocks have one size: the features of a sound are the same to the bit however it was cut.
 
-    Power is relative to that of the loudest second up to the end of the block; what a second counts
-    falls by 1 dB a second. So the gain of a recording does not matter; its pauses stay silent."""
+    Power is relative to that of the loudest second up to the end of the block, a level that fades
+    by 1 dB a second. So the gain of a recording does not matter; its pauses stay silent."""
     taper = np.hanning(400)                        # 25 ms
     wav = np.zeros(400)
     last_second, loudest = [], SILENCE
@@ -343,7 +343,7 @@ class Clips:
         """A batch of windows. A row holds the numbers of some windows, of which the first one that
         can be read is used; lines about those before it go to the list `damaged`. ValueError: none
         of a row can be read. `frames`: 80, or for evaluation, which knows that the clips are long
-        enough, up to 184 (two chunks)."""
+        enough, up to 184 (two chunks of 100 that share 16)."""
         n = len(rows)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
@@ -396,8 +396,8 @@ def read_ahead(data, model, settings, steps):
     """Batches of some steps, each read while earlier ones are used, by threads: reading and summing
     release Python's lock, and a batch need not be sent from process to process.
 
-    Other windows stand in for those that cannot be read. ValueError: over 1 % cannot, of as many as
-    a process reads in a whole training; a validation, which reads fewer, has the same limit."""
+    Other windows stand in for those that cannot be read. ValueError: these are more than 1 % of all
+    windows that this process reads in a whole training; validations have the same limit."""
     steps = iter(steps)
     coming = []
     damaged = 0
@@ -727,8 +727,8 @@ class AudioEncoder(nn.Module):
         return model
 
 
-# Parts of public names, and of ours: these are AudioEncoder's, but the names inside of a layer and
-# of weight_norm are PyTorch's own.
+# Parts of public names, and of ours: ours are AudioEncoder's, but inside of a layer and of
+# weight_norm they are PyTorch's own. Replaced in this order.
 RENAMED = table("""
     public                                      ours
     feature_extractor.conv_layers.0.conv        convs.0.0
@@ -745,8 +745,8 @@ RENAMED = table("""
     feed_forward.intermediate_dense             linear1
     feed_forward.output_dense                   linear2
     final_layer_norm                            norm2
-    .layer_norm                                 .norm1
-    .conv.                                      .""")
+    .layer_norm                                 .norm1  # what is left: a layer's first one
+    .conv.                                      .       # convs.1.conv.weight: convs.1.weight""")
 
 
 def encoder_tensors(file):
@@ -756,7 +756,7 @@ def encoder_tensors(file):
         # the rest served its training
         if public := re.search(r"\b(feature_extractor|feature_projection|encoder)\..*", key):
             key = public[0]
-            for theirs, ours in RENAMED:           # in this order
+            for theirs, ours in RENAMED:
                 key = key.replace(theirs, ours)
             tensors[key] = value
     for key in [key for key in tensors if "q_proj" in key]:            # q, k, v -> in_proj
@@ -1075,6 +1075,7 @@ def check_effects(given, settings, effects):
     """UsageError for a flag given in vain. effects = {condition: names of the flags that have an
     effect only under it}; conditions: "with --flag", "with --flag=value", "without --flag"."""
     for condition, names in effects.items():
+        # "with --model=moda" is with, model, [moda]; "with --alse" is with, alse, []
         how, flag, *value = re.split(" --|=", condition)
         found = getattr(settings, flag)
         if value:
@@ -1106,8 +1107,8 @@ def run(main):
             KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
-        # the user's: torch's "memory" and "overflow", of sizes too large; imageio_ffmpeg's "no
-        # ffmpeg exe could be found"
+        # of RuntimeErrors the user's to mend: torch's "memory" and "overflow", of sizes too large,
+        # and imageio_ffmpeg's "no ffmpeg exe could be found"
         if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")

@@ -233,11 +233,11 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """A portrait's motion (..., 70) -> factors for the 70 numbers that say how large its face
-        is: for scale and translation, the portrait's scale over the mean scale; for the rest 1.
+        """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
+        translation the portrait's scale over the mean scale, for the rest 1.
 
-        For absolute motion (sample.motion_of): `prev` is the portrait's motion over its size, and
-        what is generated is multiplied by its size. So the network sees faces of mean size only."""
+        sample.py --motion=absolute, which renders the generated numbers themselves, divides `prev`
+        by these factors and multiplies the result by them: the network sees faces of mean size."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -504,17 +504,18 @@ def euler(velocity, z, times):
 def windows(frames, chunk, overlap, past, emotions):
     """Cut a voice, as it arrives, into windows for `stream`: yields (voice, stride, emotion).
 
-    voice (n, L, A), n <= chunk; the next window begins `stride` frames later, and its first
-    `overlap` frames are the last ones of this window, whose motion `stream` has then. If the voice
-    ends with them, there is no next window. emotions: [(label, frames), ...]; each new one begins a
-    new window, if more voice than the overlap is left."""
+    voice (n, L, A), n <= chunk; the next window begins `stride` frames later. With chunk=100 and
+    overlap=16 the first one holds frames 0 .. 99, the second 84 .. 183; of 84 .. 99 `stream` has
+    motion then, so if the voice ends with them, there is no second one. emotions: [(label, frames),
+    ...], frames also being fractions; each new one begins a new window by a shorter stride, if more
+    voice than the overlap is left."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
     frames_left = 0                                # of the emotion
     frames = iter(frames)
     for emotion, duration in emotions:
-        frames_left += duration                    # plus the part of a frame that is left
+        frames_left += duration                    # a rest below 1 goes over to the next emotion
         while frames_left >= 1:
             voice.extend(islice(frames, chunk - len(voice)))
             if len(voice) <= known:                # the voice has ended
@@ -540,7 +541,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
     overlap  so many last frames of a chunk also begin the next, whose motion replaces theirs gently
-    past     so many of these keep their motion; the first chunk begins with as much silence
+    past     so many of these keep their motion, as context; in the first chunk they are silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -555,11 +556,11 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]          # the final one goes on to the end
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # and all labels
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    # How much the tail counts: 1 through frame `past`, with which smoothing averaged the last frame
-    # that was yielded, so that it may not change either; then less and less.
+    # Weights of the tail: 1 for its frames 0 .. past, then falling. Frame `past` has 1 as well,
+    # since the last frame that was yielded is an average with it.
     fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
@@ -580,7 +581,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         ready = motion[:len(voice)]
         if smooth:                                 # a second time, with the frame before the first
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
-        yield ready[past:past + stride]            # those before were yielded, or are silence
+        yield ready[past:past + stride]            # the first `past` were yielded, or are silence
         prev = before = motion[stride - 1:stride]                      # `prev` is a condition
         tail = motion[stride:stride + overlap]
         eps = eps[stride:]
@@ -643,7 +644,7 @@ def recorded(function):
         nonlocal graph
         if not graph:
             places = tuple(x.clone() for x in given)                   # where the graph reads
-            # on their device, which a new thread does not know; 1 call before, to warm up
+            # on their device, which the thread of sample.ahead does not know; 1 call to warm up
             with torch.cuda.device_of(places[0]):
                 graph = torch.cuda.make_graphed_callables(function, places, 1)
         return graph(*given)

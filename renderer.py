@@ -86,8 +86,9 @@ def checked(motion):
 # ------------------------------------------------------------------------- LivePortrait's templates
 # A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so only
 # the three names that an array needs are allowed. "_reconstruct" makes an empty array, which the
-# pickle then fills; "ndarray" is only handed to it. Of types only numpy's own floats are allowed: a
-# dtype of the file's making could declare its bytes to be pointers, which numpy would follow.
+# pickle then fills; "ndarray" is only handed to it. Of types only numpy's own floats are allowed,
+# finfo raises for any other: a dtype of the file's making could declare its bytes to be pointers,
+# which numpy would follow.
 ARRAY_PARTS = {
     "_reconstruct": lambda *unused: np.empty(0),
     "ndarray": None,
@@ -197,7 +198,8 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                # the pool of each block down stands before what follows it: here, and below
+                # the public blocks end in a pool; block2d only takes layers in front, so each pool
+                # is the first layer of what comes next
                 block2d(128, 256, pool=nn.AvgPool2d(2))),
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
@@ -397,8 +399,8 @@ class SpadeGenerator(Chain):
 
 class SpadeBlock(nn.Module):
     """x + two convolutions, each after a Spade and a leaky ReLU: (B, n_in, H, W) -> the same. Where
-    n_out is another number, x is first made twice as large, and the x to which the convolutions are
-    added is brought to n_out channels by a third one, conv_s: (B, n_out, 2 H, 2 W).
+    n_out is another number, x is first made twice as large, and conv_s, a convolution in the
+    shortcut, brings it to n_out channels: (B, n_out, 2 H, 2 W).
 
     up: how many times larger than h the result is."""
 
@@ -465,8 +467,8 @@ class StitchingNetwork(nn.Module):
 # tests/test_liveportrait.py compares both. To train a network, take it plain, from `load`.
 
 def fold_for_inference(net, device):
-    """Make spectral norm, the BatchNorm of block2d and block3d and Spade's upsampling of h part of
-    the convolutions beside them; then move to the device."""
+    """Fold into the convolutions beside them: spectral norm, the BatchNorm of block2d and block3d,
+    and Spade's upsampling of h. Then move to the device."""
     for module in [*net.modules()]:
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
@@ -485,11 +487,11 @@ def transposed(upsample, conv):
     if up == 1:
         return conv
     # A convolution, seen from its input: each pixel adds its value, times the flipped kernel k
-    # (3 x 3), to the outputs around it. Upsampled, the pixel becomes up x up equal ones, which
-    # together add up x up copies of k, shifted by 0 .. up - 1 pixels down and right. The sum of the
-    # copies is one large kernel, up + 2 high and wide. For up = 2 its rows are k0, k0 + k1,
-    # k1 + k2, k2: the matrix `ones` is 1 0 0, 1 1 0, 0 1 1, 0 0 1, and `ones.T` adds up columns
-    # likewise. As before, padding is 1: the large kernel begins one pixel before its own.
+    # (3 x 3), to the outputs around it. Upsampled, the pixel becomes up x up equal ones, each with
+    # its copy of k, shifted by 0 .. up - 1 pixels down and right. All copies add up to one large
+    # kernel, up + 2 high and wide. For up = 2 its rows are k0, k0 + k1, k1 + k2, k2: the matrix
+    # `ones` is 1 0 0, 1 1 0, 0 1 1, 0 0 1, and `ones.T` sums columns likewise. The padding stays 1:
+    # the large kernel, too, begins one pixel before the pixels that it is for.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -679,13 +681,7 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 # "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards: the
 # terms' three numbers are added up to one, and cut to 0 .. 1. "corner 14 UP,-3.4,-5.3" is point 14
 # and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal in another signal's row has its
-# factor in the place of down, which mirroring leaves alone: ALONE is DOWN less DOWN_TOO. DOWN is of
-# this half's corner of the mouth, DOWN_TOO of the other's, SULK the lesser of the two. A mouth that
-# is widened (eee of MOVES in data.py) lifts its corners as a smile does, but also moves them
-# towards the viewer, which is negative: the terms with "inwards" then cancel those with "down". A
-# rounded one (woo) lowers 14 alone, which is no SULK. In LivePortrait a raised brow is
-# point 1 moved down: RAISE is 45 times that, and 18 times that of point 2, whose sign `find_places`
-# turns.
+# factor in the place of down, which mirroring leaves alone.
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 # `weighted` works out one term, `find_places` all rows of PLACES, from the first to the last.
 
@@ -717,6 +713,20 @@ def find_places(x):
     return known
 
 
+# What the signals mean, of this half of the face:
+#     RAISE, MILD       the brow goes up; in LivePortrait that is point 1 moved down, and point 2
+#                       moved up, whose sign find_places turns
+#     KNIT, SCOWL       the brows come together, and down as well
+#     INWARD, OUTWARD   gaze: in LivePortrait the upper lid's point moves sideways with it
+#     DROOP, WIDE       the upper lid falls, rises; SAG, TENSE: so does the lower lid
+#     UP                the corner of the mouth goes up, in a smile. A mouth that is widened (eee of
+#                       MOVES in data.py) lifts its corners too, but also moves them towards the
+#                       viewer, which is negative: so the terms "in" cancel those "down"
+#     DOWN, DOWN_TOO    this half's corner goes down, the other half's does
+#     SULK              both do, by the lesser of the two: SULK is DOWN - ALONE, ALONE what DOWN is
+#                       above DOWN_TOO. A rounded mouth (woo) lowers point 14 alone
+#     SPREAD, POUT      lips drawn back, pushed forward, which LivePortrait says in depth alone
+#     OPEN, PRESS       the lower lip goes down, up; SNEER: the upper lip goes up
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
     MILD      D1,0,100 D2,0,40

@@ -122,8 +122,8 @@ def short_chunks(latency):
         0 .. 39   keep the motion of the chunk before; context (90 were a little better, and slower)
         40 .. 44  go over from the chunk before to this one, and are yielded
         45 .. 49  are sampled, but only the next chunk will yield them
-    Sound comes in blocks of 5 frames. Of 40 .. 49 the first one has to wait for nine more, so that
-    of the 0.4 s one frame's time is left for the work."""
+    Sound comes in blocks of 5 frames. When frame 40 has been heard, 41 .. 49 are still to come, in
+    0.36 s, which leaves 0.04 s for the work."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -173,11 +173,12 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # Rendered is portrait + motion - neutral (nearly: see renderer.relative). Absolute: neutral is
-    # the portrait, so that the motion itself is rendered, fitted to the size of the face. Relative:
-    # neutral is a face at rest in mean pose. The generated motion starts from neutral in both.
+    # The generated motion starts from a face that is called neutral here. What is rendered is
+    # nearly portrait + motion - neutral, see renderer.relative.
+    # Absolute: neutral is the portrait, so that the two cancel, and motion is rendered, times size.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":
+        # relative: neutral is at rest in mean pose, and the difference is added to the portrait
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
@@ -338,7 +339,7 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # a row of one window for each clip, its first; the list takes lines about damaged ones
+    # each clip's first window, by number; lines about damaged ones go to the list, and are unused
     batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
@@ -418,8 +419,8 @@ def sync_scores(expert, audio, motion):
 def emotion_accuracy(motion, emotion):
     """How often the face, without its lips, is nearest to the right one of eight."""
     still = np.setdiff1d(range(63), LIPS)
-    # MANNERS has a row for each emotion; of each control of the face this is the column, 8 numbers.
-    # Together they make the 8 faces, (8, 63).
+    # MANNERS[name]: how far each of the 8 emotions moves the control `name`, (8,). All controls
+    # make 8 faces, (8, 63).
     held = {name: MANNERS[name] for name in CONTROLS}
     prototypes = motion.new_tensor(expression(**held))
     distance = torch.cdist(motion[..., still].mean(1), prototypes[:, still])

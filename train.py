@@ -91,8 +91,8 @@ EFFECTS = {
 
 
 def read_settings(argv):
-    """-> Settings of the run and Config of the network, a preset's with what the flags say, and
-    {field: value} of the Config's fields that flags gave."""
+    """-> Settings of the run, Config of the network (both a preset's, changed by flags), and
+    {field: value} of what flags changed in the Config."""
     # these two choose the others' defaults
     preset = "moda" if "--preset=moda" in argv else "toy"
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
@@ -160,7 +160,8 @@ def resume(state, parts, settings):
 
 def open_log(out, first_step, kind):
     """log.csv, which keeps the rows of the steps before first_step. A new run also deletes the
-    ckpt.pt and best.pt of the one that it overwrites: here, when its first gradients are finite."""
+    ckpt.pt and best.pt of the one that it overwrites; main calls this when the first gradients are
+    finite, so that a run that fails at once deletes nothing."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -415,8 +416,8 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        # DDP has to let go of the group first. If it is the last to do so, it waits for gloo's
-        # threads while it holds Python's lock, and they wait for that lock.
+        # or a deadlock: DDP, as the group's last holder, would wait for gloo's threads with
+        # Python's lock in hand, and they for that lock
         del net
         dist.destroy_process_group()
     if stop or RANK > 0:

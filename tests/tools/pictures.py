@@ -447,7 +447,7 @@ def network(settings, path):
 
     d.text(528, 416, "inside a block of two or four streams (Fig. 4): each stream owns all but the "
                      "attention", 11, weight="bold")
-    for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "each other\nstream")):
+    for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "each\nother\nstream")):
         d.text(42, y + 30, name, 11)
         d.arrow((75, y + 30), (110, y + 30))
         d.box(110, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
