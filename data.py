@@ -97,7 +97,7 @@ def ffmpeg(complaint, *args, **pipes):
         log.seek(0)
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        # a crash says nothing
+        # the first two things it said; a crash, which says nothing, has its exit code
         raise ValueError(f"{complaint} ({'; '.join(said[:2]) or f'exit {child.returncode}':.300})")
 
 
@@ -190,8 +190,8 @@ def appearing(path):
 def write_video(path, frames, sound, pipe=None):
     """Encode a generator of frames (H, W, 3) as they come, with their Sound, at 25 fps.
 
-    "-" is stdout. Sound from stdin, which the caller has read, comes as float32 through an os.pipe,
-    of which `pipe` is the end to read; ffmpeg reads a file by itself."""
+    "-" is stdout. A sound's file ffmpeg reads by itself. Sound from stdin, which the caller has
+    read already, comes as float32 through an os.pipe, of which `pipe` is the end to read."""
     target = [f"file:{path}"]
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
@@ -339,18 +339,18 @@ class Clips:
         read_frames(folder / "audio.npy", audio, start + 1, T)
         read_frames(folder / "identity.npy", identity, 0, 63)     # frames of one number
 
-    def windows(self, rows, damaged, frames=frames):
-        """A batch of windows. A row holds the numbers of some windows, of which the first one that
-        can be read is used; lines about those before it go to the list `damaged`. ValueError: none
-        of a row can be read. `frames`: 80, or for evaluation, which knows that the clips are long
-        enough, up to 184 (two chunks of 100 that share 16)."""
-        n = len(rows)
+    def windows(self, candidates, damaged, frames=frames):
+        """A batch of windows. `candidates` has a row for each: the numbers of some windows, of
+        which the first one that can be read is used; lines about those before it go to the list
+        `damaged`. ValueError: none of a row can be read. `frames`: 80, or for evaluation, which
+        knows that the clips are long enough, up to 184 (two chunks of 100 that share 16)."""
+        n = len(candidates)
         motion = np.empty((n, 1 + frames, M), "f4")
         audio = np.empty((n, frames, *self.audio_shape), self.audio_type)
         identity = np.empty((n, 63), "f4")
         emotion = []
         # clips are read straight into the batch: to copy them there would take the time twice
-        for row, *window in zip(rows, motion, audio, identity):
+        for row, *window in zip(candidates, motion, audio, identity):
             for i in row:
                 k = np.searchsorted(self.first, i, side="right") - 1
                 try:
@@ -470,7 +470,7 @@ def find_clips(settings):
         rows = read_rows(settings.clips)
     else:                                          # also in linked folders, each once
         paths = filter(VIDEO.search, glob("**", root_dir=settings.videos, recursive=True))
-        # of several paths to one video the shortest, as the last one, stays
+        # of several paths to one video the shortest comes last, and so replaces the others
         videos = {os.path.realpath(Path(settings.videos, path)): dict(video=path)
                   for path in sorted(paths, key=len, reverse=True)}
         rows = videos.values()
@@ -643,7 +643,7 @@ def complete(folder, manifest, clips):
         left_out.pop(name, None)
         speaker = row["speaker"]
         lot = zlib.crc32(os.fsencode(speaker)) % 20
-        # when the first comes, `splits` is empty; when the second comes, it holds one
+        # the second speaker validates (`splits` holds one then), and later ones with lot 0
         splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
         rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
     print(f"{folder}: {len(rows)} clips; {len(left_out)} left out", *left_out.values(), sep="\n")
@@ -686,7 +686,7 @@ class AudioEncoder(nn.Module):
     def forward(self, wav):
         """Sound (640 T,) -> the outputs of all L layers, (T, L, A)."""
         x = wav[None, None]
-        # 80 samples more make 2 T frames; twice 20 at each end, as released, is not once 40
+        # 80 samples more make 2 T frames; mirrored by 20 at each end, and again by 20, as released
         for _ in range(2):
             x = F.pad(x, (20, 20), mode="reflect")
         for conv in self.convs:
@@ -921,7 +921,8 @@ def toy_expression(rng, manner, phones, reach):
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
-    # smoothed, a blink is 0.1 high, so 22 here; 13 shut the lids
+    # Smoothed, a blink is 0.1 high, so 22 here. 13 shut the lids, which so stay shut for some
+    # frames; two blinks that meet, or one of narrow eyes, go no lower than 20.
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)
@@ -1107,15 +1108,15 @@ def run(main):
             KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
-        # of RuntimeErrors the user's to mend: torch's "memory" and "overflow", of sizes too large,
-        # and imageio_ffmpeg's "no ffmpeg exe could be found"
+        # These RuntimeErrors a user can mend: torch's with "memory" or "overflow", of sizes that
+        # are too large, and imageio_ffmpeg's "no ffmpeg exe could be found".
         if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    # Not within except: only behind it Python lets go of the error, and with it of generators that
-    # have not finished, which then clean up.
+    # After the except block, where Python frees the error and its traceback, and so the generators
+    # that have not finished: they clean up before the exit.
     sys.exit(code)
 
 

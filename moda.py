@@ -80,7 +80,7 @@ def rotate(x, rope):
     pair is a complex number, multiplied by cos + i sin.
 
     Aligned RoPE: each of the k modalities in x counts its frames from 0 again."""
-    pairs = x.float().unflatten(-1, (-1, 2)).unflatten(2, (-1, len(rope)))
+    pairs = x.float().unflatten(3, (-1, 2)).unflatten(2, (-1, len(rope)))
     turned = torch.view_as_complex(pairs) * rope                       # (B, H, k, N, d / 2)
     return torch.view_as_real(turned).view(x.shape).type_as(x)
 
@@ -236,8 +236,9 @@ class MotionModel(nn.Module):
         """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
         translation the portrait's scale over the mean scale, for the rest 1.
 
-        sample.py --motion=absolute, which renders the generated numbers themselves, divides `prev`
-        by these factors and multiplies the result by them: the network sees faces of mean size."""
+        sample.py --motion=absolute renders the generated numbers themselves. There the portrait's
+        motion, which the network is given as the frame before the first, is divided by these
+        factors, and what it generates is multiplied by them: it sees faces of mean size."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -505,10 +506,12 @@ def windows(frames, chunk, overlap, past, emotions):
     """Cut a voice, as it arrives, into windows for `stream`: yields (voice, stride, emotion).
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later. With chunk=100 and
-    overlap=16 the first one holds frames 0 .. 99, the second 84 .. 183; of 84 .. 99 `stream` has
-    motion then, so if the voice ends with them, there is no second one. emotions: [(label, frames),
-    ...], frames also being fractions; each new one begins a new window by a shorter stride, if more
-    voice than the overlap is left."""
+    overlap=16 the first one holds frames 0 .. 99, the second 84 .. 183. Frames 84 .. 99 have motion
+    from the first one already, so a voice that ends with them has no second one. `past` frames of
+    silence before the voice shift all windows, but no stride.
+
+    emotions: [(label, duration), ...], in frames, which may be fractions. Each new one begins a new
+    window, by a shorter stride, if more voice than the overlap is left."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
@@ -541,7 +544,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
     overlap  so many last frames of a chunk also begin the next, whose motion replaces theirs gently
-    past     so many of these keep their motion, as context; in the first chunk they are silence
+    past     the first ones of the overlap, which keep their motion; before the voice, silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -559,8 +562,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    # Weights of the tail: 1 for its frames 0 .. past, then falling. Frame `past` has 1 as well,
-    # since the last frame that was yielded is an average with it.
+    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame `past` keeps its motion as
+    # well, since smoothing averaged the last frame that was yielded with it.
     fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;

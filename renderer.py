@@ -35,9 +35,10 @@ def rotation(degrees):
     """Pitch, yaw, roll (..., 3) -> R (..., 3, 3), the transpose of Rz Ry Rx: keypoints are rows,
     x_c R. Each of the three turns is Rodrigues' formula."""
     angle = degrees.deg2rad()[..., None, None]
-    axes = torch.eye(3, device=degrees.device)     # also the identity matrix, below
+    axes = torch.eye(3, device=degrees.device)
     # (3, 3, 3): row j of K[i] is axis i x axis j, so that v @ K[i] is axis i x v
     K = torch.linalg.cross(axes[:, None], axes[None])
+    # I + sin K + (1 - cos) K K, (..., 3, 3, 3) for the three axes; I is `axes` once more
     pitch, yaw, roll = (axes + angle.sin() * K + (1 - angle.cos()) * K @ K).unbind(-3)
     return pitch @ yaw @ roll
 
@@ -86,9 +87,8 @@ def checked(motion):
 # ------------------------------------------------------------------------- LivePortrait's templates
 # A motion template (.pkl) is a pickle of dicts and numpy arrays. A pickle can run any code, so only
 # the three names that an array needs are allowed. "_reconstruct" makes an empty array, which the
-# pickle then fills; "ndarray" is only handed to it. Of types only numpy's own floats are allowed,
-# finfo raises for any other: a dtype of the file's making could declare its bytes to be pointers,
-# which numpy would follow.
+# pickle then fills; "ndarray" is only handed to it. "dtype" accepts the names of numpy's floats
+# only, as finfo raises for others: an object dtype would make numpy follow bytes as pointers.
 ARRAY_PARTS = {
     "_reconstruct": lambda *unused: np.empty(0),
     "ndarray": None,
@@ -122,6 +122,7 @@ def read_motion(path, frames):
     try:
         if path.endswith(".pkl"):
             return read_template(path)
+        # a template plays for as long as it lasts, but this is in place of the model's motion
         motion = checked(np.load(path, allow_pickle=False))
         if len(motion) != frames:
             raise ValueError(f"its {len(motion)} frames are not the {frames} of the voice")
@@ -318,12 +319,13 @@ class DenseMotion(nn.Module):
         # the 110 that went in, by a skip connection; 2272 = 142 x 16
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
-        # a block up gets 2 n from the one before and 2 n by a skip connection; the first only 1024
+        # a block up gets 2 n channels from the one before and 2 n by a skip connection, but the
+        # first, which has no skip connection, 1024
         sizes = (512, 256, 128, 64, 32)
         up = UpBlocks(block3d(min(4 * n, 1024), n) for n in sizes)
         self.hourglass = Chain(
             encoder=Chain(down_blocks=down),
-            decoder=block3d(142, 142, up_blocks=up))
+            decoder=block3d(142, 142, up_blocks=up))                   # up, then conv, norm, relu
         self.mask = nn.Conv3d(142, 22, 7, padding=3)
         self.occlusion = nn.Conv2d(2272, 1, 7, padding=3)
 
@@ -489,9 +491,12 @@ def transposed(upsample, conv):
     # A convolution, seen from its input: each pixel adds its value, times the flipped kernel k
     # (3 x 3), to the outputs around it. Upsampled, the pixel becomes up x up equal ones, each with
     # its copy of k, shifted by 0 .. up - 1 pixels down and right. All copies add up to one large
-    # kernel, up + 2 high and wide. For up = 2 its rows are k0, k0 + k1, k1 + k2, k2: the matrix
-    # `ones` is 1 0 0, 1 1 0, 0 1 1, 0 0 1, and `ones.T` sums columns likewise. The padding stays 1:
-    # the large kernel, too, begins one pixel before the pixels that it is for.
+    # kernel, up + 2 high and wide. For up = 2, in rows:
+    #     ones   1 0 0    the large kernel's first row is k's first,
+    #            1 1 0    its second one k's first and second,
+    #            0 1 1    and so on; `ones.T` does the same with columns.
+    #            0 0 1
+    # With padding=1 the output has (H - 1) up - 2 + (up + 2) = H up rows.
     ones = torch.ones(up + 2, 3).tril().triu(1 - up)
     weight = ones @ conv.weight.flip(2, 3).transpose(0, 1) @ ones.T
     folded = nn.ConvTranspose2d(256, 128, up + 2, up, padding=1)
@@ -516,7 +521,8 @@ def load(network, path):
     ValueError names the file and its first tensor that is absent, too many, of another shape or not
     finite."""
     state = read_checkpoint(path, GET)
-    state = state.get("retarget_shoulder", state)                      # S's, beside two others
+    # the file of S holds three networks; S is the one that is called retarget_shoulder
+    state = state.get("retarget_shoulder", state)
     consume_prefix_in_state_dict_if_present(state, "module.")
     consume_prefix_in_state_dict_if_present(state, "detector.")
     net = network()
@@ -553,7 +559,7 @@ class LivePortrait:
 
     def source(self, image):
         """A portrait, uint8 crop (H, W, 3) -> its Source, with f_s on the device."""
-        x = torch.tensor(image, device=self.device).movedim(-1, 0)[None]
+        x = torch.tensor(image, device=self.device).movedim(2, 0)[None]
         x = F.adaptive_avg_pool2d(x / 255, 256)                        # of 512: means of 2 x 2
         heads = self.M(x)
         return Source(self.F(x), heads["kp"].cpu(), to_motion(heads).cpu())
@@ -669,21 +675,20 @@ POINTS = np.loadtxt("""
 FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
-# What the drawing makes of the 63 offsets; nothing else depends on it. A row is a name and terms,
-# which are added. A term is a name and up to three numbers: a name in capitals is multiplied by
-# them, any other (a place) is shifted by them. D14 is the offset of point 14 in LivePortrait units.
-# There are two kinds of rows; signals are in capitals, places are not:
-#     NAME   D14,right,down,in ..    a signal: the offset of point 14, its three numbers times these
-#            OTHER,0,times ..        or another signal, 0 to 1, which has no direction
-#     name   place,right,down ..     a place: another place, or a point by its number, shifted by
-#                                    so many percent
-#            SIGNAL,right,down ..    and how many more a signal, where it is 1, shifts it
-# "UP D14,0,-38,70" is -38 times the offset of point 14 downwards and 70 times that inwards: the
-# terms' three numbers are added up to one, and cut to 0 .. 1. "corner 14 UP,-3.4,-5.3" is point 14
-# and, where UP is 1, 3.4 % left of it and 5.3 % higher. A signal in another signal's row has its
-# factor in the place of down, which mirroring leaves alone.
+# What the drawing makes of the 63 offsets; nothing else depends on it. PLACES, below, has two kinds
+# of rows. A signal, in capitals, is a number from 0 to 1:
+#     UP      D14,0,-38,70 D20,0,-9,70    D14, the offset of point 14 (right, down, in; LivePortrait
+#                                         units), times 0, -38, 70, and that of point 20 times 0,
+#                                         -9, 70; the six products are added up and cut to 0 .. 1
+#     ALONE   DOWN,0,1 DOWN_TOO,0,-1      other signals, DOWN - DOWN_TOO, cut likewise (factors
+#                                         stand where "down" does, for mirroring leaves it alone)
+# A place is where something is drawn, in percent of half the picture:
+#     corner  14 UP,-3.4,-5.3 SULK,.6,6   point 14, where UP is 1 farther left by 3.4 and higher by
+#                                         5.3, where SULK is 1 farther right by .6 and lower by 6
+#     line    forehead RAISE,0,1.9        another place, where RAISE is 1 lower by 1.9
+# So a term is a name and up to three numbers: what has its name in capitals is multiplied by them,
+# a place or a point is shifted by them (`weighted`). A row is the sum of its terms (`find_places`).
 # All is said of the picture's left half; the right half is mirrored, with its own points.
-# `weighted` works out one term, `find_places` all rows of PLACES, from the first to the last.
 
 
 def weighted(term, known):
@@ -714,17 +719,18 @@ def find_places(x):
 
 
 # What the signals mean, of this half of the face:
-#     RAISE, MILD       the brow goes up; in LivePortrait that is point 1 moved down, and point 2
-#                       moved up, whose sign find_places turns
+#     RAISE, MILD       the brow goes up. In LivePortrait both points, 1 and 2, move for either brow
+#                       (weights by eye), 1 down and 2 up, whose sign find_places turns. MILD is
+#                       full at half of RAISE, so that the forehead has no line before
 #     KNIT, SCOWL       the brows come together, and down as well
 #     INWARD, OUTWARD   gaze: in LivePortrait the upper lid's point moves sideways with it
 #     DROOP, WIDE       the upper lid falls, rises; SAG, TENSE: so does the lower lid
-#     UP                the corner of the mouth goes up, in a smile. A mouth that is widened (eee of
-#                       MOVES in data.py) lifts its corners too, but also moves them towards the
-#                       viewer, which is negative: so the terms "in" cancel those "down"
+#     UP                the corner of the mouth goes up, in a smile. A widened mouth (eee of MOVES
+#                       in data.py) lifts it too, but also moves it nearer, and near is negative:
+#                       the third number takes off what the second would make of that
 #     DOWN, DOWN_TOO    this half's corner goes down, the other half's does
-#     SULK              both do, by the lesser of the two: SULK is DOWN - ALONE, ALONE what DOWN is
-#                       above DOWN_TOO. A rounded mouth (woo) lowers point 14 alone
+#     SULK              both do, by the lesser one: min(a, b) = a - max(a - b, 0), where ALONE is
+#                       the max. A rounded mouth (woo) lowers point 14 alone
 #     SPREAD, POUT      lips drawn back, pushed forward, which LivePortrait says in depth alone
 #     OPEN, PRESS       the lower lip goes down, up; SNEER: the upper lip goes up
 PLACES = """\
@@ -855,9 +861,11 @@ for ellipse in """\
 
 
 def outline(corners):
-    """(2, n, 3) -> points of closed curves, (2, 4 n, 3): a quadratic B-spline, by Chaikin's method.
-    It cuts off all corners, twice: neighbours A, B become A, A, B, B, by averaging A, (A + B) / 2,
-    B, and by averaging once more 3/4 A + 1/4 B, 1/4 A + 3/4 B."""
+    """(2, n, 3) -> points of closed curves, (2, 4 n, 3): a quadratic B-spline, by Chaikin's method,
+    which cuts off all corners, here twice. To cut, neighbours A, B are
+        doubled              A, A, B, B
+        averaged             A, (A + B) / 2, B
+        averaged once more   3/4 A + 1/4 B, 1/4 A + 3/4 B"""
     for _ in range(2):
         corners = corners.repeat(2, 1)
         for _ in range(2):

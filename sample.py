@@ -118,7 +118,7 @@ def open_model(settings, given):
 def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds.
 
-    0.4 s make a chunk of 50 frames, of which the next one begins BLOCK = 5 frames later:
+    0.4 s make chunk=50, overlap=45, past=40; the next chunk begins 50 - 45 = BLOCK frames later:
         0 .. 39   keep the motion of the chunk before; context (90 were a little better, and slower)
         40 .. 44  go over from the chunk before to this one, and are yielded
         45 .. 49  are sampled, but only the next chunk will yield them
@@ -173,12 +173,13 @@ def motion_of(settings, model, source, features, saved, frames=None):
     What was generated, or comes from --motion_path in its place, goes to the list `saved`; motion
     of a .npy file should have the voice's number of `frames`."""
     portrait = source.motion[0].to(model.mean.device)
-    # The generated motion starts from a face that is called neutral here. What is rendered is
-    # nearly portrait + motion - neutral, see renderer.relative.
-    # Absolute: neutral is the portrait, so that the two cancel, and motion is rendered, times size.
+    # Motion is generated as if the frame before were `neutral`; what is rendered is portrait +
+    # motion - neutral (scales by their ratio, rotations by their product: renderer.relative).
+    # Absolute: neutral is the portrait, so that these cancel and motion itself is rendered. For the
+    # network the portrait is divided by its size, and what comes out is multiplied by it.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":
-        # relative: neutral is at rest in mean pose, and the difference is added to the portrait
+        # relative: neutral is a face at rest in mean pose; what differs is added to the portrait
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
@@ -232,7 +233,8 @@ def make_video(settings, model):
     print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
           f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
-        # each in `spoken` is an upper bound of when the sound began, the smallest the tightest
+        # each in `spoken`, a piece's time minus all seconds heard until then, is an upper bound of
+        # when the sound began, and the smallest is the tightest
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25             # the end of each frame's
         # (3, 2): the three quantiles of the waits for motion and for frame
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
@@ -339,8 +341,8 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # each clip's first window, by number; lines about damaged ones go to the list, and are unused
-    batch = data.windows(data.first[longest, None], [], frames)
+    # (K, 1): for each clip the number of its first window, the only candidate
+    batch = data.windows(data.first[longest, None], damaged=[], frames=frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
 
@@ -431,10 +433,15 @@ def emotion_accuracy(motion, emotion):
 def evaluate(settings, model, data, training):
     """Print and return a table {column: {metric: x}} on clips of `data`.
 
-    Compared with the truth: itself; the model; the model given another clip's voice, and a linear
-    model of `training` clips. Compared with the model: another seed. With the other voice, clip k
-    begins with a face at rest and has emotion k mod 8. There the emotion should be right, but mouth
-    corr and Sync-C, which the expert judges by the clip's own voice, should be near 0."""
+    Columns, compared with the truth:
+        truth        itself
+        model        what the model makes of each clip
+        other voice  what it makes of another clip's voice, from a face at rest, with emotion k mod
+                     8 for clip k: the emotion should be right, but mouth corr and Sync-C, which the
+                     expert judges by the clip's own voice, near 0
+        linear       a linear model of `training` clips
+    and compared with the model:
+        other seed   the model once more, from other noise"""
     truth, *given = beginnings(data, 16, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8

@@ -215,7 +215,8 @@ def mean_over_processes(numbers):
 @torch.no_grad()
 def validate(model, data, settings, expert, teacher, autocast):
     """val_loss and the lips' own error, on the same windows, times, noise and dropped conditions
-    each time."""
+    each time. read_ahead gives batches of windows, with what moda.draw draws for the model's
+    Config, on its device."""
     total = 0
     for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
         with autocast:
@@ -341,7 +342,7 @@ def main(argv):
         model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
-        vars(cfg).update(changes)                  # flags that do not fit fail in the first step
+        vars(cfg).update(changes)                  # an --audio_dim unlike the data's: step 0 fails
         model = kind(cfg)
         model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
@@ -416,8 +417,8 @@ def main(argv):
             break
         began = perf_counter()
     if WORLD > 1:
-        # or a deadlock: DDP, as the group's last holder, would wait for gloo's threads with
-        # Python's lock in hand, and they for that lock
+        # Without this a deadlock: DDP, as the group's last holder, would wait for gloo's threads
+        # while it holds Python's lock, for which they wait.
         del net
         dist.destroy_process_group()
     if stop or RANK > 0:
