@@ -462,9 +462,9 @@ def find_clips(settings):
     --videos.
 
     For M003/angry/level_3/001.mp4 the labels are asked for this path, without its .mp4, then for
-    001, level_3, angry and M003. If they know none, the row's own emotion counts; else the folder
-    that is called like one, here angry. The speaker, if the row has none, is the first folder, here
-    M003, or without folders the video."""
+    001, level_3, angry and M003 (all in lower case). If they know none, the row's own emotion
+    counts; else the nearest folder that is called like one, here angry. The speaker, if the row has
+    none, is the first folder, here m003, or without folders the video."""
     labels = read_labels(settings.labels)
     if settings.clips:
         rows = read_rows(settings.clips)
@@ -1074,13 +1074,13 @@ def find_device(name):
 
 def check_effects(given, settings, effects):
     """UsageError for a flag given in vain. effects = {condition: names of the flags that have an
-    effect only under it}; conditions: "with --flag", "with --flag=value", "without --flag"."""
+    effect only under it}; conditions: "with --flag", "with --flag=one|other", "without --flag"."""
     for condition, names in effects.items():
-        # "with --model=moda" is with, model, [moda]; "with --alse" is with, alse, []
-        how, flag, *value = re.split(" --|=", condition)
+        # "with --flag=one|other" is with, flag, [one, other]; "with --flag" is with, flag, []
+        how, flag, *values = re.split(" --|=|[|]", condition)
         found = getattr(settings, flag)
-        if value:
-            found = found in value
+        if values:
+            found = found in values
         idle = given.keys() & names.split()
         if idle and bool(found) != (how == "with"):
             raise UsageError(f"--{min(idle)} has an effect only {condition}")

@@ -543,8 +543,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
-    overlap  so many last frames of a chunk also begin the next, whose motion replaces theirs gently
-    past     the first ones of the overlap, which keep their motion; before the voice, silence
+    overlap  so many frames of a chunk also begin the next one, whose motion replaces theirs gently
+    past     the first ones of these, and the next, keep their motion; before the voice, silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -668,12 +668,12 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
 def load_strictly(places, tensors):
     """Copy tensors into those of the same names; ValueError tells the first that does not fit."""
     def shape(x):                                  # public files differ in axes of size 1
-        return f"of shape {[*x.squeeze().shape]}" if torch.is_tensor(x) else "absent"
+        return f"of shape {[*x.squeeze().shape]}" if torch.is_tensor(x) else f"{x!s:.40}"
     for name in places | tensors:
         if name.endswith("num_batches_tracked"):   # BatchNorm's, of no use, and some files lack it
             continue
-        needed = shape(places.get(name))
-        found = shape(tensors.get(name))
+        needed = shape(places.get(name, "absent"))
+        found = shape(tensors.get(name, "absent"))
         if needed != found or not tensors[name].isfinite().all():
             raise ValueError(f"{name} is {found}, should be {needed} and finite")
         places[name].copy_(tensors[name].view_as(places[name]))

@@ -726,8 +726,8 @@ def find_places(x):
 #     INWARD, OUTWARD   gaze: in LivePortrait the upper lid's point moves sideways with it
 #     DROOP, WIDE       the upper lid falls, rises; SAG, TENSE: so does the lower lid
 #     UP                the corner of the mouth goes up, in a smile. A widened mouth (eee of MOVES
-#                       in data.py) lifts it too, but also moves it nearer, and near is negative:
-#                       the third number takes off what the second would make of that
+#                       in data.py) lifts both corners too, but also moves point 20 nearer, and near
+#                       is negative: the third numbers take off most of what the second ones make
 #     DOWN, DOWN_TOO    this half's corner goes down, the other half's does
 #     SULK              both do, by the lesser one: min(a, b) = a - max(a - b, 0), where ALONE is
 #                       the max. A rounded mouth (woo) lowers point 14 alone

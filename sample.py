@@ -120,7 +120,7 @@ def short_chunks(latency):
 
     0.4 s make chunk=50, overlap=45, past=40; the next chunk begins 50 - 45 = BLOCK frames later:
         0 .. 39   keep the motion of the chunk before; context (90 were a little better, and slower)
-        40 .. 44  go over from the chunk before to this one, and are yielded
+        40 .. 44  go over from the chunk before (1, 0.8, .. 0.2 of it) to this one; are yielded
         45 .. 49  are sampled, but only the next chunk will yield them
     Sound comes in blocks of 5 frames. When frame 40 has been heard, 41 .. 49 are still to come, in
     0.36 s, which leaves 0.04 s for the work."""
@@ -289,7 +289,7 @@ def main(argv):
     if settings.output_path == "-":
         sys.stdout = sys.stderr                    # stdout is for the video
     check_effects(given, settings, EFFECTS)
-    if settings.pairs and "output_path" not in given:
+    if settings.pairs and settings.output_path in ("-", "out.mp4"):
         raise UsageError("--pairs: into which folder? --output_path=FOLDER")
     if not settings.pairs and not settings.eval:
         check(settings, given)

@@ -83,6 +83,7 @@ REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --alse": "tau",
+    "with --init_from=scratch|auto|resume": "reflow",
     "with --model=moda": "alse reflow sample sample_every heads n_four n_two n_one rope_streams "
                          "p_drop_audio p_drop_emotion focus cfg_audio cfg_emotion cfg_both chunk "
                          "smooth straight",
@@ -98,11 +99,11 @@ def read_settings(argv):
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
     settings, cfg = Settings(**start | TRAINING[preset]), Config(**PRESETS[preset])
     given = parse_flags(argv, __doc__, settings, cfg)
-    check_effects(given, settings, EFFECTS)
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):
         raise UsageError(f"--model={settings.model}: known are moda, alse")
+    check_effects(given, settings, EFFECTS)
     positive = "steps batch_size clips save_every workers width heads".split()
     for name, value in (vars(settings) | vars(cfg)).items():
         lowest = int(name in positive)
@@ -334,9 +335,7 @@ def main(argv):
         teacher = MoDA.from_pretrained(settings.reflow).to(device)
         changes |= STRAIGHT
     # the Config is `cfg` from scratch, else that of the checkpoint it starts from, with `changes`
-    start = settings.init_from
-    if settings.reflow and start in ("scratch", "auto"):
-        start = settings.reflow
+    start = settings.reflow or settings.init_from
     if found[0]:
         # for its Config; all else is loaded by `resume`
         model = kind.from_pretrained(out, found[0], **changes)

@@ -91,7 +91,8 @@ def test_a_checkpoint_without_a_network(refused, model):
     ({"std": NAN}, "std is of shape [70], should be of shape [70] and finite"),
     ({"std": torch.ones(71)}, "std is of shape [71], should be of shape [70] and finite"),
     ({"spare": torch.zeros(1)}, "spare is of shape []"),
-    ({"head.linear.bias": [0.0] * 70}, "head.linear.bias is absent")])
+    ({"epoch": 3}, "epoch is 3, should be absent"),
+    ({"head.linear.bias": [0.0] * 70}, "head.linear.bias is [0.0, 0.0, ")])
 def test_a_tensor_that_does_not_fit_is_named(refused, tensors, words):
     change_weights(**tensors)
     refused("sample", UNKNOWN, words)

@@ -64,7 +64,7 @@ def test_a_number_out_of_range(refused, command, words):
     ("sample --emotion=", "--emotion=: ''? known are anger"),
     ("sample --motion=sideways", "--motion=sideways: should be relative or absolute"),
     ("train --preset=huge", "--preset=huge: known are toy, moda"),
-    ("train --model=gan", "--model=gan: known are moda, alse")])
+    ("train --model=gan --heads=1", "--model=gan: known are moda, alse")])
 def test_a_name_that_is_not_known(refused, command, words):
     refused(command, words, code=2)
 
@@ -94,6 +94,8 @@ def test_names_are_read_in_any_case(run):
     ("sample --latency=1 --chunk=50", "--chunk has an effect only without --latency"),
     ("train --tau=0.3", "--tau has an effect only with --alse"),
     ("train --clips=9", "--clips has an effect only without --data_dir"),
+    ("train --reflow=ckpt.pt --init_from=old/ckpt.pt",
+     "--reflow has an effect only with --init_from=scratch|auto|resume"),
     ("train --model=alse --n_four=2", "--n_four has an effect only with --model=moda"),
     ("train --model=alse --reflow=ckpt.pt", "--reflow has an effect only with --model=moda"),
     ("train --reflow=ckpt.pt --p_drop_audio=0.5", "--p_drop_audio has an effect only without"),
@@ -117,6 +119,7 @@ def test_a_device_that_is_not_there(refused, command, device):
     ("check --data_dir=", "needed: --data_dir=FOLDER"),
     ("prepare --videos=", "needed: --videos=FOLDER --data_dir=FOLDER"),
     ("prepare --data_dir=", "needed: --videos=FOLDER --data_dir=FOLDER"),
+    ("pairs --pairs=pairs.csv --output_path=-", "--pairs: into which folder?"),
     ("pairs --pairs=pairs.csv", "--pairs: into which folder? --output_path=FOLDER"),
     ("prepare --crop=1,2", "--crop=1,2: should be --crop=x,y,size in pixels"),
     ("prepare --crop=-1,0,32", "--crop=-1,0,32: should be --crop=x,y,size in pixels")])

@@ -7,8 +7,11 @@ import torch
 
 import build
 import sample
-from data import CONTROLS, MANNERS, RATE, Clips, ToyTalker, expression
+import train
+from data import (CONTROLS, MANNERS, RATE, Clips, ToyTalker, check_effects, expression,
+                  parse_flags)
 from moda import EMOTIONS, EXP, LIPS, MOUTH, ROT, SCALE, M
+from tools import ablate
 from tools.voices import speech_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,3 +229,20 @@ def test_the_level_of_speech_is_heard_in_the_band_of_a_telephone_only():
     time = np.arange(RATE) / RATE
     for hz, level in (100, 0), (1000, 0.5 ** 0.5), (5000, 0):
         assert np.allclose(speech_level(np.sin(2 * np.pi * hz * time)), level, atol=1e-3)
+
+
+def test_the_flags_of_all_ablations_are_known(tmp_path, monkeypatch):
+    def trained(argv):
+        train.read_settings(argv)
+        names.append(argv[0])
+    names = []
+    monkeypatch.setattr(train, "main", trained)
+    settings = ablate.Settings(out=str(tmp_path))
+    ablate.trained(settings, "expert", "--model=alse")
+    for variants in ablate.CLAIMS.values():
+        for variant in variants.values():
+            ablate.trained(settings, "x", *variant.training.format(out=tmp_path).split())
+            flags = ["--eval", *variant.sampling.split()]
+            sampling = sample.Settings()
+            check_effects(parse_flags(flags, "", sampling), sampling, sample.EFFECTS)
+    assert len(names) == 20

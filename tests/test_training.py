@@ -553,21 +553,6 @@ def test_a_straight_student_of_a_teacher_is_trained_and_resumed_like_any_model(t
     assert torch.equal(student.std, teacher.std)
 
 
-def test_a_student_may_begin_as_another_model_than_its_teacher(tmp_path):
-    models = dict(teacher=build.model(), other=build.model())
-    for name, model in models.items():
-        model.mean[:], model.std[:] = toy("train", 4).moments
-        state = dict(kind="MoDA", config=vars(model.cfg), model=model.state_dict())
-        torch.save(state, tmp_path / f"{name}.pt")
-    train_here(tmp_path, f"--reflow={tmp_path}/teacher.pt", f"--init_from={tmp_path}/other.pt",
-               "--heads=2", "--n_one=2", "--steps=1", "--batch_size=2", "--learning_rate=0",
-               "--ema=0")
-    student = MoDA.from_pretrained(tmp_path / "ckpt.pt")
-    assert student.cfg.straight
-    for ours, others in zip(student.parameters(), models["other"].parameters()):
-        assert torch.equal(ours, others)
-
-
 @pytest.mark.parametrize("flags", [["--audio_dim=5"], ["--audio_layers=2", "--model=alse"]])
 def test_features_of_another_shape_than_the_datas_are_refused(tmp_path, flags):
     with pytest.raises(ValueError, match=r"takes \(., \d+\) features per frame, not \(1, 160\)"):

@@ -129,7 +129,9 @@ def trained(settings, name, *flags):
     path = out / "ckpt.pt"
     if path.exists() and read_checkpoint(path)["step"] == settings.steps:
         return out
-    usual = ["--eval_clips=0", "--p_drop_audio=0.2"]
+    usual = ["--eval_clips=0"]
+    if "--model=alse" not in flags:                # an expert drops nothing
+        usual.append("--p_drop_audio=0.2")
     for field in ("steps", "clips", "batch_size"):
         usual.append(f"--{field}={getattr(settings, field)}")
     train.main([f"--out_dir={out}", "--overwrite", *usual, *flags])

@@ -362,7 +362,7 @@ def claims(settings, path):
     curves(right, "audio guidance", ("Sync-C", TEAL))
     mean, deviation = measured("sync loss")["tau 0.4"]["Sync-C"]
     right.errorbar(0.5, mean, deviation, fmt="s", color=RED, capsize=3,
-                   label="with the sync loss, guidance 0.5")
+                   label="with the sync loss, --cfg_both=0.5")
     right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("Sync-C by guidance, and by the sync loss", fontsize=11)
     left.legend()
