@@ -236,9 +236,8 @@ class MotionModel(nn.Module):
         """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
         translation the portrait's scale over the mean scale, for the rest 1.
 
-        sample.py --motion=absolute renders the generated numbers themselves. There the portrait's
-        motion, which the network is given as the frame before the first, is divided by these
-        factors, and what it generates is multiplied by them: it sees faces of mean size."""
+        The network should see faces of mean size. Where it generates the portrait's own motion
+        (sample.py --motion=absolute) its input is divided by the factors, its output multiplied."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -507,11 +506,12 @@ def windows(frames, chunk, overlap, past, emotions):
 
     voice (n, L, A), n <= chunk; the next window begins `stride` frames later. With chunk=100 and
     overlap=16 the first one holds frames 0 .. 99, the second 84 .. 183. Frames 84 .. 99 have motion
-    from the first one already, so a voice that ends with them has no second one. `past` frames of
-    silence before the voice shift all windows, but no stride.
+    from the first one already, so a voice that ends with them has no second one.
 
-    emotions: [(label, duration), ...], in frames, which may be fractions. Each new one begins a new
-    window, by a shorter stride, if more voice than the overlap is left."""
+    `past`: the voice begins with so many frames of silence, which need no motion.
+    emotions: [(label, duration), ...], in frames, which may be fractions. Each begins with a window
+    of its own, if more voice than the overlap is left: the stride before it is shorter, and the
+    frames behind that stride, sampled under the emotion before, are sampled again."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
@@ -544,7 +544,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
     overlap  so many frames of a chunk also begin the next one, whose motion replaces theirs gently
-    past     the first ones of these, and the next, keep their motion; before the voice, silence
+    past     of these, so many and one more keep their motion, as context; at first, silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -562,8 +562,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame `past` keeps its motion as
-    # well, since smoothing averaged the last frame that was yielded with it.
+    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. The one more is frame `past`: the
+    # frame before it, the last that was yielded, is an average of three with it.
     fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
@@ -647,7 +647,8 @@ def recorded(function):
         nonlocal graph
         if not graph:
             places = tuple(x.clone() for x in given)                   # where the graph reads
-            # on their device, which the thread of sample.ahead does not know; 1 call to warm up
+            # on their device, for a thread (sample.ahead's) does not inherit it; 1: a call before,
+            # to warm up
             with torch.cuda.device_of(places[0]):
                 graph = torch.cuda.make_graphed_callables(function, places, 1)
         return graph(*given)

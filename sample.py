@@ -119,11 +119,11 @@ def short_chunks(latency):
     """chunk, overlap and past that keep a latency in seconds.
 
     0.4 s make chunk=50, overlap=45, past=40; the next chunk begins 50 - 45 = BLOCK frames later:
-        0 .. 39   keep the motion of the chunk before; context (90 were a little better, and slower)
+        0 .. 39   keep the motion of the chunk before, as context (90 frames were little better)
         40 .. 44  go over from the chunk before (1, 0.8, .. 0.2 of it) to this one; are yielded
         45 .. 49  are sampled, but only the next chunk will yield them
-    Sound comes in blocks of 5 frames. When frame 40 has been heard, 41 .. 49 are still to come, in
-    0.36 s, which leaves 0.04 s for the work."""
+    Sound comes in blocks of 5 frames. Of those that are yielded frame 40 waits longest: until
+    41 .. 49 have come, 0.36 s, which leaves 0.04 s for the work."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
         raise UsageError(f"--latency={latency}: should be 0.4 or more")
@@ -134,7 +134,7 @@ def open_face(settings, device):
     """The face to animate, its Source, and what puts its frames where they belong."""
     if not settings.weights:
         return Sketch(), Sketch().source(), iter   # which leaves them as they are
-    image = read_image(settings.image_path, settings.crop)
+    image = read_image(settings.image_path, settings.crop)             # the whole picture still
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
     dtype = torch.bfloat16 if settings.bf16 else None
@@ -175,8 +175,8 @@ def motion_of(settings, model, source, features, saved, frames=None):
     portrait = source.motion[0].to(model.mean.device)
     # Motion is generated as if the frame before were `neutral`; what is rendered is portrait +
     # motion - neutral (scales by their ratio, rotations by their product: renderer.relative).
-    # Absolute: neutral is the portrait, so that these cancel and motion itself is rendered. For the
-    # network the portrait is divided by its size, and what comes out is multiplied by it.
+    # Absolute: neutral is the portrait, so that these cancel and motion itself is rendered. Only
+    # here the network's input is divided by the face's size, and its output multiplied.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":
         # relative: neutral is a face at rest in mean pose; what differs is added to the portrait
@@ -233,8 +233,8 @@ def make_video(settings, model):
     print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
           f"{25 * taken / bar.n:.3f} s per second of video")
     if live:
-        # each in `spoken`, a piece's time minus all seconds heard until then, is an upper bound of
-        # when the sound began, and the smallest is the tightest
+        # `spoken` holds each piece's time of arrival minus all seconds heard until then. Pieces
+        # come late, never early, so the smallest is nearest to when the sound began.
         heard = min(spoken) + np.arange(1, bar.n + 1) / 25             # the end of each frame's
         # (3, 2): the three quantiles of the waits for motion and for frame
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
@@ -341,7 +341,7 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # (K, 1): for each clip the number of its first window, the only candidate
+    # `windows` takes several candidates for each, in case one cannot be read; here, (K, 1), one
     batch = data.windows(data.first[longest, None], damaged=[], frames=frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
@@ -390,7 +390,7 @@ def compare(z, truth, std):
         moved = centred.diff(order, dim=2) * std
         true, ours = moved[..., channels].abs().mean((1, 2, 3))
         row[name] = ours / true
-    # normalised: how far two heads turn apart; where both are the model's, a measure of diversity
+    # how far two heads turn apart, in normalised units; of two seeds, a measure of diversity
     row["heads apart"] = both[..., ROT].diff(dim=0).std()
     frames = torch.cat([both[:, :, 1:], both.diff(dim=2)], -1)         # (2, K, T - 1, 140)
     row["Frechet"] = frechet(*frames.flatten(1, 2))

@@ -49,7 +49,7 @@ class Settings:
     out_dir: str = ""            # for checkpoints, log.csv; else out/<preset>[-straight], out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run
-    stats: str = ""              # file of mean and std, for a new run; net-200.pth's: mean.pt
+    stats: str = ""              # file of mean and std, for a new run; net-200.pth needs mean.pt
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
@@ -277,8 +277,8 @@ def on_signals(handler):
 
 
 def load_expert(path, model):
-    """The frozen expert as a function of voice and of motion as `model` normalises it, for it has
-    statistics of its own; None without a path."""
+    """The frozen expert as a function of voice and of motion as `model` normalises it, for the
+    expert has statistics of its own; None without a path."""
     if not path:
         return None
     expert = ALSE.from_pretrained(path).to(model.mean.device).requires_grad_(False)
@@ -341,7 +341,7 @@ def main(argv):
         model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
-        vars(cfg).update(changes)                  # an --audio_dim unlike the data's: step 0 fails
+        vars(cfg).update(changes)                  # a wrong --audio_dim should fail, in step 0
         model = kind(cfg)
         model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
