@@ -95,6 +95,7 @@ def ffmpeg(complaint, *args, **pipes):
                 child.kill()                       # or it waits for input forever
                 raise
         log.seek(0)
+        # without ffmpeg's prefixes, such as [mov @ 0x55d0]
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
         # the first two things it said; a crash, which says nothing, has its exit code
@@ -203,7 +204,7 @@ def write_video(path, frames, sound, pipe=None):
         for pipe in pipes:
             os.close(pipe)                         # ffmpeg has its own
         for frame in frames:
-            # Python hears signals while a pipe is full; Pillow, which could write this, would not
+            # a PPM picture, not by Pillow, whose loop in C no signal ends while a pipe is full
             header = b"P6 %d %d 255\n" % frame.shape[1::-1]
             encoder.stdin.write(header + frame.tobytes())
 
@@ -340,8 +341,8 @@ class Clips:
         read_frames(folder / "identity.npy", identity, 0, 63)     # frames of one number
 
     def windows(self, candidates, damaged, frames=frames):
-        """A batch of windows. `candidates` has a row for each: the numbers of some windows, of
-        which the first one that can be read is used; lines about those before it go to the list
+        """A batch of windows. `candidates` has a row of numbers for each of them: alternatives, of
+        which the first that can be read is used; lines about those before it go to the list
         `damaged`. ValueError: none of a row can be read. `frames`: 80, or for evaluation, which
         knows that the clips are long enough, up to 184 (two chunks of 100 that share 16)."""
         n = len(candidates)
@@ -727,8 +728,8 @@ class AudioEncoder(nn.Module):
         return model
 
 
-# Parts of public names, and of ours: ours are AudioEncoder's, but inside of a layer and of
-# weight_norm they are PyTorch's own. Replaced in this order.
+# Left: parts of names in public files. Right: what takes their place, in this order, to make names
+# of AudioEncoder, of PyTorch's layer and of its weight_norm.
 RENAMED = table("""
     public                                      ours
     feature_extractor.conv_layers.0.conv        convs.0.0
@@ -921,8 +922,8 @@ def toy_expression(rng, manner, phones, reach):
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
-    # Smoothed, a blink is 0.1 high, so 22 here. 13 shut the lids, which so stay shut for some
-    # frames; two blinks that meet, or one of narrow eyes, go no lower than 20.
+    # Blinks lower the control by up to 22 (smoothed, each 1 is 0.1 high). At -13 the lids are shut,
+    # and so stay shut for some frames; more than -20, by narrow eyes as well, is cut off.
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)
@@ -949,6 +950,7 @@ def toy_voice(rng, manner, phones):
     stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
     wav = torch.istft(spectrum * response.T, **stft).numpy()
+    # the root, for effort (toy_source) says loudness as well
     loudness = manner["loudness"] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
     return np.float32(np.clip(loudness * toy_room(rng, wav), -1, 1))
 

@@ -55,7 +55,7 @@ def keypoints(x_c, motion):
 
 
 def relative(motion, portrait, neutral):
-    """Driving motion (T, 70), from its `neutral` (70,), put on the `portrait`'s own (70,)."""
+    """What motion (T, 70) adds to its `neutral` (70,), added to the portrait's own (70,)."""
     # as LivePortrait: the turn away from neutral, then the portrait's own
     R = rotation(motion[:, ROT]) @ rotation(neutral[ROT]).mT @ rotation(portrait[ROT])
     moved = portrait + motion - neutral
@@ -122,7 +122,7 @@ def read_motion(path, frames):
     try:
         if path.endswith(".pkl"):
             return read_template(path)
-        # a template plays for as long as it lasts, but this is in place of the model's motion
+        # unlike a template, which may be shorter, a .npy file replaces all of the model's motion
         motion = checked(np.load(path, allow_pickle=False))
         if len(motion) != frames:
             raise ValueError(f"its {len(motion)} frames are not the {frames} of the voice")
@@ -141,8 +141,8 @@ def write_template(motion, path):
             scale=m[None, SCALE],
             t=m[None, TRANS],
             R=R[None]))
-    # How open the eyes are, height over width. 34 and 46 are y of points 11 and 15, the upper lids,
-    # which fall by 0.013 to shut; what is left of that, times 25, is roughly the ratio.
+    # How open the eyes are, height over width, roughly 25 (0.013 - y). 34 and 46 are y of points 11
+    # and 15, the upper lids; at 0.013 they are shut.
     eyes = 25 * (0.013 - motion[:, None, [34, 46]]).clip(0)
     # how open the mouth is, also height over width, roughly: 5 times the difference of the lower
     # lip, point 19, and the upper lip (52 is y of point 17)
@@ -178,6 +178,7 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def block(conv, norm, n_in, n, relu=nn.ReLU, **before):
+    """Convolution, norm and ReLU, in that order, behind what named layers `before` there are."""
     return Chain(
         **before,
         conv=conv(n_in, n),
@@ -199,8 +200,8 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                # the public blocks end in a pool; block2d only takes layers in front, so each pool
-                # is the first layer of what comes next
+                # The public blocks end in a pool. Ours has none at its end: each pool stands before
+                # what comes next.
                 block2d(128, 256, pool=nn.AvgPool2d(2))),
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
@@ -319,8 +320,8 @@ class DenseMotion(nn.Module):
         # the 110 that went in, by a skip connection; 2272 = 142 x 16
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
-        # a block up gets 2 n channels from the one before and 2 n by a skip connection, but the
-        # first, which has no skip connection, 1024
+        # input of an up block with n outputs: 2 n of the block before + 2 n by a skip connection;
+        # the first has no skip connection, so 2 n = 1024
         sizes = (512, 256, 128, 64, 32)
         up = UpBlocks(block3d(min(4 * n, 1024), n) for n in sizes)
         self.hourglass = Chain(
@@ -509,7 +510,7 @@ def keep_memory():
     """Let glibc keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD): to return it and fetch it again
     is 5 % of the time in which a CPU renders a frame, and 33 % of that of the motion extractor M.
     Other systems have no mallopt."""
-    if hasattr(ctypes.pythonapi, "mallopt"):
+    if hasattr(ctypes.pythonapi, "mallopt"):       # pythonapi has what the process has, and so libc
         ctypes.pythonapi.mallopt(-4, 0)
         ctypes.pythonapi.mallopt(-1, 2**31 - 1)
 
@@ -527,7 +528,7 @@ def load(network, path):
     consume_prefix_in_state_dict_if_present(state, "detector.")
     net = network()
     try:
-        # state_dict holds the network's own tensors: to copy into them loads it
+        # which copies into the network's own tensors
         load_strictly(net.state_dict(), state)
     except Exception as error:
         raise ValueError(f"{path}: {error}; {GET}") from None
@@ -680,12 +681,13 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 #     UP      D14,0,-38,70 D20,0,-9,70    D14, the offset of point 14 (right, down, in; LivePortrait
 #                                         units), times 0, -38, 70, and that of point 20 times 0,
 #                                         -9, 70; the six products are added up and cut to 0 .. 1
-#     ALONE   DOWN,0,1 DOWN_TOO,0,-1      other signals, DOWN - DOWN_TOO, cut likewise (factors
-#                                         stand where "down" does, for mirroring leaves it alone)
+#     ALONE   DOWN,0,1 DOWN_TOO,0,-1      other signals, 1 DOWN - 1 DOWN_TOO, cut likewise; these
+#                                         factors are second numbers, as first ones change sign on
+#                                         the right half of the face
 # A place is where something is drawn, in percent of half the picture:
-#     corner  14 UP,-3.4,-5.3 SULK,.6,6   point 14, where UP is 1 farther left by 3.4 and higher by
-#                                         5.3, where SULK is 1 farther right by .6 and lower by 6
-#     line    forehead RAISE,0,1.9        another place, where RAISE is 1 lower by 1.9
+#     corner  14 UP,-3.4,-5.3 SULK,.6,6   point 14, shifted by UP times 3.4 to the left and 5.3 up,
+#                                         and by SULK times .6 to the right and 6 down
+#     line    forehead RAISE,0,1.9        another place, shifted by RAISE times 1.9 down
 # So a term is a name and up to three numbers: what has its name in capitals is multiplied by them,
 # a place or a point is shifted by them (`weighted`). A row is the sum of its terms (`find_places`).
 # All is said of the picture's left half; the right half is mirrored, with its own points.
@@ -720,15 +722,17 @@ def find_places(x):
 
 # What the signals mean, of this half of the face:
 #     RAISE, MILD       the brow goes up. In LivePortrait both points, 1 and 2, move for either brow
-#                       (weights by eye), 1 down and 2 up, whose sign find_places turns. MILD is
-#                       full at half of RAISE, so that the forehead has no line before
+#                       (their weights were tried out), 1 down and 2 up, whose sign find_places
+#                       turns. MILD is 1 when RAISE is .45: the forehead's line, 1.9 RAISE - .8 MILD
+#                       thick, begins there
 #     KNIT, SCOWL       the brows come together, and down as well
 #     INWARD, OUTWARD   gaze: in LivePortrait the upper lid's point moves sideways with it
 #     DROOP, WIDE       the upper lid falls, rises; SAG, TENSE: so does the lower lid
-#     UP                the corner of the mouth goes up, in a smile. A widened mouth (eee of MOVES
-#                       in data.py) lifts both corners too, but also moves point 20 nearer, and near
-#                       is negative: the third numbers take off most of what the second ones make
-#     DOWN, DOWN_TOO    this half's corner goes down, the other half's does
+#     UP                the corner of the mouth goes up, in a smile. A mouth that widens (eee of
+#                       MOVES in data.py) lifts both corners too, and moves point 20 nearer, which
+#                       is negative: so the factors 70 of depth cancel what eee adds to UP
+#     DOWN, DOWN_TOO    this half's corner goes down, the other half's does; the factors -80 give
+#                       back what eee takes off
 #     SULK              both do, by the lesser one: min(a, b) = a - max(a - b, 0), where ALONE is
 #                       the max. A rounded mouth (woo) lowers point 14 alone
 #     SPREAD, POUT      lips drawn back, pushed forward, which LivePortrait says in depth alone
