@@ -360,14 +360,17 @@ def claims(settings, path):
     left.minorticks_off()
     left.set_ylabel("jerk of rotation, 1 = the truth's; correlation")
     curves(right, "audio guidance", ("Sync-C", TEAL))
-    mean, deviation = measured("sync loss")["tau 0.4"]["Sync-C"]
-    right.errorbar(0.5, mean, deviation, fmt="s", color=RED, capsize=3,
-                   label="with the sync loss, --cfg_both=0.5")
+    gated = measured("sync loss")
+    for variant, fill in {"without ALSE": "white", "tau 0.4": RED}.items():
+        mean, deviation = gated[variant]["Sync-C"]
+        right.errorbar(0.5, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
+                       label=f"guidance of both 0.5, {variant.replace('tau 0.4', 'with ALSE')}")
+    right.set_xlabel("guidance")
     right.set_ylabel("Sync-C, the confidence of the expert")
-    right.set_title("Sync-C by guidance, and by the sync loss", fontsize=11)
+    right.set_title("Sync-C by guidance, and by ALSE's sync loss", fontsize=11)
     left.legend()
     curve = right.legend(loc="lower right").get_texts()[0]
-    curve.set_text("without the sync loss")
+    curve.set_text("guidance of audio, without ALSE")
     figure.supxlabel("means of three trainings of 300 steps; bars: one standard deviation",
                      fontsize=10, color=INK)
     save_figure(figure, path)
