@@ -98,7 +98,7 @@ def ffmpeg(complaint, *args, **pipes):
         # without ffmpeg's prefixes, such as [mov @ 0x55d0]
         said = [line.split("] ")[-1].strip() for line in log]
     if child.returncode:
-        # the first two things it said; a crash, which says nothing, has its exit code
+        # 300 letters of the first two things it said, or of its exit code: a crash says nothing
         raise ValueError(f"{complaint} ({'; '.join(said[:2]) or f'exit {child.returncode}':.300})")
 
 
@@ -197,6 +197,7 @@ def write_video(path, frames, sound, pipe=None):
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
     pipes = [pipe] if pipe else []
+    # (the second argument is for "-" alone)
     voice = source(sound.path, f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe}")
     options = f"-f ppm_pipe -framerate 25 -i - -af {sound.filters} {CODING}"
     with ffmpeg(f"{path.name}: could not be written", "-vn", "-sn", "-dn", *voice,
@@ -340,7 +341,7 @@ class Clips:
         read_frames(folder / "audio.npy", audio, start + 1, T)
         read_frames(folder / "identity.npy", identity, 0, 63)     # frames of one number
 
-    def windows(self, candidates, damaged, frames=frames):
+    def windows(self, candidates, damaged, frames=frames):             # 80, from above
         """A batch of windows. `candidates` has a row of numbers for each of them: alternatives, of
         which the first that can be read is used; lines about those before it go to the list
         `damaged`. ValueError: none of a row can be read. `frames`: 80, or for evaluation, which
@@ -644,7 +645,7 @@ def complete(folder, manifest, clips):
         left_out.pop(name, None)
         speaker = row["speaker"]
         lot = zlib.crc32(os.fsencode(speaker)) % 20
-        # the second speaker validates (`splits` holds one then), and later ones with lot 0
+        # a new speaker: the first trains, the second, when `splits` holds one, validates; then by lot
         splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
         rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
     print(f"{folder}: {len(rows)} clips; {len(left_out)} left out", *left_out.values(), sep="\n")
@@ -922,8 +923,8 @@ def toy_expression(rng, manner, phones, reach):
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
-    # Blinks lower the control by up to 22 (smoothed, each 1 is 0.1 high). At -13 the lids are shut,
-    # and so stay shut for some frames; more than -20, by narrow eyes as well, is cut off.
+    # A blink lowers the control by 22: a single 1, smoothed, is 0.1 high. The lids are shut from -13
+    # on, so for some frames; what goes below -20, with narrow eyes, is cut off.
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)
@@ -950,7 +951,7 @@ def toy_voice(rng, manner, phones):
     stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
     wav = torch.istft(spectrum * response.T, **stft).numpy()
-    # the root, for effort (toy_source) says loudness as well
+    # only its square root, for the effort, in toy_source, depends on loudness as well
     loudness = manner["loudness"] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
     return np.float32(np.clip(loudness * toy_room(rng, wav), -1, 1))
 
@@ -1117,8 +1118,8 @@ def run(main):
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
         sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
-    # After the except block, where Python frees the error and its traceback, and so the generators
-    # that have not finished: they clean up before the exit.
+    # This stands outside the except block, because at that block's end Python frees the error and
+    # its traceback, and with them unfinished generators, which then clean up.
     sys.exit(code)
 
 

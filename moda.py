@@ -55,8 +55,8 @@ TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1,
            audio_layers=1, audio_dim=160, p_drop_audio=0.1,
            focus=4.0, cfg_both=0.5, smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
-# The student that train.py --reflow makes changes its teacher's Config: guidance is already in the
-# motion it learns from, so no condition is dropped in training or guides in sampling.
+# What train.py --reflow changes in the teacher's Config for the student: guidance is already in the
+# motion that it learns from, so no condition is dropped in training or guides in sampling.
 STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0.0,
                 cfg_emotion=0.0, cfg_both=0.0)
 
@@ -236,8 +236,9 @@ class MotionModel(nn.Module):
         """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
         translation the portrait's scale over the mean scale, for the rest 1.
 
-        The network should see faces of mean size. Where it generates the portrait's own motion
-        (sample.py --motion=absolute) its input is divided by the factors, its output multiplied."""
+        The network should see faces of mean size. Where its motion takes the place of the
+        portrait's (sample.py --motion=absolute) `prev` is divided by these factors, and the motion
+        that comes out is multiplied by them."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -508,10 +509,11 @@ def windows(frames, chunk, overlap, past, emotions):
     overlap=16 the first one holds frames 0 .. 99, the second 84 .. 183. Frames 84 .. 99 have motion
     from the first one already, so a voice that ends with them has no second one.
 
-    `past`: the voice begins with so many frames of silence, which need no motion.
-    emotions: [(label, duration), ...], in frames, which may be fractions. Each begins with a window
-    of its own, if more voice than the overlap is left: the stride before it is shorter, and the
-    frames behind that stride, sampled under the emotion before, are sampled again."""
+    `past`: the voice begins with so many frames of silence, which need no motion. `stream` yields
+    `stride` frames of each window, from its frame `past` on.
+    emotions: [(label, duration), ...], in frames, which may be fractions. Each begins a new window:
+    an emotion of 30 frames has the window 0 .. 99 and stride 30, the next one begins with the
+    window 30 .. 129 (unless the voice ends with the overlap)."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
@@ -543,8 +545,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
-    overlap  so many frames of a chunk also begin the next one, whose motion replaces theirs gently
-    past     of these, so many and one more keep their motion, as context; at first, silence
+    overlap  frames of a chunk with which the next begins; they fade into it
+    past     the first ones of these, which stay as they are; before the first chunk, silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -562,8 +564,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. The one more is frame `past`: the
-    # frame before it, the last that was yielded, is an average of three with it.
+    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame `past` stays as it is, too,
+    # for smoothing has already mixed it into the last frame that was yielded.
     fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
@@ -738,7 +740,7 @@ def from_released(state, path, **changes):
     model = MoDA(Config(**RELEASED_CONFIG | changes))
     # the authors' nn.Parameter(...).to("cuda") is a plain tensor, and so was never saved
     if "null_audio_feat" not in state:
-        torch.manual_seed(42)
+        torch.manual_seed(42)                      # any will do
         state["null_audio_feat"] = torch.randn(model.cfg.audio_dim)
         print(f"{path}: holds no null_audio_feat, one was drawn")
     places = {released_name(name): value.detach() for name, value in model.named_parameters()}

@@ -111,7 +111,7 @@ def read_template(path):
         R = torch.tensor(frame.get("R", frame.get("R_d")))             # some call it R_d
         parts = frame["exp"], frame["scale"], frame["t"], angles(R.view(1, 3, 3))
         motion.append(np.concatenate(parts, axis=None))
-    times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)
+    times = np.arange(0, len(motion), max(1, template["output_fps"]) / 25)         # 0 would not end
     # each of the 70 columns, linearly between its frames
     at_times = partial(np.interp, times, range(len(motion)))
     return checked(np.apply_along_axis(at_times, 0, motion))
@@ -200,8 +200,8 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                # The public blocks end in a pool. Ours has none at its end: each pool stands before
-                # what comes next.
+                # The public blocks end in a pool. Ours take layers in front only, as the decoder
+                # below needs, so each pool stands in front of what comes next.
                 block2d(128, 256, pool=nn.AvgPool2d(2))),
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
@@ -320,8 +320,8 @@ class DenseMotion(nn.Module):
         # the 110 that went in, by a skip connection; 2272 = 142 x 16
         sizes = pairwise([110, 64, 128, 256, 512, 1024])
         down = DownBlocks(block3d(n_in, n) for n_in, n in sizes)
-        # input of an up block with n outputs: 2 n of the block before + 2 n by a skip connection;
-        # the first has no skip connection, so 2 n = 1024
+        # an up block of n outputs gets 2 n from the block before and 2 n by a skip connection, 4 n;
+        # only the first, n = 512, has no skip connection and gets 2 n
         sizes = (512, 256, 128, 64, 32)
         up = UpBlocks(block3d(min(4 * n, 1024), n) for n in sizes)
         self.hourglass = Chain(
@@ -528,7 +528,7 @@ def load(network, path):
     consume_prefix_in_state_dict_if_present(state, "detector.")
     net = network()
     try:
-        # which copies into the network's own tensors
+        # load_strictly copies into the network's own tensors, which state_dict holds
         load_strictly(net.state_dict(), state)
     except Exception as error:
         raise ValueError(f"{path}: {error}; {GET}") from None
@@ -595,8 +595,8 @@ Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of 
 
 
 def read_image(path, crop=""):
-    """Any picture that Pillow reads, upright and on white -> RGB. A crop counts the file's own
-    pixels; without one, sides over 2048 are reduced to that, a JPEG's already while it is decoded.
+    """Any picture that Pillow reads, upright and on white -> RGB. With a crop, which is in pixels of
+    the file, it keeps its size; without one, sides over 2048 are reduced to that.
 
     ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
     try:
@@ -676,20 +676,21 @@ POINTS = np.loadtxt("""
 FACE = POINTS[:, :3] / 100
 MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrored, right is left
 
-# What the drawing makes of the 63 offsets; nothing else depends on it. PLACES, below, has two kinds
-# of rows. A signal, in capitals, is a number from 0 to 1:
+# What the drawing makes of the 63 offsets; nothing else depends on it. PLACES, below, has rows of a
+# name and terms; a term is a name and up to three numbers, for right, down and in. There are two
+# kinds of rows. A signal, in capitals, is a number from 0 to 1:
 #     UP      D14,0,-38,70 D20,0,-9,70    D14, the offset of point 14 (right, down, in; LivePortrait
 #                                         units), times 0, -38, 70, and that of point 20 times 0,
 #                                         -9, 70; the six products are added up and cut to 0 .. 1
-#     ALONE   DOWN,0,1 DOWN_TOO,0,-1      other signals, 1 DOWN - 1 DOWN_TOO, cut likewise; these
-#                                         factors are second numbers, as first ones change sign on
-#                                         the right half of the face
+#     ALONE   DOWN,0,1 DOWN_TOO,0,-1      of other signals, 1 DOWN - 1 DOWN_TOO, cut likewise. The
+#                                         factor stands second, for the right half of the face,
+#                                         being mirrored, changes the sign of the first
 # A place is where something is drawn, in percent of half the picture:
 #     corner  14 UP,-3.4,-5.3 SULK,.6,6   point 14, shifted by UP times 3.4 to the left and 5.3 up,
 #                                         and by SULK times .6 to the right and 6 down
 #     line    forehead RAISE,0,1.9        another place, shifted by RAISE times 1.9 down
-# So a term is a name and up to three numbers: what has its name in capitals is multiplied by them,
-# a place or a point is shifted by them (`weighted`). A row is the sum of its terms (`find_places`).
+# So what has its name in capitals is multiplied by the three numbers, a place or a point is shifted
+# by them (`weighted`); a row is the sum of its terms (`find_places`).
 # All is said of the picture's left half; the right half is mirrored, with its own points.
 
 
@@ -721,22 +722,25 @@ def find_places(x):
 
 
 # What the signals mean, of this half of the face:
-#     RAISE, MILD       the brow goes up. In LivePortrait both points, 1 and 2, move for either brow
-#                       (their weights were tried out), 1 down and 2 up, whose sign find_places
-#                       turns. MILD is 1 when RAISE is .45: the forehead's line, 1.9 RAISE - .8 MILD
-#                       thick, begins there
+#     RAISE, MILD       the brow goes up. Oddly, in LivePortrait point 1 moves down then, and 2 up
+#                       (find_places turns the sign), both for either brow; their weights were tried
+#                       out. MILD rises faster and is 1 when RAISE is .45: 1.9 RAISE - .8 MILD, how
+#                       thick the forehead's line is, is 0 until then
 #     KNIT, SCOWL       the brows come together, and down as well
 #     INWARD, OUTWARD   gaze: in LivePortrait the upper lid's point moves sideways with it
 #     DROOP, WIDE       the upper lid falls, rises; SAG, TENSE: so does the lower lid
 #     UP                the corner of the mouth goes up, in a smile. A mouth that widens (eee of
-#                       MOVES in data.py) lifts both corners too, and moves point 20 nearer, which
-#                       is negative: so the factors 70 of depth cancel what eee adds to UP
+#                       MOVES in data.py) lifts both corners too. But it also moves one of them,
+#                       point 20, nearer: its third offset is negative, and the factors 70, for
+#                       point 20 is D20 in one half and D14 in the other, take off what eee adds
 #     DOWN, DOWN_TOO    this half's corner goes down, the other half's does; the factors -80 give
 #                       back what eee takes off
 #     SULK              both do, by the lesser one: min(a, b) = a - max(a - b, 0), where ALONE is
 #                       the max. A rounded mouth (woo) lowers point 14 alone
-#     SPREAD, POUT      lips drawn back, pushed forward, which LivePortrait says in depth alone
-#     OPEN, PRESS       the lower lip goes down, up; SNEER: the upper lip goes up
+#     SPREAD, POUT      lips drawn back, pushed forward: the upper lip's depth, against that of the
+#                       corners, which eee moves as well
+#     OPEN, PRESS       the lower lip goes down, up
+#     SNEER             the upper lip goes up, less what it does when the mouth opens
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
     MILD      D1,0,100 D2,0,40

@@ -175,11 +175,11 @@ def motion_of(settings, model, source, features, saved, frames=None):
     portrait = source.motion[0].to(model.mean.device)
     # Motion is generated as if the frame before were `neutral`; what is rendered is portrait +
     # motion - neutral (scales by their ratio, rotations by their product: renderer.relative).
-    # Absolute: neutral is the portrait, so that these cancel and motion itself is rendered. Only
-    # here the network's input is divided by the face's size, and its output multiplied.
+    # Absolute: neutral is the portrait, so that these cancel and motion itself is rendered; it is
+    # generated for a face of mean size, and then multiplied by this one's size.
     neutral, size = portrait, model.size(portrait)
     if settings.motion != "absolute":
-        # relative: neutral is a face at rest in mean pose; what differs is added to the portrait
+        # Relative: neutral is a face at rest in mean pose; what differs is added to the portrait.
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
@@ -341,7 +341,8 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # `windows` takes several candidates for each, in case one cannot be read; here, (K, 1), one
+    # By the number of each clip's first window; (K, 1), for `windows` takes alternatives, in case
+    # one cannot be read, and writes lines about such ones into a list, here for nobody.
     batch = data.windows(data.first[longest, None], damaged=[], frames=frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
@@ -362,8 +363,8 @@ def linear_baseline(model, training, audio):
     return seven_frames(audio) @ torch.linalg.solve(gram, x.T @ z.flatten(0, 1))
 
 
-# What is compared by its mean absolute value, ours over the true one: channels, and the order of
-# the difference from frame to frame (3 is jerk)
+# metric: (channels, how often they are differenced over time); it is their mean absolute value,
+# ours over the true one
 SIZES = {
     "head motion": (ROT, 0),
     "jerk, lips": (LIPS, 3),
