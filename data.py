@@ -645,7 +645,7 @@ def complete(folder, manifest, clips):
         left_out.pop(name, None)
         speaker = row["speaker"]
         lot = zlib.crc32(os.fsencode(speaker)) % 20
-        # a new speaker: the first trains, the second, when `splits` holds one, validates; then by lot
+        # a new speaker: the first trains, the second (`splits` holds one) validates; then by lot
         splits.setdefault(speaker, "val" if len(splits) == 1 or splits and lot == 0 else "train")
         rows.append(row | dict(clip=name, frames=len(motion), split=splits[speaker]))
     print(f"{folder}: {len(rows)} clips; {len(left_out)} left out", *left_out.values(), sep="\n")
@@ -923,8 +923,8 @@ def toy_expression(rng, manner, phones, reach):
     for name in CONTROLS:                                              # strong or weak, never still
         strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
-    # A blink lowers the control by 22: a single 1, smoothed, is 0.1 high. The lids are shut from -13
-    # on, so for some frames; what goes below -20, with narrow eyes, is cut off.
+    # A blink lowers the control by 22: a single 1, smoothed, is 0.1 high. The lids are shut from
+    # -13 on, so for some frames; what goes below -20, with narrow eyes, is cut off.
     blinks = 220 * smooth(rng.random(n) < 0.003, 4)
     held["blink"] = (held["blink"] - blinks).clip(-20)
     return expression(**lips) + expression(**held)

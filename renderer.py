@@ -595,8 +595,8 @@ Image.MAX_IMAGE_PIXELS = 125_000_000               # Pillow refuses pictures of 
 
 
 def read_image(path, crop=""):
-    """Any picture that Pillow reads, upright and on white -> RGB. With a crop, which is in pixels of
-    the file, it keeps its size; without one, sides over 2048 are reduced to that.
+    """Any picture that Pillow reads, upright and on white -> RGB. With a crop, which is in pixels
+    of the file, it keeps its size; without one, sides over 2048 are reduced to that.
 
     ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
     try:
