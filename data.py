@@ -191,8 +191,8 @@ def appearing(path):
 def write_video(path, frames, sound, pipe=None):
     """Encode a generator of frames (H, W, 3) as they come, with their Sound, at 25 fps.
 
-    "-" is stdout. A sound's file ffmpeg reads by itself. Sound from stdin, which the caller has
-    read already, comes as float32 through an os.pipe, of which `pipe` is the end to read."""
+    "-" is stdout. ffmpeg reads a sound's file by itself. Only stdin, which the caller has read, is
+    handed on, as float32: `pipe` is the reading end of an os.pipe."""
     target = [f"file:{path}"]
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
@@ -205,7 +205,7 @@ def write_video(path, frames, sound, pipe=None):
         for pipe in pipes:
             os.close(pipe)                         # ffmpeg has its own
         for frame in frames:
-            # a PPM picture, not by Pillow, whose loop in C no signal ends while a pipe is full
+            # a PPM picture by hand: no signal could end Pillow's loop in C while a pipe is full
             header = b"P6 %d %d 255\n" % frame.shape[1::-1]
             encoder.stdin.write(header + frame.tobytes())
 
@@ -464,9 +464,9 @@ def find_clips(settings):
     --videos.
 
     For M003/angry/level_3/001.mp4 the labels are asked for this path, without its .mp4, then for
-    001, level_3, angry and M003 (all in lower case). If they know none, the row's own emotion
-    counts; else the nearest folder that is called like one, here angry. The speaker, if the row has
-    none, is the first folder, here m003, or without folders the video."""
+    001, level_3, angry and M003 (all in lower case). What they do not know says the row's own
+    emotion or, third, the nearest folder that is called like one, here angry. The speaker, if the
+    row has none, is the first folder, here m003, or without folders the video."""
     labels = read_labels(settings.labels)
     if settings.clips:
         rows = read_rows(settings.clips)
@@ -915,7 +915,7 @@ def toy_expression(rng, manner, phones, reach):
     held = {}
     lips = {name: reach * smooth(phones[name], 4) for name in ("aaa", "eee", "woo")}
     before = manner
-    if rng.random() < 0.5:                         # the face begins with any emotion
+    if rng.random() < 0.5:                         # it begins with any: the label should decide
         before = rng.choice(MANNERS)
     # from 0 to 1 over a second: the share of `manner`; the rest is `before`
     turned = np.arange(n) / 100 - rng.uniform(0, 1)
@@ -951,7 +951,7 @@ def toy_voice(rng, manner, phones):
     stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
     wav = torch.istft(spectrum * response.T, **stft).numpy()
-    # only its square root, for the effort, in toy_source, depends on loudness as well
+    # the square root, because the effort in toy_source already grows with loudness
     loudness = manner["loudness"] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
     return np.float32(np.clip(loudness * toy_room(rng, wav), -1, 1))
 

@@ -157,7 +157,8 @@ class JointBlock(nn.Module):
         """Streams xs, (B, n, D) each, under the conditioning vector c (B, 1, D) -> the same."""
         before = [path.before_attention(x, c, rope) for path, x in zip(self.paths, xs)]
         qkvs, modulations = zip(*before)                               # a tuple per stream
-        q, k, v = [torch.cat(parts, 2) for parts in zip(*qkvs)]        # of all streams
+        # zip: (q, k, v) of each stream -> all q, all k, all v; they are joined along the tokens
+        q, k, v = [torch.cat(parts, 2) for parts in zip(*qkvs)]
         y = attention(q, k, v)
         ys = y.split([x.size(1) for x in xs], 1)                       # back to their streams
         out = []
@@ -236,9 +237,9 @@ class MotionModel(nn.Module):
         """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
         translation the portrait's scale over the mean scale, for the rest 1.
 
-        The network should see faces of mean size. Where its motion takes the place of the
-        portrait's (sample.py --motion=absolute) `prev` is divided by these factors, and the motion
-        that comes out is multiplied by them."""
+        The network should see faces of mean size. With sample.py --motion=absolute, where the
+        network's motion takes the place of the portrait's own, its `prev` is divided by these
+        factors, and its output multiplied by them."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -509,11 +510,12 @@ def windows(frames, chunk, overlap, past, emotions):
     overlap=16 the first one holds frames 0 .. 99, the second 84 .. 183. Frames 84 .. 99 have motion
     from the first one already, so a voice that ends with them has no second one.
 
-    `past`: the voice begins with so many frames of silence, which need no motion. `stream` yields
-    `stride` frames of each window, from its frame `past` on.
+    `past`: the voice begins with so many frames of silence, which need no motion. Of each window
+    `stream` yields `stride` frames from its frame `past` on: those before are silence or, in later
+    windows, were yielded already and are context.
     emotions: [(label, duration), ...], in frames, which may be fractions. Each begins a new window:
     an emotion of 30 frames has the window 0 .. 99 and stride 30, the next one begins with the
-    window 30 .. 129 (unless the voice ends with the overlap)."""
+    window 30 .. 129 (unless the voice ends by frame 45)."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
@@ -564,8 +566,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
-    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame `past` stays as it is, too,
-    # for smoothing has already mixed it into the last frame that was yielded.
+    # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame past - 1 was the last to be
+    # yielded, and smoothing took frame `past` into it, so this one stays as it is, too.
     fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
     # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
@@ -649,10 +651,9 @@ def recorded(function):
         nonlocal graph
         if not graph:
             places = tuple(x.clone() for x in given)                   # where the graph reads
-            # on their device, for a thread (sample.ahead's) does not inherit it; 1: a call before,
-            # to warm up
+            # on their device, which a thread (sample.ahead's) does not inherit
             with torch.cuda.device_of(places[0]):
-                graph = torch.cuda.make_graphed_callables(function, places, 1)
+                graph = torch.cuda.make_graphed_callables(function, places, num_warmup_iters=1)
         return graph(*given)
     return replay
 

@@ -200,8 +200,8 @@ class AppearanceExtractor(Chain):
             first=block2d(3, 64),                                      # (B, 64, 256, 256)
             down_blocks=nn.Sequential(
                 block2d(64, 128),
-                # The public blocks end in a pool. Ours take layers in front only, as the decoder
-                # below needs, so each pool stands in front of what comes next.
+                # The public blocks end in a pool. `block` takes more layers only in front, as
+                # DenseMotion's decoder needs them: each pool stands in front of what comes next.
                 block2d(128, 256, pool=nn.AvgPool2d(2))),
             pool=nn.AvgPool2d(2),                                      # (B, 256, 64, 64)
             second=nn.Conv2d(256, 512, 1),
@@ -683,8 +683,8 @@ MIRROR = np.array([[1, 1, 1], [-1, 1, 1]])         # of right, down, in: mirrore
 #                                         units), times 0, -38, 70, and that of point 20 times 0,
 #                                         -9, 70; the six products are added up and cut to 0 .. 1
 #     ALONE   DOWN,0,1 DOWN_TOO,0,-1      of other signals, 1 DOWN - 1 DOWN_TOO, cut likewise. The
-#                                         factor stands second, for the right half of the face,
-#                                         being mirrored, changes the sign of the first
+#                                         factor stands second, because mirroring for the right
+#                                         half flips the sign of the first
 # A place is where something is drawn, in percent of half the picture:
 #     corner  14 UP,-3.4,-5.3 SULK,.6,6   point 14, shifted by UP times 3.4 to the left and 5.3 up,
 #                                         and by SULK times .6 to the right and 6 down
@@ -722,19 +722,20 @@ def find_places(x):
 
 
 # What the signals mean, of this half of the face:
-#     RAISE, MILD       the brow goes up. Oddly, in LivePortrait point 1 moves down then, and 2 up
-#                       (find_places turns the sign), both for either brow; their weights were tried
-#                       out. MILD rises faster and is 1 when RAISE is .45: 1.9 RAISE - .8 MILD, how
-#                       thick the forehead's line is, is 0 until then
+#     RAISE, MILD       the brow goes up. Oddly, in LivePortrait that moves point 1 down and 2 up
+#                       (find_places turns the sign). Raising either brow moves both points; their
+#                       weights were tried out. MILD rises faster and is 1 when RAISE is .45: the
+#                       row `line`, the forehead's, has a thickness of 1.9 RAISE - .8 MILD, until
+#                       then 0
 #     KNIT, SCOWL       the brows come together, and down as well
 #     INWARD, OUTWARD   gaze: in LivePortrait the upper lid's point moves sideways with it
 #     DROOP, WIDE       the upper lid falls, rises; SAG, TENSE: so does the lower lid
 #     UP                the corner of the mouth goes up, in a smile. A mouth that widens (eee of
-#                       MOVES in data.py) lifts both corners too. But it also moves one of them,
-#                       point 20, nearer: its third offset is negative, and the factors 70, for
-#                       point 20 is D20 in one half and D14 in the other, take off what eee adds
-#     DOWN, DOWN_TOO    this half's corner goes down, the other half's does; the factors -80 give
-#                       back what eee takes off
+#                       MOVES in data.py) lifts both corners too, which should not count. But eee
+#                       alone moves point 20 nearer, so that its third offset is negative: times 70
+#                       it cancels the rest. Point 20 is D20 in this half and D14 in the other
+#     DOWN, DOWN_TOO    this half's corner goes down, the other half's does. Here eee, which lifts
+#                       them, should not hide it: so third offsets count -80 times
 #     SULK              both do, by the lesser one: min(a, b) = a - max(a - b, 0), where ALONE is
 #                       the max. A rounded mouth (woo) lowers point 14 alone
 #     SPREAD, POUT      lips drawn back, pushed forward: the upper lip's depth, against that of the

@@ -134,7 +134,8 @@ def open_face(settings, device):
     """The face to animate, its Source, and what puts its frames where they belong."""
     if not settings.weights:
         return Sketch(), Sketch().source(), iter   # which leaves them as they are
-    image = read_image(settings.image_path, settings.crop)             # the whole picture still
+    # the whole picture; reduced in size only without a crop, which counts the file's pixels
+    image = read_image(settings.image_path, settings.crop)
     x, y, size = box = crop_box(image, settings.crop)
     crop = image.resize((SIZE, SIZE), Image.LANCZOS, (x, y, x + size, y + size))
     dtype = torch.bfloat16 if settings.bf16 else None
@@ -175,11 +176,11 @@ def motion_of(settings, model, source, features, saved, frames=None):
     portrait = source.motion[0].to(model.mean.device)
     # Motion is generated as if the frame before were `neutral`; what is rendered is portrait +
     # motion - neutral (scales by their ratio, rotations by their product: renderer.relative).
-    # Absolute: neutral is the portrait, so that these cancel and motion itself is rendered; it is
-    # generated for a face of mean size, and then multiplied by this one's size.
-    neutral, size = portrait, model.size(portrait)
-    if settings.motion != "absolute":
-        # Relative: neutral is a face at rest in mean pose; what differs is added to the portrait.
+    if settings.motion == "absolute":
+        # These two cancel, and motion itself is rendered; it is generated for a face of mean size.
+        neutral, size = portrait, model.size(portrait)
+    else:
+        # A face at rest in mean pose; what differs from it is added to the portrait.
         neutral, size = F.pad(model.mean[63:], (63, 0)), 1.0
     if settings.motion_path:
         motions = [read_motion(settings.motion_path, frames)]
@@ -265,8 +266,8 @@ def check(settings, given):
         raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
     emotions_in_turn(settings.emotion)
     voice = settings.audio_path
-    stdin = not settings.motion_path and sys.platform != "win32"
-    if not voice or Path(voice).is_fifo() or voice == "-" and not stdin:
+    stdin_allowed = not settings.motion_path and sys.platform != "win32"
+    if not voice or Path(voice).is_fifo() or voice == "-" and not stdin_allowed:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
     # the voice's file, without a span: voice.wav#t=2,5 are three seconds of it
@@ -341,9 +342,9 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # By the number of each clip's first window; (K, 1), for `windows` takes alternatives, in case
-    # one cannot be read, and writes lines about such ones into a list, here for nobody.
-    batch = data.windows(data.first[longest, None], damaged=[], frames=frames)
+    # `windows` wants a row of alternatives for each; here one, the number of a clip's first window.
+    # To the list go complaints about those that cannot be read, which nobody needs here.
+    batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]
 

@@ -5,7 +5,7 @@
     python train.py --alse=out/alse/ckpt.pt      MoDA under its supervision (Eq. 6, 7)
     torchrun --standalone --nproc_per_node=8 train.py --preset=moda --data_dir=data/hdtf
 
-All chance in step k, windows, times, noise and dropped conditions, is drawn for the whole batch
+All chance in step k (windows, times, noise, dropped conditions) is drawn for the whole batch
 from (seed, k): a resumed run equals an uninterrupted one, and any number of processes sees the same
 batch, but for ALSE's mismatched pairs. Ctrl-C and SIGTERM end a run with a checkpoint, from which
 --init_from=auto goes on.
@@ -341,7 +341,7 @@ def main(argv):
         model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
-        vars(cfg).update(changes)                  # flags again: a wrong --audio_dim should fail
+        vars(cfg).update(changes)                  # a wrong --audio_dim is back, and should fail
         model = kind(cfg)
         model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
