@@ -237,9 +237,8 @@ class MotionModel(nn.Module):
         """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
         translation the portrait's scale over the mean scale, for the rest 1.
 
-        The network should see faces of mean size. With sample.py --motion=absolute, where the
-        network's motion takes the place of the portrait's own, its `prev` is divided by these
-        factors, and its output multiplied by them."""
+        The network should see faces of mean size. Where its motion takes the place of the
+        portrait's own (sample.py --motion=absolute), motion = size * network(prev / size)."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -355,7 +354,7 @@ class MoDA(MotionModel):
 
     def conditioning(self, t, emotion):
         """What every AdaLN is conditioned on (Sec. 3.2.1): t (B,), emotion (B,) -> (B, 1, D)."""
-        time = timestep_embedding(t).to(self.null_audio)
+        time = timestep_embedding(t).to(self.null_audio)               # type, device of weights
         return F.silu(self.time_embedder(time) + self.emotion_embedder(emotion))[:, None]
 
 
@@ -515,7 +514,7 @@ def windows(frames, chunk, overlap, past, emotions):
     windows, were yielded already and are context.
     emotions: [(label, duration), ...], in frames, which may be fractions. Each begins a new window:
     an emotion of 30 frames has the window 0 .. 99 and stride 30, the next one begins with the
-    window 30 .. 129 (unless the voice ends by frame 45)."""
+    window 30 .. 129 (unless the voice ends in its first 16 frames, which have motion already)."""
     voice = []                                     # of the window
     # how many at its start need no motion: silence in the first window, the overlap in later ones
     known = past
@@ -548,7 +547,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
     overlap  frames of a chunk with which the next begins; they fade into it
-    past     the first ones of these, which stay as they are; before the first chunk, silence
+    past     the first ones of these, which stay as they are; in the first chunk they are silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
     smooth   average the pose over three frames, in each chunk and across (best: model.cfg.smooth)
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
@@ -567,10 +566,10 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame past - 1 was the last to be
-    # yielded, and smoothing took frame `past` into it, so this one stays as it is, too.
+    # yielded, smoothed with frame `past`, which so has to stay, too. 1 / 0 is inf, cut to 1.
     fade = torch.arange(overlap, 0, -1)[:, None].div(overlap - past).clamp(max=1)
     silence = torch.zeros(past, 1, 1)
-    # Of the previous window, at first empty: before, the frame before the new one, for smoothing;
+    # Of the previous window, at first empty: before, its last frame ahead of the new window;
     # tail, the motion of the overlap; eps, the noise of all frames that both hold.
     before = tail = eps = torch.empty(0, M)
     for voice, stride, label in windows(chain(silence, audio), chunk, overlap, past, emotions):
@@ -671,7 +670,8 @@ def read_checkpoint(path, advice="fetch it again, or train it first"):
 
 def load_strictly(places, tensors):
     """Copy tensors into those of the same names; ValueError tells the first that does not fit."""
-    def shape(x):                                  # public files differ in axes of size 1
+    def shape(x):
+        # public files differ in axes of size 1; what is no tensor is shown, in 40 letters at most
         return f"of shape {[*x.squeeze().shape]}" if torch.is_tensor(x) else f"{x!s:.40}"
     for name in places | tensors:
         if name.endswith("num_batches_tracked"):   # BatchNorm's, of no use, and some files lack it
@@ -696,7 +696,10 @@ def load_statistics(model, path):
 # Regular expressions, applied from top to bottom, each to what the one before made, turn a
 # parameter's name of ours, four.0.paths.1.qkv.weight, into the one in net-200.pth,
 # blocks4.0.attn1.qkv_au1.weight. Streams are called xs (motion) and au or audio there, with a
-# number: four.0.paths.1.adaln -> blocks4.0.au1.adaln -> blocks4.0.audio1.adaln -> and so on.
+# number. Step by step:
+#     four.0.paths.1.adaln -> blocks4.0.au1.adaln -> blocks4.0.audio1.adaln
+#                          -> blocks4.0.adaLN_modulation_audio1.1
+#     four.0.paths.1.heads.q_norm -> blocks4.0.au1.heads.q_norm -> blocks4.0.attn1.au_q_norm1
 RELEASED = [row.split() for row in r"""
     null_audio                          null_audio_feat
     emotion_embedder                    emo_embedder.embedding_table

@@ -177,7 +177,8 @@ def motion_of(settings, model, source, features, saved, frames=None):
     # Motion is generated as if the frame before were `neutral`; what is rendered is portrait +
     # motion - neutral (scales by their ratio, rotations by their product: renderer.relative).
     if settings.motion == "absolute":
-        # These two cancel, and motion itself is rendered; it is generated for a face of mean size.
+        # Portrait and neutral cancel, and motion itself is rendered. It is generated, and saved, for
+        # a face of mean size.
         neutral, size = portrait, model.size(portrait)
     else:
         # A face at rest in mean pose; what differs from it is added to the portrait.
@@ -206,8 +207,9 @@ def make_video(settings, model):
     spoken, times, saved = [], [], []              # filled by microphone, rendered and motion_of
     stdin = sound.path == "-"
     live = settings.stream or stdin
-    # Sound from stdin goes two ways: to the features and, as a copy, through a pipe to the video.
-    # From a file the video reads it by itself: if that is played live, the copy goes nowhere.
+    # Sound from stdin goes two ways: to the features and, as a copy, through a pipe to the video;
+    # an os.pipe has an end to read and one to write. From a file the video reads it by itself: if
+    # that is played live, the copy goes nowhere.
     pipe, copy = os.pipe() if stdin else (None, os.devnull)
     pieces = microphone(sound, open(copy, "wb"), spoken) if live else sound
     features = load_features(settings.audio_encoder, model.mean.device)(pieces)
@@ -308,8 +310,8 @@ def main(argv):
 
 
 # ------------------------------------------------------------------------------ the live microphone
-def microphone(sound, pipe, spoken):
-    """Sound as it comes, a file's in real time; a copy goes to the pipe.
+def microphone(sound, copy, spoken):
+    """Sound as it comes, a file's in real time; it is also written to the open file `copy`.
 
     With every piece, the latest time at which the sound may have begun goes to the list `spoken`.
     """
@@ -321,9 +323,9 @@ def microphone(sound, pipe, spoken):
         if sound.path != "-":
             sleep(max(0, began + heard - perf_counter()))
         spoken.append(perf_counter() - heard)
-        writer.submit(pipe.write, piece.tobytes())
+        writer.submit(copy.write, piece.tobytes())
         yield piece
-    writer.submit(pipe.close)
+    writer.submit(copy.close)
 
 
 def ahead(motion):
@@ -342,8 +344,8 @@ def beginnings(data, count, model):
     longest = np.argsort(-data.lengths, kind="stable")[:count]
     # 184 frames are two chunks of 100 that share 16; one more is the frame before
     frames = min(185, *data.lengths[longest]) - 1
-    # `windows` wants a row of alternatives for each; here one, the number of a clip's first window.
-    # To the list go complaints about those that cannot be read, which nobody needs here.
+    # for each clip a row of window numbers to try in turn, here only its first one; the list takes
+    # complaints about windows that cannot be read
     batch = data.windows(data.first[longest, None], [], frames)
     z, prev = model.normalise(batch["motion"]), model.normalise(batch["prev"])
     return z, batch["audio"].float(), batch["identity"], prev, batch["emotion"]

@@ -341,7 +341,7 @@ def main(argv):
         model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
-        vars(cfg).update(changes)                  # a wrong --audio_dim is back, and should fail
+        vars(cfg).update(changes)                  # if --audio_dim was given; a wrong one fails
         model = kind(cfg)
         model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
