@@ -177,8 +177,8 @@ def motion_of(settings, model, source, features, saved, frames=None):
     # Motion is generated as if the frame before were `neutral`; what is rendered is portrait +
     # motion - neutral (scales by their ratio, rotations by their product: renderer.relative).
     if settings.motion == "absolute":
-        # Portrait and neutral cancel, and motion itself is rendered. It is generated, and saved, for
-        # a face of mean size.
+        # Portrait and neutral cancel, and motion itself is rendered. It is generated, and saved,
+        # for a face of mean size.
         neutral, size = portrait, model.size(portrait)
     else:
         # A face at rest in mean pose; what differs from it is added to the portrait.

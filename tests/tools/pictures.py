@@ -364,6 +364,7 @@ def claims(settings, path):
     for variant, fill in {"without ALSE": "white", "tau 0.4": RED}.items():
         mean, deviation = gated[variant]["Sync-C"]
         right.errorbar(0.5, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
+                       markersize=11, zorder=1,    # the blue point of 0.5 stays in sight
                        label=f"audio + emotion 0.5, {variant.replace('tau 0.4', 'with ALSE')}")
     right.set_xlabel("guidance")
     right.set_ylabel("Sync-C, the confidence of the expert")
