@@ -213,8 +213,8 @@ def init_weights(model):
             nn.init.zeros_(layer.bias)
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
-        # Not in the paper: equal biases in every q and k, turned by RoPE, agree most at the same
-        # position. So each frame attends to its own moment in every rotated stream from the first
+        # Not in the paper: with equal biases in every q and k, turned by RoPE, their product is
+        # largest at the same position. So each frame attends to its own moment in every rotated stream from the first
         # step on, which a short training needs.
         if name.endswith(("qkv", "qkv_mlp")):
             nn.init.ones_(layer.bias[:2 * layer.in_features])
@@ -234,11 +234,11 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """How large a portrait's face is, from its motion (..., 70): 70 factors, for scale and
-        translation the portrait's scale over the mean scale, for the rest 1.
+        """How large a face is, from the portrait's 70 numbers: a factor for each of these, for scale
+        and for translation, which grows with it, the scale over the mean scale, for the rest 1.
 
-        The network should see faces of mean size. Where its motion takes the place of the
-        portrait's own (sample.py --motion=absolute), motion = size * network(prev / size)."""
+        The network should see faces of mean size. Where its output takes the place of the
+        portrait's numbers (sample.py --motion=absolute), motion = size * network(prev / size)."""
         factors = torch.ones_like(portrait)
         ratio = (portrait[..., SCALE] + 1e-5) / (self.mean[SCALE] + 1e-5)
         factors[..., SCALE.start:TRANS.stop] = ratio
@@ -585,7 +585,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
             motion = smooth_pose(motion)
         motion[:len(tail)].lerp_(tail, fade[:len(tail)])
         ready = motion[:len(voice)]
-        if smooth:                                 # a second time, with the frame before the first
+        if smooth:                                 # again, as the authors do; now across chunks
             ready = smooth_pose(torch.cat([before, ready]))[len(before):]
         yield ready[past:past + stride]            # the first `past` were yielded, or are silence
         prev = before = motion[stride - 1:stride]                      # `prev` is a condition

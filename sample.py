@@ -122,7 +122,7 @@ def short_chunks(latency):
         0 .. 39   keep the motion of the chunk before, as context (90 frames were little better)
         40 .. 44  go over from the chunk before (1, 0.8, .. 0.2 of it) to this one; are yielded
         45 .. 49  are sampled, but only the next chunk will yield them
-    Sound comes in blocks of 5 frames. Of those that are yielded frame 40 waits longest: until
+    Sound comes in blocks of 5 frames. Of the five that are yielded, frame 40 waits longest: until
     41 .. 49 have come, 0.36 s, which leaves 0.04 s for the work."""
     new = int(25 * latency) // BLOCK * BLOCK
     if new < 2 * BLOCK:
@@ -313,7 +313,7 @@ def main(argv):
 def microphone(sound, copy, spoken):
     """Sound as it comes, a file's in real time; it is also written to the open file `copy`.
 
-    With every piece, the latest time at which the sound may have begun goes to the list `spoken`.
+    With every piece its time of arrival, minus the seconds heard so far, goes to the list `spoken`.
     """
     writer = ThreadPoolExecutor(1)                 # for the pipe may be full
     began = perf_counter()
@@ -366,8 +366,8 @@ def linear_baseline(model, training, audio):
     return seven_frames(audio) @ torch.linalg.solve(gram, x.T @ z.flatten(0, 1))
 
 
-# metric: (channels, how often they are differenced over time); it is their mean absolute value,
-# ours over the true one
+# metric: (channels, how often they are differenced over time). It is a ratio: the mean absolute
+# value of ours over that of the truth.
 SIZES = {
     "head motion": (ROT, 0),
     "jerk, lips": (LIPS, 3),

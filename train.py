@@ -341,7 +341,7 @@ def main(argv):
         model = kind.from_pretrained(out, found[0], **changes)
     elif start in ("scratch", "auto"):
         cfg.audio_layers, cfg.audio_dim = data.audio_shape
-        vars(cfg).update(changes)                  # if --audio_dim was given; a wrong one fails
+        vars(cfg).update(changes)                  # a wrong --audio_dim fails, and is not ignored
         model = kind(cfg)
         model.mean[:], model.std[:] = data.moments
         if kind is MoDA:
