@@ -214,8 +214,8 @@ def init_weights(model):
         if name.endswith("adaln"):
             nn.init.zeros_(layer.weight)
         # Not in the paper: with equal biases in every q and k, turned by RoPE, their product is
-        # largest at the same position. So each frame attends to its own moment in every rotated stream from the first
-        # step on, which a short training needs.
+        # largest at the same position. So each frame attends to its own moment in every rotated
+        # stream from the first step on, which a short training needs.
         if name.endswith(("qkv", "qkv_mlp")):
             nn.init.ones_(layer.bias[:2 * layer.in_features])
 
@@ -234,8 +234,8 @@ class MotionModel(nn.Module):
         self.register_buffer("weight", weight, persistent=False)       # of channels in the losses
 
     def size(self, portrait):
-        """How large a face is, from the portrait's 70 numbers: a factor for each of these, for scale
-        and for translation, which grows with it, the scale over the mean scale, for the rest 1.
+        """How large a face is, from the portrait's 70 numbers: a factor for each of these, for
+        scale and for translation, which grows with it, the scale over the mean scale, else 1.
 
         The network should see faces of mean size. Where its output takes the place of the
         portrait's numbers (sample.py --motion=absolute), motion = size * network(prev / size)."""
