@@ -1116,11 +1116,13 @@ def run(main):
         if type(error) is RuntimeError and not re.search("memory|ffmpeg|overflow", str(error)):
             raise                                  # a fault of ours, so with its traceback
         report(f"error: {' '.join(str(error).split()) or 'interrupted'}")
-        sys.stdout = None                          # or Python reports a closed pipe once more
         code = 2 if isinstance(error, UsageError) else 1
     # This stands outside the except block, because at that block's end Python frees the error and
-    # its traceback, and with them unfinished generators, which then clean up.
-    sys.exit(code)
+    # its traceback, and with them unfinished generators, which then clean up. sys.exit would wait
+    # for a thread that computes motion (sample.ahead).
+    with suppress(OSError):                        # stdout may be a closed pipe
+        sys.stdout.flush()
+    os._exit(code)
 
 
 @dataclass

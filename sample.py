@@ -269,11 +269,11 @@ def check(settings, given):
     emotions_in_turn(settings.emotion)
     voice = settings.audio_path
     stdin_allowed = not settings.motion_path and sys.platform != "win32"
-    if not voice or Path(voice).is_fifo() or voice == "-" and not stdin_allowed:
-        raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
-                         "not with --motion_path, nor on Windows")
     # the voice's file, without a span: voice.wav#t=2,5 are three seconds of it
     inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path
+    if not voice or Path(inputs[0]).is_fifo() or voice == "-" and not stdin_allowed:
+        raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
+                         "not with --motion_path, nor on Windows")
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         name = getattr(settings, flag)
         path = Path(name)
@@ -292,7 +292,7 @@ def main(argv):
     if settings.output_path == "-":
         sys.stdout = sys.stderr                    # stdout is for the video
     check_effects(given, settings, EFFECTS)
-    if settings.pairs and settings.output_path in ("-", "out.mp4"):
+    if settings.pairs and "output_path" not in given:
         raise UsageError("--pairs: into which folder? --output_path=FOLDER")
     if not settings.pairs and not settings.eval:
         check(settings, given)

@@ -133,10 +133,11 @@ def open_data(settings):
 
 def find_run(out, settings):
     """The last checkpoint of a run, or None to begin; ValueError if that would harm a run."""
-    path = out / "ckpt.pt"
-    if settings.init_from == "resume" or settings.init_from == "auto" and path.exists():
-        return read_checkpoint(path, "nothing to resume")
-    if path.exists() and not settings.overwrite:
+    held = {"ckpt.pt", "best.pt", "log.csv"} & set(os.listdir(out))
+    if settings.init_from == "resume" or settings.init_from == "auto" and "ckpt.pt" in held:
+        return read_checkpoint(out / "ckpt.pt", "nothing to resume")
+    # with "auto" it is a run that was killed before its first checkpoint
+    if held and settings.init_from != "auto" and not settings.overwrite:
         raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
                          "begins again")
 
@@ -148,9 +149,8 @@ def resume(state, parts, settings):
     try:
         before = state["settings"] | state["config"]
         now = vars(settings) | vars(parts["model"].cfg)
-        for name, value in now.items():
-            if before.get(name) != value and name != "init_from" and RANK == 0:
-                print(f"--{name}={before.get(name)} until now; --{name}={value} counts")
+        if RANK == 0:
+            print(f"flags that are new: {dict(now.items() - before.items())}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["step"], state["best"]

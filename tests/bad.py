@@ -164,6 +164,8 @@ def reported(stderr):
 @pytest.fixture
 def run(folder, monkeypatch, capfd):
     """run("sample --steps=3"): a command with more flags -> its exit code, the lines on stderr."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
     def run(command):
         name, *flags = command.split(" ")
         script = SCRIPTS[name]

@@ -119,7 +119,6 @@ def test_a_device_that_is_not_there(refused, command, device):
     ("check --data_dir=", "needed: --data_dir=FOLDER"),
     ("prepare --videos=", "needed: --videos=FOLDER --data_dir=FOLDER"),
     ("prepare --data_dir=", "needed: --videos=FOLDER --data_dir=FOLDER"),
-    ("pairs --pairs=pairs.csv --output_path=-", "--pairs: into which folder?"),
     ("pairs --pairs=pairs.csv", "--pairs: into which folder? --output_path=FOLDER"),
     ("prepare --crop=1,2", "--crop=1,2: should be --crop=x,y,size in pixels"),
     ("prepare --crop=-1,0,32", "--crop=-1,0,32: should be --crop=x,y,size in pixels")])

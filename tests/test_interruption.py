@@ -141,6 +141,23 @@ def test_one_ctrl_c_ends_a_run_whose_stdin_is_open_and_silent(folder):
     assert contents() == before
 
 
+def test_a_stream_ends_in_the_middle_of_a_chunk_that_takes_long(folder):
+    hum(200)
+    before = contents()
+    flags = *FLAGS["sample"].split(), "--stream", "--steps=20000"
+    # not by `start`, whose processes wait for no thread at their end
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], cwd=folder, text=True,
+                               stderr=subprocess.PIPE)
+    first_frames(process, "frames")            # its bar, before the first sound
+    time.sleep(3)                              # a chunk takes 0.8 s to come
+    began = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    lines = reported(process.stderr.read())
+    assert process.wait() == 1 and lines == ["error: interrupted"]
+    assert time.perf_counter() - began < 4     # 2 where no training runs beside
+    assert contents() == before
+
+
 def test_a_stream_needs_no_folder_to_write_to(good):
     flags = [*FLAGS["sample"].split(), "--output_path=-", f"--audio_path={good}/voice.wav",
              f"--ckpt={good}/ckpt.pt"]

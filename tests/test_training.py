@@ -201,12 +201,19 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsy
     assert f"{tmp_path}: finished, 2 steps\n" in capsys.readouterr().out
     train_here(tmp_path, "--steps=3", "--batch_size=2", "--init_from=auto", "--seed=2")
     printed = capsys.readouterr().out
-    assert "--steps=2 until now; --steps=3 counts\n" in printed
-    assert "--seed=1 until now; --seed=2 counts\n" in printed
-    assert printed.count("counts") == 2
+    changed, = re.findall("^flags that are new: (.*)$", printed, re.M)
+    assert eval(changed) == dict(steps=3, seed=2, init_from="auto")
     (tmp_path / "best.pt").touch()
     assert train_here(tmp_path, *flags, "--overwrite") == first
     assert not (tmp_path / "best.pt").exists()                 # it was the other run's
+
+
+@pytest.mark.parametrize("name", ["log.csv", "ckpt.pt", "best.pt"])
+def test_a_file_that_looks_like_a_runs_is_not_lost(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="holds a run"):
+        train_here(tmp_path, "--steps=1", "--batch_size=2")
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_run_is_lost_to_no_other_that_fails_at_once(tmp_path, monkeypatch):
