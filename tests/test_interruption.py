@@ -149,7 +149,7 @@ def test_a_stream_ends_in_the_middle_of_a_chunk_that_takes_long(folder):
     process = subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], cwd=folder, text=True,
                                stderr=subprocess.PIPE)
     first_frames(process, "frames")            # its bar, before the first sound
-    time.sleep(3)                              # a chunk takes 0.8 s to come
+    time.sleep(1.5)                            # a chunk takes 0.8 s to come
     began = time.perf_counter()
     process.send_signal(signal.SIGTERM)
     lines = reported(process.stderr.read())

@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -71,6 +72,13 @@ def plain(weights):
     """A function: one of the five classes -> the network as it was trained, nothing folded."""
     paths = {network: weights / "liveportrait" / file for file, network in NETWORKS.items()}
     return lambda network: load(network, paths[network])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_random_weights():
+    """Weights are loaded: to draw others before takes a second for each LivePortrait."""
+    with patch("torch.nn.init.kaiming_uniform_"), patch("torch.nn.init.uniform_"):
+        yield
 
 
 @pytest.fixture(scope="session")
