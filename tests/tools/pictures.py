@@ -390,7 +390,7 @@ def curves(panel, claim, *columns):
 BLUE, SAND, ROSE, GREEN = "#cfe3ea", "#f3d9b8", "#e8cfe0", "#d5e6c8"
 INPUTS = [
     ("noisy chunk and\nframe before it", BLUE, "motion m"),
-    ("voice\n12 layers x 768", SAND, "audio a"),
+    ("voice, by HuBERT:\n12 layers x 768", SAND, "audio a"),
     ("one emotion of 8,\nfor all frames", ROSE, "emotion e"),
     ("21 keypoints,\nfor all frames", GREEN, "identity i")]
 
