@@ -82,9 +82,11 @@ def test_a_sound_of_numbers_that_are_none(refused, number):
     refused("sample", "voice.wav: the sound holds NaN or infinite samples")
 
 
-def test_a_pipe_is_refused_and_not_waited_for(refused):
+@pytest.mark.parametrize("span", ["", "#t=0,1"])
+def test_a_pipe_is_refused_and_not_waited_for(refused, span):
     os.mkfifo("pipe.wav")
-    refused("sample --audio_path=pipe.wav", "pipe.wav: which voice? a file, no pipe", code=2)
+    words = f"pipe.wav{span}: which voice? a file, no pipe"
+    refused(f"sample --audio_path=pipe.wav{span}", words, code=2)
 
 
 def test_a_script_makes_ffmpeg_read_no_other_file(refused):
