@@ -197,7 +197,7 @@ def write_video(path, frames, sound, pipe=None):
     if path.name == "-":
         target = "-tune zerolatency -f mpegts -".split()
     pipes = [pipe] if pipe else []
-    # (the second argument is for "-" alone)
+    # the second argument counts for "-" alone
     voice = source(sound.path, f"-f f32le -ar {RATE} -ac 1 -i pipe:{pipe}")
     options = f"-f ppm_pipe -framerate 25 -i - -af {sound.filters} {CODING}"
     with ffmpeg(f"{path.name}: could not be written", "-vn", "-sn", "-dn", *voice,

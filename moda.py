@@ -207,7 +207,7 @@ def init_weights(model):
     """Xavier-uniform weights and zero biases. AdaLN begins at zero, so that a block adds nothing;
     attention begins on each frame's own moment."""
     for name, layer in model.named_modules():
-        # the head keeps PyTorch's own, smaller ones: velocities are small at first
+        # the head keeps PyTorch's own, as in the authors' code
         if isinstance(layer, nn.Linear) and name != "head.linear":
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

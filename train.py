@@ -138,8 +138,8 @@ def find_run(out, settings):
         return read_checkpoint(out / "ckpt.pt", "nothing to resume")
     # with "auto" it is a run that was killed before its first checkpoint
     if held and settings.init_from != "auto" and not settings.overwrite:
-        raise ValueError(f"{out}: holds a run; --init_from=auto goes on with it, --overwrite "
-                         "begins again")
+        raise ValueError(f"{out}: holds a run; --init_from=auto goes on from its ckpt.pt, "
+                         "--overwrite begins again")
 
 
 def resume(state, parts, settings):

@@ -1,6 +1,7 @@
 """Training survives whatever happens to it: a killed run goes on to the bit, any number of
 processes follow the same curve, damaged clips are passed over, and what ends a run leaves a
 checkpoint."""
+import ast
 import copy
 import csv
 import functools
@@ -202,7 +203,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsy
     train_here(tmp_path, "--steps=3", "--batch_size=2", "--init_from=auto", "--seed=2")
     printed = capsys.readouterr().out
     changed, = re.findall("^flags that are new: (.*)$", printed, re.M)
-    assert eval(changed) == dict(steps=3, seed=2, init_from="auto")
+    assert ast.literal_eval(changed) == dict(steps=3, seed=2, init_from="auto")
     (tmp_path / "best.pt").touch()
     assert train_here(tmp_path, *flags, "--overwrite") == first
     assert not (tmp_path / "best.pt").exists()                 # it was the other run's

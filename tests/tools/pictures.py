@@ -361,11 +361,12 @@ def claims(settings, path):
     left.set_ylabel("jerk of rotation, 1 = the truth's; correlation")
     curves(right, "audio guidance", ("Sync-C", TEAL))
     gated = measured("sync loss")
-    for variant, fill in {"without ALSE": "white", "tau 0.4": RED}.items():
+    for variant, fill, words in (("without ALSE", "white", "without ALSE"),
+                                 ("tau 0.4", RED, "with ALSE")):
         mean, deviation = gated[variant]["Sync-C"]
         right.errorbar(0.5, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
                        markersize=11, zorder=1,    # the blue point of 0.5 stays in sight
-                       label=f"audio + emotion 0.5, {variant.replace('tau 0.4', 'with ALSE')}")
+                       label=f"audio + emotion 0.5, {words}")
     right.set_xlabel("guidance")
     right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("Sync-C by guidance, and by ALSE's sync loss", fontsize=11)
