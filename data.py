@@ -138,7 +138,9 @@ class Sound:
         if path == "-":
             return
         try:
-            next(self.blocks())
+            # read to its end, and none of blocks(): Python drops a Ctrl-C that comes while it
+            # frees an unfinished generator
+            list(decoded(path, "sound", f"-t 0.1 -af {FILTERS} -f s16le", RATE))
         except ValueError:                         # too many channels; or no sound, fails below
             self.filters = MANY
         n, power = 0, np.zeros(3)                  # of the mean, the left and the right channel
@@ -284,7 +286,7 @@ def opened(folder, *names):
     except Exception as error:
         why = folder.read_text() if folder.is_file() else error
         raise ValueError(f"{folder}: cannot be used ({why}); delete it and prepare the data "
-                         "again") from None
+                         "again")
 
 
 def read_frames(path, frames, start, T):
@@ -318,8 +320,7 @@ class Clips:
             self.names = [path.parent / "clips" / row["clip"] for row in rows]
             self.index(rows, manifest["audio_shape"], manifest["moments"], manifest["x_c_moments"])
         except Exception as error:
-            raise ValueError(f"{path}: no {split} clips there ({error}); "
-                             "prepare a data set: data.py --videos=DIR") from None
+            raise ValueError(f"{path}: no {split} clips there ({error}); prepare them by data.py")
 
     def index(self, rows, audio_shape, moments, x_c_moments):
         """What every kind of data set knows of its clips, without opening them."""
@@ -425,7 +426,7 @@ def moments_of(motions):
     for motion in motions:
         motion = np.asarray(motion, float)
         # numbers of frames, sums, sums of squares: (3, n)
-        sums = sums + np.stack([motion ** k for k in range(3)]).sum(1)
+        sums += np.stack([motion ** k for k in range(3)]).sum(1)
     mean, square = sums[1:] / sums[0]
     return np.stack([mean, (square - mean ** 2).clip(0) ** 0.5])
 
@@ -439,9 +440,13 @@ LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 
 
 def read_rows(path):
-    """csv file, whose first line names the columns -> [{column: text}, ...]."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file, restval=""))
+    """csv file, whose first line names the columns -> [{column: text}, ...]; ValueError if it is
+    none."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, restval=""))
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be used ({error}); should be CSV, in UTF-8")
 
 
 def plain(name):
@@ -454,9 +459,9 @@ def read_labels(path):
     try:
         rows = read_rows(path) if path else []
         return {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
-    except Exception as error:
+    except KeyError as error:
         raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
-                         f"names {' '.join(LABELS)}") from None
+                         f"names {' '.join(LABELS)}")
 
 
 def find_clips(settings):
@@ -553,7 +558,7 @@ def save(path, state, write=torch.save):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:       # torch.save's
-        raise OSError(f"{path}: could not be saved ({error}); an earlier one stays") from None
+        raise OSError(f"{path}: could not be saved ({error}); an earlier one stays")
 
 
 def write_npy(blocks, path):
@@ -725,7 +730,7 @@ class AudioEncoder(nn.Module):
         except Exception as error:
             raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
                              f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
-                             "TencentGameMate/chinese-hubert-base") from None
+                             "TencentGameMate/chinese-hubert-base")
         return model
 
 
@@ -1055,8 +1060,7 @@ def parse_flags(argv, doc, *settings):
             if kind is not str and not abs(value) < 2 ** 63:           # too large, or NaN
                 raise ValueError
         except (KeyError, ValueError):
-            raise UsageError(f"{arg}: expected {kind.__name__}, as in "
-                             f"{flag}={default}") from None
+            raise UsageError(f"{arg}: expected {kind.__name__}, as in {flag}={default}")
         owners[flag][name] = given[name] = value
     return given
 
@@ -1072,7 +1076,7 @@ def find_device(name):
     try:
         return torch.empty(0, device=name or "cpu").device
     except Exception as error:
-        raise UsageError(f"--device={name}: no such device here ({error!s:.200})") from None
+        raise UsageError(f"--device={name}: no such device here ({error!s:.200})")
 
 
 def check_effects(given, settings, effects):
@@ -1095,20 +1099,24 @@ def interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def run(main):
-    """Call a script's main(argv). A mistake of the user is one line on stderr and exit code 1, or 2
-    for a flag."""
+def on_signals(handler):
+    """What Ctrl-C, `kill` and a terminal that closes do."""
     for name in "SIGINT", "SIGTERM", "SIGHUP":
         number = getattr(signal, name, signal.SIGINT)                  # Windows lacks one
         if signal.getsignal(number) != signal.SIG_IGN:                 # nohup's
-            signal.signal(number, interrupt)
+            signal.signal(number, handler)
+
+
+def run(main):
+    """Call a script's main(argv). A mistake of the user is one line on stderr and exit code 1, or 2
+    for a flag."""
+    on_signals(interrupt)
     sys.stdout.reconfigure(errors="backslashreplace")                  # a name may be no UTF-8
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
         return
-    except (ValueError, OSError, MemoryError, RuntimeError, csv.Error,
-            KeyboardInterrupt) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         for child in CHILDREN:                     # which may wait for a silent stdin
             child.kill()
         # These RuntimeErrors a user can mend: torch's with "memory" or "overflow", of sizes that

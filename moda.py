@@ -278,7 +278,7 @@ class MotionModel(nn.Module):
             load_strictly(model.state_dict(), state.get("ema") or state["model"])
         except Exception as error:
             raise ValueError(f"{path}: not a {cls.__name__} that this version knows ({error}); "
-                             "fetch or train it again") from None
+                             "fetch or train it again")
         return model.eval()
 
 
@@ -690,7 +690,7 @@ def load_statistics(model, path):
     try:
         load_strictly({"mean": model.mean, "std": model.std}, state)
     except Exception as error:
-        raise ValueError(f"{path}: no mean and std of motion ({error}); {advice}") from None
+        raise ValueError(f"{path}: no mean and std of motion ({error}); {advice}")
 
 
 # Regular expressions, applied from top to bottom, each to what the one before made, turn a

@@ -128,8 +128,7 @@ def read_motion(path, frames):
             raise ValueError(f"its {len(motion)} frames are not the {frames} of the voice")
         return motion
     except Exception as error:
-        raise ValueError(f"{path}: no motion could be read ({error}); should be what --save_motion "
-                         "wrote") from None
+        raise ValueError(f"{path}: no motion could be read ({error}); write it by --save_motion")
 
 
 def write_template(motion, path):
@@ -531,7 +530,7 @@ def load(network, path):
         # load_strictly copies into the network's own tensors, which state_dict holds
         load_strictly(net.state_dict(), state)
     except Exception as error:
-        raise ValueError(f"{path}: {error}; {GET}") from None
+        raise ValueError(f"{path}: {error}; {GET}")
     return net.eval()
 
 
@@ -610,7 +609,7 @@ def read_image(path, crop=""):
             image = image.convert("F").point(lambda v: v / 257).convert("L")
         image = image.convert("RGBA")
     except Exception as error:
-        raise ValueError(f"{path}: no picture could be read ({error}); take another") from None
+        raise ValueError(f"{path}: no picture could be read ({error}); take another")
     opaque = Image.new("RGB", image.size, "white")
     opaque.paste(image, mask=image)
     return opaque

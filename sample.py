@@ -270,14 +270,14 @@ def check(settings, given):
     voice = settings.audio_path
     stdin_allowed = not settings.motion_path and sys.platform != "win32"
     # the voice's file, without a span: voice.wav#t=2,5 are three seconds of it
-    inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path
+    inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path, settings.ckpt
     if not voice or Path(inputs[0]).is_fifo() or voice == "-" and not stdin_allowed:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
     for flag, endings in ("output_path", "- .mp4 .m4v .mov .mkv .ts"), ("save_motion", ".npy .pkl"):
         name = getattr(settings, flag)
         path = Path(name)
-        known = (path.suffix or name) in endings.split()
+        known = (path.suffix or name) in endings.split() and not path.is_dir()
         if flag in given and not (known and path.parent.is_dir()):
             raise UsageError(f"--{flag}={name}: should be in a folder that exists, and one of "
                              f"{endings}")

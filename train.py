@@ -7,8 +7,8 @@
 
 All chance in step k (windows, times, noise, dropped conditions) is drawn for the whole batch
 from (seed, k): a resumed run equals an uninterrupted one, and any number of processes sees the same
-batch, but for ALSE's mismatched pairs. Ctrl-C and SIGTERM end a run with a checkpoint, from which
---init_from=auto goes on.
+batch, but for ALSE's mismatched pairs. Ctrl-C, SIGTERM and SIGHUP end a run with a checkpoint,
+from which --init_from=auto goes on.
 Flags, with every field of moda.Config among them:
 """
 import signal
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import sample
 from data import (RANK, RATE, WORLD, Clips, ToyTalker, UsageError, check_effects, find_device,
-                  parse_flags, read_ahead, report, run, save)
+                  interrupt, on_signals, parse_flags, read_ahead, report, run, save)
 from moda import (ALSE, EMOTIONS, PRESETS, STRAIGHT, Config, JointBlock, MoDA, ResidualConv,
                   SingleBlock, load_statistics, losses, read_checkpoint, reflow)
 
@@ -84,6 +84,8 @@ REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)
 EFFECTS = {
     "with --alse": "tau",
     "with --init_from=scratch|auto|resume": "reflow",
+    "without --init_from=auto|resume": "overwrite",
+    "without --init_from=resume": "stats",
     "with --model=moda": "alse reflow sample sample_every heads n_four n_two n_one rope_streams "
                          "p_drop_audio p_drop_emotion focus cfg_audio cfg_emotion cfg_both chunk "
                          "smooth straight",
@@ -105,10 +107,12 @@ def read_settings(argv):
         raise UsageError(f"--model={settings.model}: known are moda, alse")
     check_effects(given, settings, EFFECTS)
     positive = "steps batch_size clips save_every workers width heads".split()
+    shares = "cooldown ema p_drop_audio p_drop_emotion".split()
     for name, value in (vars(settings) | vars(cfg)).items():
         lowest = int(name in positive)
-        if type(value) is not str and value < lowest:
-            raise UsageError(f"--{name}={value}: should be {lowest} or more")
+        highest = 1 if name in shares else math.inf
+        if type(value) is not str and not lowest <= value <= highest:
+            raise UsageError(f"--{name}={value}: should be from {lowest} to {highest}")
     parts = WORLD
     if settings.model == "alse":
         parts *= 2                                 # foreign pairs take two windows
@@ -155,8 +159,7 @@ def resume(state, parts, settings):
             part.load_state_dict(state[name])
         return state["step"], state["best"]
     except Exception:
-        raise ValueError("ckpt.pt: was trained with other settings, and not all may change; use "
-                         "another --out_dir") from None
+        raise ValueError("ckpt.pt: was trained with other settings; use another --out_dir")
 
 
 def open_log(out, first_step, kind):
@@ -222,7 +225,7 @@ def validate(model, data, settings, expert, teacher, autocast):
     for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
         with autocast:
             terms = loss_terms(model, model, batch, expert, settings.tau, teacher)
-        total = total + torch.stack(terms)
+        total += torch.stack(terms)
     *terms, lips = mean_over_processes(total / VAL_BATCHES)
     return sum(terms), lips
 
@@ -268,12 +271,6 @@ def save_run(out, settings, parts, step, stop, best, improved, val):
         save(out / "ckpt.pt", state)
     if sampling:
         make_video(out, settings, f"samples/{step}", val)
-
-
-def on_signals(handler):
-    """What Ctrl-C and SIGTERM do."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
 
 
 def load_expert(path, model):
@@ -385,8 +382,7 @@ def main(argv):
         *terms, lips, norm, stop = mean_over_processes(numbers)
         loss = sum(terms)
         if not math.isfinite(loss + norm):
-            raise ValueError(f"step {step}: loss {loss}, gradients {norm}; "
-                             "checkpoints from before are good")
+            raise ValueError(f"step {step}: loss {loss}, gradients {norm}; what was saved is good")
         log = log or open_log(out, first_step, kind)                   # now nothing should fail
         rate = optimizer.param_groups[0]["lr"] = rate_of(settings, step)
         optimizer.step()
@@ -405,8 +401,8 @@ def main(argv):
             best = min(best, val_loss)
             bar.set_description(f"val_loss {val_loss:.3f}, val_lips {val_lips:.3f}")
         # steps count from 0, a checkpoint's number is how many are done
-        row = step - 1, loss, *terms, lips, norm, rate, seconds, waiting, val_loss, val_lips
-        print(*row, sep=",", file=log, flush=True)
+        print(step - 1, loss, *terms, lips, norm, rate, seconds, waiting, val_loss, val_lips,
+              sep=",", file=log, flush=True)
         bar.set_postfix_str(f"loss {loss:.3f}, rate {rate:.1e}, "
                             f"{settings.batch_size / seconds:.0f} windows/s, "
                             f"{waiting / seconds:.0%} waiting")
@@ -422,7 +418,7 @@ def main(argv):
         dist.destroy_process_group()
     if stop or RANK > 0:
         return
-    on_signals(signal.default_int_handler)
+    on_signals(interrupt)
     print(f"{out}: finished, {settings.steps} steps")
     if kind is MoDA and settings.eval_clips and not settings.data_dir:
         options = sample.Settings(ckpt=f"{out}/ckpt.pt")

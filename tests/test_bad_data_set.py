@@ -31,7 +31,7 @@ def change_clip(name, change):
 # ------------------------------------------------------------------------------------ the manifest
 def test_no_data_set(refused):
     words = "nowhere/manifest.json: no train clips there"
-    refused("train --data_dir=nowhere", words, "prepare a data set: data.py --videos=DIR")
+    refused("train --data_dir=nowhere", words, "prepare them by data.py")
 
 
 def test_a_file_as_data_set(refused):
@@ -198,8 +198,14 @@ def test_no_videos(refused, root):
 
 
 def test_no_table_of_labels(refused):
-    words = "nowhere.csv: cannot be used"
-    refused("prepare --labels=nowhere.csv", words, "expected lines clip,emotion")
+    refused("prepare --labels=nowhere.csv", "nowhere.csv: cannot be used", "No such file")
+
+
+@pytest.mark.parametrize("flag", ["labels", "clips"])
+def test_a_table_in_another_encoding(refused, flag):
+    write("table.csv", "video,clip,emotion\n".encode("utf-16"))
+    words = "table.csv: cannot be used", "should be CSV, in UTF-8"
+    refused(f"prepare --{flag}=table.csv", *words)
 
 
 def test_an_emotion_that_is_not_known(refused):

@@ -47,12 +47,16 @@ def test_a_value_of_the_wrong_type(refused, command, kind):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("train --steps=0", "--steps=0: should be 1 or more"),
-    ("train --batch_size=-2", "--batch_size=-2: should be 1 or more"),
-    ("train --width=0", "--width=0: should be 1 or more"),
-    ("train --warmup=-1", "--warmup=-1: should be 0 or more"),
-    ("train --learning_rate=-1", "--learning_rate=-1.0: should be 0 or more"),
-    ("train --workers=0", "--workers=0: should be 1 or more"),
+    ("train --steps=0", "--steps=0: should be from 1 to inf"),
+    ("train --batch_size=-2", "--batch_size=-2: should be from 1 to inf"),
+    ("train --width=0", "--width=0: should be from 1 to inf"),
+    ("train --warmup=-1", "--warmup=-1: should be from 0 to inf"),
+    ("train --learning_rate=-1", "--learning_rate=-1.0: should be from 0 to inf"),
+    ("train --workers=0", "--workers=0: should be from 1 to inf"),
+    ("train --p_drop_audio=50", "--p_drop_audio=50.0: should be from 0 to 1"),
+    ("train --p_drop_emotion=1.1", "--p_drop_emotion=1.1: should be from 0 to 1"),
+    ("train --ema=5", "--ema=5.0: should be from 0 to 1"),
+    ("train --cooldown=200", "--cooldown=200.0: should be from 0 to 1"),
     ("train --model=alse --batch_size=3", "--batch_size=3: should be a multiple of 2")])
 def test_a_number_out_of_range(refused, command, words):
     refused(command, words, code=2)
@@ -93,6 +97,9 @@ def test_names_are_read_in_any_case(run):
     ("sample --stats=ckpt.pt", "--stats has no effect: ckpt.pt has statistics of its own"),
     ("sample --latency=1 --chunk=50", "--chunk has an effect only without --latency"),
     ("train --tau=0.3", "--tau has an effect only with --alse"),
+    ("train --init_from=auto --overwrite",
+     "--overwrite has an effect only without --init_from=auto|resume"),
+    ("resume --stats=mean.pt", "--stats has an effect only without --init_from=resume"),
     ("train --clips=9", "--clips has an effect only without --data_dir"),
     ("train --reflow=ckpt.pt --init_from=old/ckpt.pt",
      "--reflow has an effect only with --init_from=scratch|auto|resume"),
@@ -139,10 +146,12 @@ def test_a_place_that_no_video_or_motion_can_have(refused, flag):
     refused(f"sample {flag}", words, code=2)
 
 
-def test_a_folder_in_the_place_of_the_video(refused):
-    Path("new.mp4").mkdir()
-    refused("sample --output_path=new.mp4", "new.mp4")
-    assert Path("new.mp4").is_dir()
+@pytest.mark.parametrize("flag", ["--output_path=new.mp4", "--save_motion=new.npy"])
+def test_a_folder_in_the_place_of_a_file_is_seen_before_the_work(refused, flag):
+    name, place = flag.split("=")
+    Path(place).mkdir()
+    refused(f"sample {flag}", f"{name}={place}: should be in a folder that exists", code=2)
+    assert Path(place).is_dir()
 
 
 @pytest.fixture
@@ -152,6 +161,7 @@ def inputs(folder):
     Path("link.mp4").symlink_to("talk.mp4")
     os.link("talk.mp4", "hard.mp4")
     os.link("me.png", "me.mp4")
+    os.link("ckpt.pt", "ckpt.pkl")
     np.save("m.npy", np.zeros((5, 70), np.float32))
 
 
@@ -164,6 +174,7 @@ def inputs(folder):
     "sample --audio_path=talk.mp4 --output_path=link.mp4",
     "sample --audio_path=talk.mp4 --output_path=hard.mp4",
     "play --motion_path=./m.npy --save_motion=m.npy",
+    "sample --ckpt=./ckpt.pkl --save_motion=ckpt.pkl",
     "portrait --output_path=me.mp4"])
 def test_no_output_is_an_input_however_it_is_spelled(inputs, refused, tmp_path, command):
     command = command.format(folder=tmp_path.name, parent=tmp_path.parent)
@@ -194,7 +205,7 @@ def test_motion_of_another_length_than_the_voice(refused):
 
 def test_motion_that_is_none(refused):
     words = "text.txt: no motion could be read"
-    refused("play --motion_path=text.txt", words, "should be what --save_motion wrote")
+    refused("play --motion_path=text.txt", words, "write it by --save_motion")
 
 
 def template(**changes):
@@ -204,8 +215,14 @@ def template(**changes):
     return pickle.dumps(dict(motion=[frame | changes], n_frames=1, output_fps=25))
 
 
-def test_no_table_of_pairs(refused):
-    refused("pairs --pairs=nowhere.csv --output_path=old", "nowhere.csv", "No such file")
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"),
+    ("portrait,voice,emotion\n".encode("utf-16"), "should be CSV, in UTF-8"),
+    (b"portrait,voice,emotion\n,\xff,none\n", "should be CSV, in UTF-8")])
+def test_a_table_of_pairs_that_is_none(refused, content, words):
+    if content:
+        write("pairs.csv", content)
+    refused("pairs --pairs=pairs.csv --output_path=old", "pairs.csv: cannot be used", words)
 
 
 class LyingDtype:

@@ -213,5 +213,5 @@ def test_a_manifest_without_clips_is_one_line(tmp_path, content):
 
 
 def test_no_data_set_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*No such file.*; prepare a data set"):
+    with pytest.raises(ValueError, match="nowhere.*No such file.*; prepare them by data.py"):
         Clips(tmp_path / "nowhere")

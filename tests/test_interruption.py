@@ -44,6 +44,15 @@ def test_ctrl_c_at_any_moment_is_one_line_and_no_file(run, ctrl_c, command, mome
     assert contents() == before
 
 
+def test_a_run_that_nobody_disturbs_kills_no_ffmpeg(run, monkeypatch):
+    """It would be in a destructor, of a generator that was left unfinished, where Python drops a
+    Ctrl-C."""
+    killed = []
+    monkeypatch.setattr(data.Popen, "kill", lambda child: killed.append(child.args))
+    assert run("sample") == (0, [])
+    assert not killed
+
+
 def first_frames(process, sign=r"[| ][1-9]\d*/5000"):
     """What a run prints until its bar counts frames."""
     seen = ""
