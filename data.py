@@ -38,7 +38,7 @@ from numpy.lib.format import header_data_from_array_1_0, open_memmap, write_arra
 from torch.nn.utils.parametrizations import weight_norm
 from tqdm import tqdm
 
-from moda import EMOTIONS, NO_EMOTION, M, draw, load_strictly, read_checkpoint
+from moda import EMOTIONS, NO_EMOTION, M, draw, explained, load_strictly, read_checkpoint
 from renderer import FACE, LivePortrait, to_motion
 
 RATE = 16000                     # samples per second
@@ -314,13 +314,11 @@ class Clips:
     def __init__(self, folder, split="train"):
         """The "train" or "val" clips of a data set, or "" for both; ValueError if it is damaged."""
         path = Path(folder, "manifest.json")
-        try:
+        with explained(f"{path}: no {split} clips there; prepare a data set: data.py --videos=DIR"):
             manifest = json.loads(path.read_text())
             rows = [row for row in manifest["clips"] if split in ("", row["split"])]
             self.names = [path.parent / "clips" / row["clip"] for row in rows]
             self.index(rows, manifest["audio_shape"], manifest["moments"], manifest["x_c_moments"])
-        except Exception as error:
-            raise ValueError(f"{path}: no {split} clips there ({error}); prepare them by data.py")
 
     def index(self, rows, audio_shape, moments, x_c_moments):
         """What every kind of data set knows of its clips, without opening them."""
@@ -442,11 +440,9 @@ LABELS |= dict(angry=0, disgusted=2, happy=4, sad=6, surprised=7)
 def read_rows(path):
     """csv file, whose first line names the columns -> [{column: text}, ...]; ValueError if it is
     none."""
-    try:
+    with explained(f"{path}: cannot be used; should be CSV, in UTF-8"):
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, restval=""))
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be used ({error}); should be CSV, in UTF-8")
+            return list(csv.DictReader(file, restval="", skipinitialspace=True))
 
 
 def plain(name):
@@ -456,12 +452,9 @@ def plain(name):
 
 def read_labels(path):
     """csv file -> {clip: number}; a clip is a path below --videos, a name or a folder."""
-    try:
-        rows = read_rows(path) if path else []
+    rows = read_rows(path) if path else []
+    with explained(f"{path}: cannot be used; expected lines clip,emotion of {' '.join(LABELS)}"):
         return {plain(row["clip"]): LABELS[plain(row["emotion"])] for row in rows}
-    except KeyError as error:
-        raise ValueError(f"{path}: cannot be used ({error}); expected lines clip,emotion with "
-                         f"names {' '.join(LABELS)}")
 
 
 def find_clips(settings):
@@ -512,7 +505,7 @@ def pictures(path, crop, batch=16):
     if crop:
         x, y, size = crop.split(",")
     # a square that leaves the picture gets size 0, which fails; ffmpeg would move it inside
-    inside = f"lte({x}+{size},iw)*lte({y}+{size},ih)"
+    inside = f"gte({x},0)*gte({y},0)*lte({x}+{size},iw)*lte({y}+{size},ih)"
     square = f"crop='if({inside},{size},0)':'{size}':'{x}':'{y}':exact=1"
     # sar: pixels need not be square
     filters = f"fps=25:start_time=0,scale=iw*sar:ih,{square},scale=256:256:flags=area"
@@ -724,13 +717,10 @@ class AudioEncoder(nn.Module):
         path = Path(path)
         if path.is_dir():
             path /= "pytorch_model.bin"
-        try:
+        with explained(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete; get "
+                       "facebook/wav2vec2-base-960h or TencentGameMate/chinese-hubert-base"):
             # into the model's own tensors, which state_dict holds
             load_strictly(model.state_dict(), encoder_tensors(read_checkpoint(path)))
-        except Exception as error:
-            raise ValueError(f"{path}: not a base-size wav2vec 2.0 or HuBERT, or incomplete "
-                             f"({error!s:.200}); get facebook/wav2vec2-base-960h or "
-                             "TencentGameMate/chinese-hubert-base")
         return model
 
 

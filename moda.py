@@ -9,6 +9,7 @@ L x A audio layers x channels, M = 70 motion numbers.
 import copy
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -256,8 +257,8 @@ class MotionModel(nn.Module):
         expected = self.cfg.audio_layers, self.cfg.audio_dim
         found = tuple(audio.shape[2:])
         if found != expected:
-            raise ValueError(f"the model takes {expected} features per frame, not {found}: "
-                             "name their audio encoder")
+            raise ValueError(f"the model takes {expected} features per frame, not {found}: name "
+                             "the audio encoder or the data set that it learned from")
         return audio.flatten(2)
 
     @classmethod
@@ -267,7 +268,7 @@ class MotionModel(nn.Module):
         state: what the file holds, if it was read already; changes: of its Config. ValueError says
         what does not fit."""
         state = state or read_checkpoint(path)
-        try:
+        with explained(f"{path}: not a {cls.__name__} that this version knows; get or retrain it"):
             # a name in the released file, see RELEASED
             if cls is MoDA and any("motion_embedder.mlp" in key for key in state):
                 return from_released(state, path, **changes).eval()
@@ -276,9 +277,6 @@ class MotionModel(nn.Module):
             model = cls(Config(**state["config"] | changes))
             # state_dict holds the model's own tensors: to copy into them loads it
             load_strictly(model.state_dict(), state.get("ema") or state["model"])
-        except Exception as error:
-            raise ValueError(f"{path}: not a {cls.__name__} that this version knows ({error}); "
-                             "fetch or train it again")
         return model.eval()
 
 
@@ -658,6 +656,15 @@ def recorded(function):
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+@contextmanager
+def explained(what):
+    """An error in its block becomes a ValueError: what is wrong and what to do, then the error."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} ({error!s:.300})")
+
+
 def read_checkpoint(path, advice="fetch it again, or train it first"):
     """What torch.save wrote, tensors and plain values only: a file that runs code is refused."""
     try:
@@ -687,10 +694,8 @@ def load_statistics(model, path):
     """Set the model's mean and std from a file with both, such as the authors' mean.pt."""
     advice = "the released one is src/datasets/mean.pt of the authors' repository"
     state = read_checkpoint(path, advice)
-    try:
+    with explained(f"{path}: no mean and std of motion; {advice}"):
         load_strictly({"mean": model.mean, "std": model.std}, state)
-    except Exception as error:
-        raise ValueError(f"{path}: no mean and std of motion ({error}); {advice}")
 
 
 # Regular expressions, applied from top to bottom, each to what the one before made, turn a

@@ -22,7 +22,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils import fuse_conv_bn_eval, remove_spectral_norm, spectral_norm
 
 # where in the 70 numbers: slices, but for MOUTH, an index; M is 70
-from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, load_strictly, read_checkpoint
+from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, explained, load_strictly, read_checkpoint
 
 SIZE = 512                       # pixels of a rendered frame, height and width
 GET = "get it with: hf download KwaiVGI/LivePortrait --local-dir pretrained_weights"
@@ -77,7 +77,7 @@ def angles(R):
 
 def checked(motion):
     """motion as float32 (T, 70); ValueError if it is anything else."""
-    motion = torch.as_tensor(motion).float()
+    motion = torch.as_tensor(motion).float().contiguous()
     if motion.shape[1:] != (M,) or not len(motion) or not motion.isfinite().all():
         raise ValueError(f"motion of shape {tuple(motion.shape)}: "
                          f"should be finite numbers of shape (frames, {M})")
@@ -119,16 +119,14 @@ def read_template(path):
 
 def read_motion(path, frames):
     """(T, 70) of a motion template, (frames, 70) of a .npy file; ValueError if it holds no such."""
-    try:
-        if path.endswith(".pkl"):
+    with explained(f"{path}: no motion could be read; write it by --save_motion"):
+        if path.lower().endswith(".pkl"):
             return read_template(path)
         # unlike a template, which may be shorter, a .npy file replaces all of the model's motion
         motion = checked(np.load(path, allow_pickle=False))
         if len(motion) != frames:
             raise ValueError(f"its {len(motion)} frames are not the {frames} of the voice")
         return motion
-    except Exception as error:
-        raise ValueError(f"{path}: no motion could be read ({error}); write it by --save_motion")
 
 
 def write_template(motion, path):
@@ -526,11 +524,9 @@ def load(network, path):
     consume_prefix_in_state_dict_if_present(state, "module.")
     consume_prefix_in_state_dict_if_present(state, "detector.")
     net = network()
-    try:
+    with explained(f"{path}: not LivePortrait's; {GET}"):
         # load_strictly copies into the network's own tensors, which state_dict holds
         load_strictly(net.state_dict(), state)
-    except Exception as error:
-        raise ValueError(f"{path}: {error}; {GET}")
     return net.eval()
 
 
@@ -598,7 +594,7 @@ def read_image(path, crop=""):
     of the file, it keeps its size; without one, sides over 2048 are reduced to that.
 
     ValueError: it is no picture, has more than 250 megapixels, or floats of grey."""
-    try:
+    with explained(f"{path}: no picture could be read; take another"):
         image = Image.open(path)
         if not crop:
             image.thumbnail((2048, 2048))
@@ -608,8 +604,6 @@ def read_image(path, crop=""):
         if image.mode[0] == "I":                                       # 16 bits of grey
             image = image.convert("F").point(lambda v: v / 257).convert("L")
         image = image.convert("RGBA")
-    except Exception as error:
-        raise ValueError(f"{path}: no picture could be read ({error}); take another")
     opaque = Image.new("RGB", image.size, "white")
     opaque.paste(image, mask=image)
     return opaque
@@ -626,8 +620,7 @@ def crop_box(image, crop=""):
     except ValueError:
         inside = False
     if not inside or size < 16:
-        raise ValueError(f"crop {crop}: should be x,y,size, 16 pixels or more, inside {width} x "
-                         f"{height}")
+        raise ValueError(f"crop {crop}: should be x,y,size, 16 or more, inside {width} x {height}")
     return x, y, size
 
 

@@ -247,10 +247,10 @@ def make_video(settings, model):
 
 def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
-    os.makedirs(settings.output_path, exist_ok=True)
     for number, row in enumerate(read_rows(settings.pairs), 1):
         video = f"{settings.output_path}/{number:03}.mp4"
         try:
+            os.makedirs(settings.output_path, exist_ok=True)
             one = replace(settings, output_path=video, image_path=row["portrait"],
                           audio_path=row["voice"], emotion=row["emotion"])
             check(one, given)
@@ -264,13 +264,12 @@ def check(settings, given):
     """UsageError says which settings make no sense."""
     if bool(settings.weights) != bool(settings.image_path):
         raise UsageError("--weights and --image_path go together")
-    if settings.motion not in ("", "relative", "absolute"):
-        raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
     emotions_in_turn(settings.emotion)
     voice = settings.audio_path
     stdin_allowed = not settings.motion_path and sys.platform != "win32"
     # the voice's file, without a span: voice.wav#t=2,5 are three seconds of it
-    inputs = SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path, settings.ckpt
+    inputs = (SPAN.fullmatch(voice)[1], settings.image_path, settings.motion_path, settings.ckpt,
+              settings.stats)
     if not voice or Path(inputs[0]).is_fifo() or voice == "-" and not stdin_allowed:
         raise UsageError(f"--audio_path={voice}: which voice? a file, no pipe; or - for stdin, but "
                          "not with --motion_path, nor on Windows")
@@ -294,6 +293,8 @@ def main(argv):
     check_effects(given, settings, EFFECTS)
     if settings.pairs and "output_path" not in given:
         raise UsageError("--pairs: into which folder? --output_path=FOLDER")
+    if settings.motion not in ("", "relative", "absolute"):
+        raise UsageError(f"--motion={settings.motion}: should be relative or absolute")
     if not settings.pairs and not settings.eval:
         check(settings, given)
     model = open_model(settings, given)

@@ -153,6 +153,8 @@ def resume(state, parts, settings):
     try:
         before = state["settings"] | state["config"]
         now = vars(settings) | vars(parts["model"].cfg)
+        if now["straight"] != before["straight"]:                      # the teacher's
+            raise ValueError
         if RANK == 0:
             print(f"flags that are new: {dict(now.items() - before.items())}")
         for name, part in parts.items():

@@ -45,22 +45,22 @@ def test_a_checkpoint_that_would_run_code(refused):
 # ----------------------------------------------------------------------- another model's checkpoint
 def test_a_checkpoint_of_nothing(refused):
     write("ckpt.pt", {})
-    refused("sample", f"{UNKNOWN} (it holds nothing)")
+    refused("sample", UNKNOWN, "(it holds nothing)")
 
 
 def test_the_expert_for_the_generator(refused):
-    words = "expert.pt: not a MoDA that this version knows (it holds ALSE)"
+    words = "expert.pt: not a MoDA that this version knows; get or retrain it (it holds ALSE)"
     refused("sample --ckpt=expert.pt", words)
 
 
 def test_the_generator_for_the_expert(refused):
-    words = "ckpt.pt: not a ALSE that this version knows (it holds MoDA)"
+    words = "ckpt.pt: not a ALSE that this version knows; get or retrain it (it holds MoDA)"
     refused("train --alse=ckpt.pt", words)
 
 
 def test_a_checkpoint_of_an_earlier_version(refused):
     change_config(fusion="c2f")
-    refused("sample", UNKNOWN, "fusion", "train it again")
+    refused("sample", UNKNOWN, "fusion", "retrain it")
 
 
 @pytest.mark.parametrize("name, value", [
@@ -77,7 +77,7 @@ def test_settings_that_do_not_fit_the_network(refused, name, value):
 
 def test_a_checkpoint_without_settings(refused):
     write("ckpt.pt", {"kind": "MoDA"})
-    refused("sample", f"{UNKNOWN} ('config')")
+    refused("sample", UNKNOWN, "('config')")
 
 
 @pytest.mark.parametrize("model", [None, 3])
@@ -133,7 +133,7 @@ def test_a_training_that_begins_from_weights_without_statistics(refused):
 
 def test_statistics_without_a_std(refused):
     write("s.pt", {"mean": torch.zeros(70)})
-    refused("train --stats=s.pt", "s.pt: no mean and std of motion (std is absent")
+    refused("train --stats=s.pt", "s.pt: no mean and std of motion", "(std is absent")
 
 
 # ---------------------------------------------------------------------------- where training starts
@@ -164,10 +164,16 @@ def test_a_run_to_resume_without_its_optimizer(refused):
     refused("resume", "ckpt.pt: was trained with other settings")
 
 
+def test_a_student_in_the_folder_of_its_teacher(refused):
+    """--init_from=auto would take the teacher for the student's own run, and overwrite it."""
+    words = "ckpt.pt: was trained with other settings; use another --out_dir"
+    refused("train --out_dir=old --reflow=old/ckpt.pt --init_from=auto --width=32", words)
+
+
 # -------------------------------------------------------------------------------- the audio encoder
 def test_no_audio_encoder(refused):
-    words = "nowhere: not a base-size wav2vec 2.0 or HuBERT"
-    refused("sample --audio_encoder=nowhere", words, "FileNotFoundError", "get facebook/wav2vec2-base")
+    words = "nowhere: not a base-size wav2vec 2.0 or HuBERT", "get facebook/wav2vec2-base"
+    refused("sample --audio_encoder=nowhere", *words, "FileNotFoundError")
 
 
 def test_an_empty_folder_as_encoder(refused):

@@ -31,7 +31,7 @@ def change_clip(name, change):
 # ------------------------------------------------------------------------------------ the manifest
 def test_no_data_set(refused):
     words = "nowhere/manifest.json: no train clips there"
-    refused("train --data_dir=nowhere", words, "prepare them by data.py")
+    refused("train --data_dir=nowhere", words, "prepare a data set: data.py --videos=DIR")
 
 
 def test_a_file_as_data_set(refused):
@@ -46,17 +46,17 @@ def test_a_manifest_without_clips(refused, content):
 
 def test_a_manifest_of_no_clips(refused):
     change_manifest(clips=[])
-    refused("train", f"{NO_CLIPS} (none is listed")
+    refused("train", NO_CLIPS, "(none is listed")
 
 
 def test_a_manifest_of_validation_only(refused):
     change_rows(split="val")
-    refused("train", f"{NO_CLIPS} (none is listed")
+    refused("train", NO_CLIPS, "(none is listed")
 
 
 def test_rows_without_a_split(refused):
     change_manifest(clips=[dict(clip="0", frames=90, emotion=8)])
-    refused("train", f"{NO_CLIPS} ('split')")
+    refused("train", NO_CLIPS, "('split')")
 
 
 def test_rows_that_are_numbers(refused):
@@ -210,7 +210,8 @@ def test_a_table_in_another_encoding(refused, flag):
 
 def test_an_emotion_that_is_not_known(refused):
     write("labels.csv", "clip,emotion\n1,glee")
-    refused("prepare --labels=labels.csv", "labels.csv: cannot be used ('glee')", "anger contempt")
+    words = "labels.csv: cannot be used; expected lines", "anger contempt", "('glee')"
+    refused("prepare --labels=labels.csv", *words)
 
 
 def test_a_preparation_without_weights(refused):

@@ -213,5 +213,5 @@ def test_a_manifest_without_clips_is_one_line(tmp_path, content):
 
 
 def test_no_data_set_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*No such file.*; prepare them by data.py"):
+    with pytest.raises(ValueError, match="nowhere.*; prepare a data set: .*No such file"):
         Clips(tmp_path / "nowhere")

@@ -463,6 +463,9 @@ def test_nothing_usable_is_one_error(stand_in, tmp_path, videos):
     shutil.copy(videos / "24.mp4", root / "x.mp4")
     with pytest.raises(ValueError, match="none of its 1 videos"):
         prepare(root, tmp_path / "other", "--crop=0,0,49")
+    (tmp_path / "clips.csv").write_text("video,crop\nx.mp4,\"-8,0,40\"\n")
+    with pytest.raises(ValueError, match="none of its 1 videos"):
+        prepare(root, tmp_path / "third", f"--clips={tmp_path}/clips.csv")
 
 
 def test_a_flag_that_makes_no_sense_is_named(stand_in, tmp_path, videos):

@@ -23,7 +23,7 @@ from bad import folder, good, refused, run, start, write
 from data import RATE, Sound, ToyTalker, UsageError, parse_flags, toy_clip, write_video
 from forks import Script
 from moda import MoDA
-from renderer import LivePortrait, Sketch
+from renderer import LivePortrait, Sketch, write_template
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -281,7 +281,7 @@ def faces(monkeypatch):
         loaded.append(face)
     monkeypatch.setattr(LivePortrait, "__init__", init)
     monkeypatch.setattr(LivePortrait, "source", lambda face, image: Sketch().source())
-    monkeypatch.setattr(LivePortrait, "frames", lambda face, *args, **options: Sketch().frames(*args))
+    monkeypatch.setattr(LivePortrait, "frames", lambda face, *args: Sketch().frames(*args))
     yield loaded
     sample.load_face.cache_clear()
 
@@ -300,6 +300,24 @@ def test_every_pair_becomes_a_video_and_broken_rows_are_passed_over(folder, run,
     assert [path.name for path in sorted(Path("new/clips").glob("*.mp4"))] == ["001.mp4", "006.mp4"]
     assert len(faces) == 1
     assert not np.array_equal(frames_of("new/clips/001.mp4"), frames_of("new/clips/006.mp4"))
+
+
+def test_a_table_may_have_spaces_behind_its_commas(folder, run):
+    write("pairs.csv", "portrait, voice, emotion\n, voice.wav, none")
+    assert run("pairs --pairs=pairs.csv --output_path=new") == (0, [])
+    assert len(frames_of("new/001.mp4")) == 5
+
+
+def test_a_table_that_is_not_there_leaves_no_folder(refused):
+    refused("pairs --pairs=nowhere.csv --output_path=new", "nowhere.csv")
+    assert not Path("new").exists()
+
+
+def test_a_template_can_be_saved_as_an_array(folder, run):
+    motion = torch.randn(5, 70)
+    write_template(motion, "m.pkl")
+    assert run("play --motion_path=m.pkl --save_motion=m.npy") == (0, [])
+    assert np.allclose(np.load("m.npy"), motion, atol=1e-4)
 
 
 def test_a_table_that_is_none_is_one_line(refused):
