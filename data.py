@@ -1047,7 +1047,7 @@ def parse_flags(argv, doc, *settings):
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
-            if kind is not str and not abs(value) < 2 ** 63:           # too large, or NaN
+            if kind is not str and not abs(value) < 1e15:              # too large, or NaN
                 raise ValueError
         except (KeyError, ValueError):
             raise UsageError(f"{arg}: expected {kind.__name__}, as in {flag}={default}")

@@ -30,6 +30,7 @@ def test_an_unknown_flag(refused, command, words):
     ("sample --steps=", "int"),
     ("sample --steps=many", "int"),
     ("sample --seed=1000000000000000000000", "int"),
+    ("sample --steps=9223372036854775807", "int"),
     ("sample --cfg_audio=nan", "float"),
     ("sample --cfg_emotion=much", "float"),
     ("sample --latency=inf", "float"),
