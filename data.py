@@ -138,8 +138,8 @@ class Sound:
         if path == "-":
             return
         try:
-            # read to its end, and none of blocks(): Python drops a Ctrl-C that comes while it
-            # frees an unfinished generator
+            # Read to its end. Of blocks(), only the first would be needed, but then Python frees an
+            # unfinished generator, and drops a Ctrl-C that comes meanwhile.
             list(decoded(path, "sound", f"-t 0.1 -af {FILTERS} -f s16le", RATE))
         except ValueError:                         # too many channels; or no sound, fails below
             self.filters = MANY
@@ -1047,7 +1047,7 @@ def parse_flags(argv, doc, *settings):
         kind = type(default)
         try:
             value = BOOLEANS[text] if kind is bool else kind(text)
-            if kind is not str and not abs(value) < 1e15:              # too large, or NaN
+            if kind is not str and not abs(value) < 9e18:              # too large, or NaN
                 raise ValueError
         except (KeyError, ValueError):
             raise UsageError(f"{arg}: expected {kind.__name__}, as in {flag}={default}")

@@ -120,7 +120,7 @@ def read_template(path):
 def read_motion(path, frames):
     """(T, 70) of a motion template, (frames, 70) of a .npy file; ValueError if it holds no such."""
     with explained(f"{path}: no motion could be read; write it by --save_motion"):
-        if path.lower().endswith(".pkl"):
+        if path.endswith(".pkl"):
             return read_template(path)
         # unlike a template, which may be shorter, a .npy file replaces all of the model's motion
         motion = checked(np.load(path, allow_pickle=False))

@@ -249,8 +249,8 @@ def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
     for number, row in enumerate(read_rows(settings.pairs), 1):
         video = f"{settings.output_path}/{number:03}.mp4"
+        os.makedirs(settings.output_path, exist_ok=True)
         try:
-            os.makedirs(settings.output_path, exist_ok=True)
             one = replace(settings, output_path=video, image_path=row["portrait"],
                           audio_path=row["voice"], emotion=row["emotion"])
             check(one, given)
@@ -278,7 +278,7 @@ def check(settings, given):
         path = Path(name)
         known = (path.suffix or name) in endings.split() and not path.is_dir()
         if flag in given and not (known and path.parent.is_dir()):
-            raise UsageError(f"--{flag}={name}: should be in a folder that exists, and one of "
+            raise UsageError(f"--{flag}={name}: should be a file in an existing folder, and one of "
                              f"{endings}")
         for one in filter(os.path.exists, inputs):
             if path.is_file() and path.samefile(one):

@@ -35,7 +35,7 @@ import sample
 from data import (RANK, RATE, WORLD, Clips, ToyTalker, UsageError, check_effects, find_device,
                   interrupt, on_signals, parse_flags, read_ahead, report, run, save)
 from moda import (ALSE, EMOTIONS, PRESETS, STRAIGHT, Config, JointBlock, MoDA, ResidualConv,
-                  SingleBlock, load_statistics, losses, read_checkpoint, reflow)
+                  SingleBlock, explained, load_statistics, losses, read_checkpoint, reflow)
 
 VAL_BATCHES = 8
 
@@ -112,7 +112,7 @@ def read_settings(argv):
         lowest = int(name in positive)
         highest = 1 if name in shares else math.inf
         if type(value) is not str and not lowest <= value <= highest:
-            raise UsageError(f"--{name}={value}: should be from {lowest} to {highest}")
+            raise UsageError(f"--{name}={value}: should be at least {lowest}, at most {highest}")
     parts = WORLD
     if settings.model == "alse":
         parts *= 2                                 # foreign pairs take two windows
@@ -150,18 +150,16 @@ def resume(state, parts, settings):
     """Load a checkpoint, if any, into the parts of a run -> its step, its lowest val_loss."""
     if not state:
         return 0, math.inf
-    try:
+    with explained("ckpt.pt: was trained with other settings; use another --out_dir"):
         before = state["settings"] | state["config"]
         now = vars(settings) | vars(parts["model"].cfg)
-        if now["straight"] != before["straight"]:                      # the teacher's
-            raise ValueError
+        if now["reflow"] != before["reflow"]:      # it may be the teacher's
+            raise ValueError("--reflow differs")
         if RANK == 0:
             print(f"flags that are new: {dict(now.items() - before.items())}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["step"], state["best"]
-    except Exception:
-        raise ValueError("ckpt.pt: was trained with other settings; use another --out_dir")
 
 
 def open_log(out, first_step, kind):

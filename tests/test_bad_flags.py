@@ -48,16 +48,16 @@ def test_a_value_of_the_wrong_type(refused, command, kind):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("train --steps=0", "--steps=0: should be from 1 to inf"),
-    ("train --batch_size=-2", "--batch_size=-2: should be from 1 to inf"),
-    ("train --width=0", "--width=0: should be from 1 to inf"),
-    ("train --warmup=-1", "--warmup=-1: should be from 0 to inf"),
-    ("train --learning_rate=-1", "--learning_rate=-1.0: should be from 0 to inf"),
-    ("train --workers=0", "--workers=0: should be from 1 to inf"),
-    ("train --p_drop_audio=50", "--p_drop_audio=50.0: should be from 0 to 1"),
-    ("train --p_drop_emotion=1.1", "--p_drop_emotion=1.1: should be from 0 to 1"),
-    ("train --ema=5", "--ema=5.0: should be from 0 to 1"),
-    ("train --cooldown=200", "--cooldown=200.0: should be from 0 to 1"),
+    ("train --steps=0", "--steps=0: should be at least 1, at most inf"),
+    ("train --batch_size=-2", "--batch_size=-2: should be at least 1, at most inf"),
+    ("train --width=0", "--width=0: should be at least 1, at most inf"),
+    ("train --warmup=-1", "--warmup=-1: should be at least 0, at most inf"),
+    ("train --learning_rate=-1", "--learning_rate=-1.0: should be at least 0, at most inf"),
+    ("train --workers=0", "--workers=0: should be at least 1, at most inf"),
+    ("train --p_drop_audio=50", "--p_drop_audio=50.0: should be at least 0, at most 1"),
+    ("train --p_drop_emotion=1.1", "--p_drop_emotion=1.1: should be at least 0, at most 1"),
+    ("train --ema=5", "--ema=5.0: should be at least 0, at most 1"),
+    ("train --cooldown=200", "--cooldown=200.0: should be at least 0, at most 1"),
     ("train --model=alse --batch_size=3", "--batch_size=3: should be a multiple of 2")])
 def test_a_number_out_of_range(refused, command, words):
     refused(command, words, code=2)
@@ -143,7 +143,7 @@ def test_flags_that_do_not_go_together(refused, command, words):
     "--save_motion=m.PKL"])
 def test_a_place_that_no_video_or_motion_can_have(refused, flag):
     name, place = flag.split("=")
-    words = f"{name}={place}: should be in a folder that exists, and one of"
+    words = f"{name}={place}: should be a file in an existing folder, and one of"
     refused(f"sample {flag}", words, code=2)
 
 
@@ -151,7 +151,7 @@ def test_a_place_that_no_video_or_motion_can_have(refused, flag):
 def test_a_folder_in_the_place_of_a_file_is_seen_before_the_work(refused, flag):
     name, place = flag.split("=")
     Path(place).mkdir()
-    refused(f"sample {flag}", f"{name}={place}: should be in a folder that exists", code=2)
+    refused(f"sample {flag}", f"{name}={place}: should be a file in an existing folder", code=2)
     assert Path(place).is_dir()
 
 

@@ -313,6 +313,11 @@ def test_a_table_that_is_not_there_leaves_no_folder(refused):
     assert not Path("new").exists()
 
 
+def test_a_file_in_the_place_of_the_folder_for_videos(refused):
+    write("pairs.csv", "portrait,voice,emotion\n,voice.wav,none")
+    refused("pairs --pairs=pairs.csv --output_path=text.txt", "text.txt")
+
+
 def test_a_template_can_be_saved_as_an_array(folder, run):
     motion = torch.randn(5, 70)
     write_template(motion, "m.pkl")
