@@ -97,7 +97,8 @@ def files(folder):
     """Every file under a final name that a run wrote, read: a damaged one is an error."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix in READ:
+        final = not path.name.startswith(".part-")             # where data.appearing writes first
+        if path.suffix in READ and final:
             found[str(path.relative_to(folder))] = READ[path.suffix](path)
     return found
 
