@@ -68,6 +68,7 @@ def test_a_number_out_of_range(refused, command, words):
     ("sample --emotion=9", "--emotion=9: '9'? known are anger"),
     ("sample --emotion=", "--emotion=: ''? known are anger"),
     ("sample --motion=sideways", "--motion=sideways: should be relative or absolute"),
+    ("pairs --pairs=p.csv --output_path=old --motion=sideways", "--motion=sideways: should be"),
     ("train --preset=huge", "--preset=huge: known are toy, moda"),
     ("train --model=gan --heads=1", "--model=gan: known are moda, alse")])
 def test_a_name_that_is_not_known(refused, command, words):
@@ -176,6 +177,7 @@ def inputs(folder):
     "sample --audio_path=talk.mp4 --output_path=hard.mp4",
     "play --motion_path=./m.npy --save_motion=m.npy",
     "sample --ckpt=./ckpt.pkl --save_motion=ckpt.pkl",
+    "sample --stats=./ckpt.pkl --save_motion=ckpt.pkl",
     "portrait --output_path=me.mp4"])
 def test_no_output_is_an_input_however_it_is_spelled(inputs, refused, tmp_path, command):
     command = command.format(folder=tmp_path.name, parent=tmp_path.parent)
