@@ -247,9 +247,10 @@ def make_video(settings, model):
 
 def make_videos(settings, model, given):
     """A video for each row of --pairs; those that are there stay, rows that fail are reported."""
-    for number, row in enumerate(read_rows(settings.pairs), 1):
+    rows = read_rows(settings.pairs)
+    os.makedirs(settings.output_path, exist_ok=True)
+    for number, row in enumerate(rows, 1):
         video = f"{settings.output_path}/{number:03}.mp4"
-        os.makedirs(settings.output_path, exist_ok=True)
         try:
             one = replace(settings, output_path=video, image_path=row["portrait"],
                           audio_path=row["voice"], emotion=row["emotion"])
