@@ -224,12 +224,14 @@ def regroup(pieces, size):
         yield waiting
 
 
-# BANDS: where each of the 257 frequencies lies among 40 triangles; their middles are 1 .. 40,
+HERTZ = rfftfreq(512, 1 / RATE)    # the 257 frequencies of a spectrum
+# BANDS: where each of them lies among 40 triangles; their middles are 1 .. 40,
 # equally spaced on the mel scale, log(700 + Hz); 0 and 41 are its ends, 60 and 7600 Hz.
-BANDS = np.interp(np.log(700 + rfftfreq(512, 1 / RATE)),
-                  np.log([760, 8300]), [0, 41])
+BANDS = np.interp(np.log(700 + HERTZ), np.log([760, 8300]), [0, 41])
 # the triangles themselves, (257, 40)
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
+# (257,): how much of a power is heard; within 1.5 dB of A-weighting (IEC 61672) above 50 Hz
+HEARD = (HERTZ / np.hypot(HERTZ, 300)) ** 4
 SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
 
 
@@ -239,17 +241,18 @@ def log_mel_blocks(pieces):
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
     blocks have one size: the features of a sound are the same to the bit however it was cut.
 
-    Power is relative to that of the loudest second up to the end of the block, a level that fades
-    by 1 dB a second. So the gain of a recording does not matter; its pauses stay silent."""
-    taper = np.hanning(400)                        # 25 ms
+    Power is relative to what is heard of the loudest second up to the end of the block, a level
+    that fades by 1 dB a second. So neither the gain of a recording matters nor its rumble; its
+    pauses stay silent."""
+    taper = np.hanning(400) / 200                  # 25 ms, of sum 1
     wav = np.zeros(400)
     last_second, loudest = [], SILENCE
     for block in regroup(pieces, BLOCK * FRAME):
         silence = np.zeros(BLOCK * FRAME - len(block))
         wav = np.concatenate([wav[HOP - 400:], block, silence])        # 240 samples from before
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
-        power = np.abs(rfft(spans * taper, 512) / taper.sum()) ** 2
-        last_second = [*last_second[-4:], np.mean(block ** 2)]         # five blocks of 0.2 s
+        power = np.abs(rfft(spans * taper, 512)) ** 2
+        last_second = [*last_second[-4:], np.mean(power @ HEARD)]      # five blocks of 0.2 s
         # a power that fades by 0.2 dB a block
         loudest = max(np.mean(last_second), loudest * 10 ** -0.02, SILENCE)
         # logarithmic above a 300th of the loudest; of speech, about 0 to 1
@@ -804,21 +807,21 @@ def expression(**controls):
 # three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls
 PHONES = table("""
     phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
-    a      vowel      .75  1.25  2.55  1      .05   3       .17      55   1    0
-    e      vowel      .52  1.85  2.55  1      .05   3       .15      28   6    0
-    i      vowel      .3   2.25  2.9   .8     .05   3       .14      11   10   0
-    o      vowel      .48  .9    2.45  1      .05   3       .16      30   0    10
-    u      vowel      .32  .8    2.3   .8     .05   3       .15      8    0    12
-    @      vowel      .52  1.45  2.55  .8     .05   3       .1       22   1    1
-    m      consonant  .26  1     2.55  .3     0     3       .09      -16  0    1
-    b      consonant  .22  .9    2.55  .06    .01   2       .08      -19  0    0
-    n      consonant  .28  1.6   2.55  .3     0     3       .07      5    2    0
-    t      consonant  .3   1.8   2.55  0      .15   5       .07      5    2    0
-    s      consonant  .3   1.7   2.55  0      .35   6       .1       1    5    0
-    S      consonant  .3   1.8   2.55  0      .35   3       .1       3    0    7
-    f      consonant  .3   1.2   2.55  0      .12   7       .09      -8   1    0
-    l      consonant  .38  1.3   2.7   .5     .03   3       .07      14   1    0
-    w      consonant  .3   .65   2.4   .5     .03   3       .08      3    0    12
+    a      vowel      .75  1.25  2.55  1      .05   3       .17      16   1    0
+    e      vowel      .52  1.85  2.55  1      .05   3       .15      8    6    0
+    i      vowel      .3   2.25  2.9   .8     .05   3       .14      3.5  10   0
+    o      vowel      .48  .9    2.45  1      .05   3       .16      9    0    10
+    u      vowel      .32  .8    2.3   .8     .05   3       .15      2.5  0    12
+    @      vowel      .52  1.45  2.55  .8     .05   3       .1       6.5  1    1
+    m      consonant  .26  1     2.55  .3     0     3       .09      -9   0    1
+    b      consonant  .22  .9    2.55  .06    .01   2       .08      -7   0    0
+    n      consonant  .28  1.6   2.55  .3     0     3       .07      1.5  2    0
+    t      consonant  .3   1.8   2.55  0      .15   5       .07      1.5  2    0
+    s      consonant  .3   1.7   2.55  0      .35   6       .1       .5   5    0
+    S      consonant  .3   1.8   2.55  0      .35   3       .1       1    0    7
+    f      consonant  .3   1.2   2.55  0      .12   7       .09      -4   1    0
+    l      consonant  .38  1.3   2.7   .5     .03   3       .07      4    1    0
+    w      consonant  .3   .65   2.4   .5     .03   3       .08      1    0    12
     pause  pause      .48  1.45  2.55  0      0     3       .5       0    0    0""")
 # a syllable's sounds, in their order: how often there is one, and factors on its length
 SYLLABLE = table("""
@@ -860,24 +863,24 @@ def smooth(track, width):
 
 def wander(rng, width, n):
     """Smooth noise of unit variance, (n,); width in samples."""
-    # a Gaussian's squares sum to (4 pi width^2) ^ -0.5
-    return smooth(rng.standard_normal(n), width) * (4 * np.pi * width ** 2) ** 0.25
+    # a Gaussian's squares sum to (4 pi)^-0.5 / width; 1.88 is (4 pi)^0.25
+    return 1.88 * width ** 0.5 * smooth(rng.standard_normal(n), width)
 
 
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
     rng = np.random.default_rng(seed)
-    emotion, tone = rng.integers(8, size=2)
-    if rng.random() < 0.5:                         # the others keep what was drawn
-        tone = emotion
-    manner, voice = MANNERS[emotion], MANNERS[tone]
+    emotion = rng.integers(8)
+    manner = MANNERS[emotion]
+    voice = rng.choice([manner, rng.choice(MANNERS)])                  # the face's tone, or any
     phones = articulation(rng, 4 * T + 1, voice["rate"])               # at 100 Hz, ends included
     mouth = rng.uniform(0.8, 1.2)                                      # how wide this one is
     face = FACE * rng.uniform(0.9, 1.1, 3)
     face[[14, 20], 0] *= mouth
-    delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide mouths move further
+    wav, level = toy_voice(rng, voice, phones)
+    phones["aaa"] += level / 14                    # loud mouths open further
+    delta = toy_expression(rng, manner, phones, mouth ** 2)            # and so do wide ones
     motion = np.hstack([delta, toy_head(rng, phones)])
-    wav = toy_voice(rng, voice, phones)
     # motion in the middle of each frame
     return wav, np.float32(motion[2::4]), emotion, np.float32(face.ravel())
 
@@ -897,26 +900,23 @@ def articulation(rng, n, rate):
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
             if kind == "vowel":
                 phone["voice"] *= stress
-                phone["aaa"] *= stress             # cut to a whole number, as its column is
             phones.append(phone)
             ends.append(end)
-    now = np.searchsorted(ends, np.arange(n) / 100)
-    return np.array(phones)[now]
+    return np.array(phones)[np.searchsorted(ends, np.arange(n) / 100)]
 
 
 def toy_expression(rng, manner, phones, reach):
     """Lips follow the voice; the emotion's own offsets, of the whole face, are added: (n, 63)."""
     n = len(phones)
     held = {}
-    lips = {name: reach * smooth(phones[name], 4) for name in ("aaa", "eee", "woo")}
-    before = manner
-    if rng.random() < 0.5:                         # it begins with any: the label should decide
-        before = rng.choice(MANNERS)
+    lips = {name: reach * smooth(phones[name], 2) for name in ("aaa", "eee", "woo")}
+    # half of the clips begin with any: the label should decide
+    before = rng.choice([manner, rng.choice(MANNERS)])
     # from 0 to 1 over a second: the share of `manner`; the rest is `before`
     turned = np.arange(n) / 100 - rng.uniform(0, 1)
     turned = smooth(turned.clip(0, 1), 20)
     for name in CONTROLS:                                              # strong or weak, never still
-        strength = rng.uniform(0.8, 1.2) * (1 + 0.12 * wander(rng, 80, n))
+        strength = 1 + 0.15 * wander(rng, 160, n)
         held[name] = strength * (before[name] * (1 - turned) + manner[name] * turned)
     # A blink lowers the control by 22: a single 1, smoothed, is 0.1 high. The lids are shut from
     # -13 on, so for some frames; what goes below -20, with narrow eyes, is cut off.
@@ -939,22 +939,21 @@ def toy_head(rng, phones):
 
 
 def toy_voice(rng, manner, phones):
-    """Source and filter, in a room: (160 (n - 1),)."""
+    """Source and filter, in a room: (160 (n - 1),); and how loud it is, (n,)."""
     source = torch.tensor(toy_source(rng, manner, phones))
     response = torch.tensor(toy_filter(rng, phones))
     # windows of 40 ms, as long as a video's frame
     stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
-    wav = torch.istft(spectrum * response.T, **stft).numpy()
-    # the square root, because the effort in toy_source already grows with loudness
-    loudness = manner["loudness"] ** 0.5 * 10 ** rng.uniform(-1.7, -0.9)
-    return np.float32(np.clip(loudness * toy_room(rng, wav), -1, 1))
+    speech = spectrum * response.T
+    wav = torch.istft(speech, **stft).numpy()
+    level = speech[12:136].norm(dim=0).numpy() / wav.std()             # from 300 to 3400 Hz
+    return np.float32(0.05 * toy_room(rng, wav)), level                # -26 dBFS
 
 
 def upsample(x):
     """From 100 Hz to the sound's rate: (n,) -> (160 (n - 1),)."""
-    clock = np.arange(HOP * (len(x) - 1)) / HOP
-    return np.interp(clock, range(len(x)), x)
+    return np.interp(np.arange(HOP * (len(x) - 1)) / HOP, range(len(x)), x)
 
 
 def toy_source(rng, manner, phones):
@@ -974,16 +973,17 @@ def toy_filter(rng, phones):
     """Frequency response of the vocal tract, or where there is no voice, of the hiss: (n, 321)."""
     khz = rfftfreq(FRAME, 1000 / RATE)
     tract = (0.02 + khz) ** rng.uniform(0.2, 1.0)  # lips radiate what is high
-    shorter = rng.uniform(0.85, 1.2)               # and short tracts have higher formants
+    shorter = rng.uniform(0.75, 1.35)              # and short tracts have higher formants
+    width = rng.uniform(0.06, 0.3)                 # of formants
     for name in "f1", "f2", "f3":
         f = shorter * smooth(phones[name], 3)[:, None]
-        tract = tract * f ** 2 / np.hypot(f ** 2 - khz ** 2, 0.1 * khz)
+        tract = tract * f ** 2 / np.hypot(f ** 2 - khz ** 2, width * khz)
     hiss = 6 * np.exp(-0.35 * (khz - phones["centre"][:, None]) ** 2)
     return np.where(phones["voice"][:, None] > 0, tract, hiss)
 
 
 def toy_room(rng, wav):
-    """A voice of unit variance with echo, sometimes music with a hum, and noise."""
+    """A voice of unit variance with echo, music with a hum, and noise."""
     n = len(wav)
     wav = wav / wav.std()
     decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
@@ -991,12 +991,14 @@ def toy_room(rng, wav):
     room = irfft(rfft(wav) * rfft(echo))           # its end echoes at the start
     room *= rng.uniform(0, 0.7) / room.std()
     wav += room
-    music = rng.choice([0, 0, 0.25]) * rng.random()
+    music = 0.25 * rng.random() ** 3               # soft in most clips
     for least in 0, 0, 0, 0.5:                     # swell: three tones come and go, one hums on
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(least))
         wav += music * swell * tone
-    return wav + 10 ** rng.uniform(-3, -1) * rng.standard_normal(n)
+    # white, with more below some frequency from 260 to 2100 Hz
+    noise = rng.standard_normal(n) + wander(rng, rng.integers(1, 9), n)
+    return wav + 10 ** rng.uniform(-3, -1) * noise
 
 
 class ToyTalker(Clips):

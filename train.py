@@ -45,7 +45,7 @@ class Settings:
     model: str = "moda"          # moda or alse
     preset: str = "toy"          # toy or moda
     data_dir: str = ""           # a data set prepared by data.py; else the toy talker
-    clips: int = 300             # how many clips the toy talker makes, 8 s each
+    clips: int = 600             # how many clips the toy talker makes, 8 s each
     out_dir: str = ""            # for checkpoints, log.csv; else out/<preset>[-straight], out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run

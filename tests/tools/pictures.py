@@ -358,7 +358,7 @@ def claims(settings, path):
     left.set_xscale("log")
     left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
     left.minorticks_off()
-    left.set_ylabel("jerk of rotation, 1 = the truth's; correlation")
+    left.set_ylabel("jerk of rotation (truth = 1), mouth corr")
     curves(right, "audio guidance", ("Sync-C", TEAL))
     gated = measured("sync loss")
     for variant, fill, words in (("without ALSE", "white", "without ALSE"),
