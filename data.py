@@ -878,7 +878,7 @@ def toy_clip(seed, T):
     face = FACE * rng.uniform(0.9, 1.1, 3)
     face[[14, 20], 0] *= mouth
     wav, level = toy_voice(rng, voice, phones)
-    phones["aaa"] += level / 14                    # loud mouths open further
+    phones["aaa"] += level / 18                    # loud mouths open further
     delta = toy_expression(rng, manner, phones, mouth ** 2)            # and so do wide ones
     motion = np.hstack([delta, toy_head(rng, phones)])
     # motion in the middle of each frame
