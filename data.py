@@ -807,20 +807,20 @@ def expression(**controls):
 # three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls
 PHONES = table("""
     phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
-    a      vowel      .75  1.25  2.55  1      .05   3       .17      16   1    0
-    e      vowel      .52  1.85  2.55  1      .05   3       .15      8    6    0
-    i      vowel      .3   2.25  2.9   .8     .05   3       .14      3.5  10   0
-    o      vowel      .48  .9    2.45  1      .05   3       .16      9    0    10
-    u      vowel      .32  .8    2.3   .8     .05   3       .15      2.5  0    12
-    @      vowel      .52  1.45  2.55  .8     .05   3       .1       6.5  1    1
-    m      consonant  .26  1     2.55  .3     0     3       .09      -9   0    1
-    b      consonant  .22  .9    2.55  .06    .01   2       .08      -7   0    0
-    n      consonant  .28  1.6   2.55  .3     0     3       .07      1.5  2    0
-    t      consonant  .3   1.8   2.55  0      .15   5       .07      1.5  2    0
+    a      vowel      .75  1.25  2.55  1      .05   3       .17      13   1    0
+    e      vowel      .52  1.85  2.55  1      .05   3       .15      6    6    0
+    i      vowel      .3   2.25  2.9   .8     .05   3       .14      3    10   0
+    o      vowel      .48  .9    2.45  1      .05   3       .16      7    0    10
+    u      vowel      .32  .8    2.3   .8     .05   3       .15      2    0    12
+    @      vowel      .52  1.45  2.55  .8     .05   3       .1       5    1    1
+    m      consonant  .26  1     2.55  .3     0     3       .09      -8   0    1
+    b      consonant  .22  .9    2.55  .06    .01   2       .08      -6   0    0
+    n      consonant  .28  1.6   2.55  .3     0     3       .07      1    2    0
+    t      consonant  .3   1.8   2.55  0      .15   5       .07      1    2    0
     s      consonant  .3   1.7   2.55  0      .35   6       .1       .5   5    0
     S      consonant  .3   1.8   2.55  0      .35   3       .1       1    0    7
-    f      consonant  .3   1.2   2.55  0      .12   7       .09      -4   1    0
-    l      consonant  .38  1.3   2.7   .5     .03   3       .07      4    1    0
+    f      consonant  .3   1.2   2.55  0      .12   7       .09      -3   1    0
+    l      consonant  .38  1.3   2.7   .5     .03   3       .07      3    1    0
     w      consonant  .3   .65   2.4   .5     .03   3       .08      1    0    12
     pause  pause      .48  1.45  2.55  0      0     3       .5       0    0    0""")
 # a syllable's sounds, in their order: how often there is one, and factors on its length
