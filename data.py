@@ -242,9 +242,9 @@ def log_mel_blocks(pieces):
     blocks have one size: the features of a sound are the same to the bit however it was cut.
 
     Power is relative to what is heard of the loudest second up to the end of the block, a level
-    that fades by 1 dB a second. So neither the gain of a recording matters nor its rumble; its
-    pauses stay silent."""
-    taper = np.hanning(400) / 200                  # 25 ms, of sum 1
+    that fades by 1 dB a second. So the gain of a recording does not matter, and its rumble only in
+    the lowest bands; its pauses stay silent."""
+    taper = np.hanning(400) / 200                  # 25 ms; its sum is nearly 1
     wav = np.zeros(400)
     last_second, loudest = [], SILENCE
     for block in regroup(pieces, BLOCK * FRAME):
@@ -804,7 +804,8 @@ def expression(**controls):
     return sum(np.multiply.outer(x, CONTROLS[name]) for name, x in controls.items())
 
 
-# three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls
+# three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls, but
+# of aaa only the part that toy_clip does not take from loudness (.5 makes it a column of floats)
 PHONES = table("""
     phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
     a      vowel      .75  1.25  2.55  1      .05   3       .17      13   1    0
@@ -830,7 +831,8 @@ SYLLABLE = table("""
     vowel      1       .8        1.25
     consonant  .25     .8        1.25
     pause      .17     .3        1.8""")
-# of each emotion: controls that it holds, and factors on the voice
+# of each emotion: controls that it holds, and factors on the voice, whose loudness is an effort
+# that changes only its timbre
 MANNERS = table("""
     emotion    aaa  eee  woo  smile  brow  frown  blink  sneer  smirk  pitch  range  loudness  rate
     anger      3    0    0    -.2    -2    -9     1.5    0      0      1.15   1.3    1.6       1.15
@@ -868,7 +870,8 @@ def wander(rng, width, n):
 
 
 def toy_clip(seed, T):
-    """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,)."""
+    """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,). Below 29
+    frames it may be one pause, and then NaN."""
     rng = np.random.default_rng(seed)
     emotion = rng.integers(8)
     manner = MANNERS[emotion]
@@ -878,8 +881,8 @@ def toy_clip(seed, T):
     face = FACE * rng.uniform(0.9, 1.1, 3)
     face[[14, 20], 0] *= mouth
     wav, level = toy_voice(rng, voice, phones)
-    phones["aaa"] += level / 18                    # loud mouths open further
-    delta = toy_expression(rng, manner, phones, mouth ** 2)            # and so do wide ones
+    phones["aaa"] += level / 18                    # mouths open mostly with loudness
+    delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide ones further
     motion = np.hstack([delta, toy_head(rng, phones)])
     # motion in the middle of each frame
     return wav, np.float32(motion[2::4]), emotion, np.float32(face.ravel())
@@ -939,7 +942,8 @@ def toy_head(rng, phones):
 
 
 def toy_voice(rng, manner, phones):
-    """Source and filter, in a room: (160 (n - 1),); and how loud it is, (n,)."""
+    """Source and filter, in a room: (160 (n - 1),); and how loud they are without it, (n,), beside
+    their rms over the clip."""
     source = torch.tensor(toy_source(rng, manner, phones))
     response = torch.tensor(toy_filter(rng, phones))
     # windows of 40 ms, as long as a video's frame
@@ -948,7 +952,7 @@ def toy_voice(rng, manner, phones):
     speech = spectrum * response.T
     wav = torch.istft(speech, **stft).numpy()
     level = speech[12:136].norm(dim=0).numpy() / wav.std()             # from 300 to 3400 Hz
-    return np.float32(0.05 * toy_room(rng, wav)), level                # -26 dBFS
+    return np.float32(0.05 * toy_room(rng, wav)), level                # the voice: -26 dBFS
 
 
 def upsample(x):
@@ -974,7 +978,7 @@ def toy_filter(rng, phones):
     khz = rfftfreq(FRAME, 1000 / RATE)
     tract = (0.02 + khz) ** rng.uniform(0.2, 1.0)  # lips radiate what is high
     shorter = rng.uniform(0.75, 1.35)              # and short tracts have higher formants
-    width = rng.uniform(0.06, 0.3)                 # of formants
+    width = rng.uniform(0.06, 0.3)                 # of formants, in kHz
     for name in "f1", "f2", "f3":
         f = shorter * smooth(phones[name], 3)[:, None]
         tract = tract * f ** 2 / np.hypot(f ** 2 - khz ** 2, width * khz)
@@ -996,7 +1000,7 @@ def toy_room(rng, wav):
         tone = np.sin(rng.uniform(0.015, 0.15) * np.arange(n))
         swell = upsample(wander(rng, 10, n // HOP + 1).clip(least))
         wav += music * swell * tone
-    # white, with more below some frequency from 260 to 2100 Hz
+    # white, with more below a frequency from 260 to 2100 Hz
     noise = rng.standard_normal(n) + wander(rng, rng.integers(1, 9), n)
     return wav + 10 ** rng.uniform(-3, -1) * noise
 
