@@ -135,6 +135,7 @@ def strip(settings, path):
     rows[2].plot(seconds[widest], motion[widest, MOUTH], "o", color=RED, markersize=5,
                  label="the faces above")
     rows[2].set_ylabel("mouth's\nopening", rotation=0, ha="right", va="center")
+    rows[2].set_ylim(top=1.4 * max(true[:, MOUTH].max(), motion[:, MOUTH].max()))
     rows[2].legend(loc="upper center", ncols=3, frameon=False)
     for row in rows:
         plain(row)
