@@ -367,13 +367,13 @@ def claims(settings, path):
         mean, deviation = gated[variant]["Sync-C"]
         right.errorbar(0.5, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
                        markersize=11, zorder=1,    # the blue point of 0.5 stays in sight
-                       label=f"audio + emotion 0.5, {words}")
+                       label=f"guiding both, {words}")
     right.set_xlabel("guidance")
     right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("Sync-C by guidance, and by ALSE's sync loss", fontsize=11)
     left.legend()
     curve = right.legend(loc="lower right").get_texts()[0]
-    curve.set_text("audio, without ALSE")
+    curve.set_text("guiding audio, without ALSE")
     figure.supxlabel("means of three trainings of 300 steps; bars: one standard deviation",
                      fontsize=10, color=INK)
     save_figure(figure, path)
