@@ -367,7 +367,7 @@ def claims(settings, path):
         mean, deviation = gated[variant]["Sync-C"]
         right.errorbar(0.5, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
                        markersize=11, zorder=1,    # the blue point of 0.5 stays in sight
-                       label=f"guiding both, {words}")
+                       label=f"guiding audio and emotion, {words}")
     right.set_xlabel("guidance")
     right.set_ylabel("Sync-C, the confidence of the expert")
     right.set_title("Sync-C by guidance, and by ALSE's sync loss", fontsize=11)
