@@ -232,7 +232,7 @@ BANDS = np.interp(np.log(700 + HERTZ), np.log([760, 8300]), [0, 41])
 MEL = (1 - np.abs(BANDS[:, None] - np.arange(1, 41))).clip(0)
 # (257,): how much of a power is heard; within 1.5 dB of A-weighting (IEC 61672) above 50 Hz
 HEARD = (HERTZ / np.hypot(HERTZ, 300)) ** 4
-SILENCE = 1e-7                   # -70 dBFS: what is softer is not made louder
+SILENCE = 1e-7                   # -70 dBFS, as heard: what is softer is not made louder
 
 
 def log_mel_blocks(pieces):
