@@ -241,22 +241,22 @@ def log_mel_blocks(pieces):
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
     blocks have one size: the features of a sound are the same to the bit however it was cut.
 
-    Power is relative to what is heard of the loudest second up to the end of the block, a level
-    that fades by 1 dB a second. So the gain of a recording does not matter, and its rumble only in
-    the lowest bands; its pauses stay silent."""
+    Power is relative to a level that falls by 1 dB a second at most: what was heard in the last
+    five seconds, on average, yet no less than a fifth of what is heard in the block. So the gain of
+    a recording does not matter, and its rumble only in the lowest bands; its pauses stay silent."""
     taper = np.hanning(400) / 200                  # 25 ms; its sum is nearly 1
     wav = np.zeros(400)
-    last_second, loudest = [], SILENCE
+    last, level = [], SILENCE
     for block in regroup(pieces, BLOCK * FRAME):
         silence = np.zeros(BLOCK * FRAME - len(block))
         wav = np.concatenate([wav[HOP - 400:], block, silence])        # 240 samples from before
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512)) ** 2
-        last_second = [*last_second[-4:], np.mean(power @ HEARD)]      # five blocks of 0.2 s
-        # a power that fades by 0.2 dB a block
-        loudest = max(np.mean(last_second), loudest * 10 ** -0.02, SILENCE)
-        # logarithmic above a 300th of the loudest; of speech, about 0 to 1
-        features = np.log1p(300 * power @ MEL / loudest) / 4
+        last = [*last[-24:], np.mean(power @ HEARD)]                   # 25 blocks are 5 s
+        # -0.02: a power that falls by 0.2 dB a block
+        level = max(np.mean(last), last[-1] / 5, level * 10 ** -0.02, SILENCE)
+        # logarithmic above a 60th of the level; of speech, about 0 to 1
+        features = np.log1p(60 * power @ MEL / level) / 3
         frames = math.ceil(len(block) / FRAME)
         yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
 
@@ -805,7 +805,7 @@ def expression(**controls):
 
 
 # three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls, but
-# of aaa only the part that toy_clip does not take from loudness (.5 makes it a column of floats)
+# of aaa only the smaller part: toy_clip adds what loudness opens
 PHONES = table("""
     phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
     a      vowel      .75  1.25  2.55  1      .05   3       .17      13   1    0
@@ -814,14 +814,14 @@ PHONES = table("""
     o      vowel      .48  .9    2.45  1      .05   3       .16      7    0    10
     u      vowel      .32  .8    2.3   .8     .05   3       .15      2    0    12
     @      vowel      .52  1.45  2.55  .8     .05   3       .1       5    1    1
-    m      consonant  .26  1     2.55  .3     0     3       .09      -8   0    1
-    b      consonant  .22  .9    2.55  .06    .01   2       .08      -6   0    0
-    n      consonant  .28  1.6   2.55  .3     0     3       .07      1    2    0
-    t      consonant  .3   1.8   2.55  0      .15   5       .07      1    2    0
-    s      consonant  .3   1.7   2.55  0      .35   6       .1       .5   5    0
-    S      consonant  .3   1.8   2.55  0      .35   3       .1       1    0    7
-    f      consonant  .3   1.2   2.55  0      .12   7       .09      -3   1    0
-    l      consonant  .38  1.3   2.7   .5     .03   3       .07      3    1    0
+    m      consonant  .26  1     2.55  .3     0     3       .09      -4   0    1
+    b      consonant  .22  .9    2.55  .06    .01   2       .08      -3   0    0
+    n      consonant  .28  1.6   2.55  .3     0     3       .07      .5   2    0
+    t      consonant  .3   1.8   2.55  0      .15   5       .07      .5   2    0
+    s      consonant  .3   1.7   2.55  0      .35   6       .1       .25  5    0
+    S      consonant  .3   1.8   2.55  0      .35   3       .1       .5   0    7
+    f      consonant  .3   1.2   2.55  0      .12   7       .09      -1.5 1    0
+    l      consonant  .38  1.3   2.7   .5     .03   3       .07      1.5  1    0
     w      consonant  .3   .65   2.4   .5     .03   3       .08      1    0    12
     pause  pause      .48  1.45  2.55  0      0     3       .5       0    0    0""")
 # a syllable's sounds, in their order: how often there is one, and factors on its length
@@ -831,18 +831,17 @@ SYLLABLE = table("""
     vowel      1       .8        1.25
     consonant  .25     .8        1.25
     pause      .17     .3        1.8""")
-# of each emotion: controls that it holds, and factors on the voice, whose loudness is an effort
-# that changes only its timbre
+# of each emotion: controls that it holds, and factors on the voice
 MANNERS = table("""
-    emotion    aaa  eee  woo  smile  brow  frown  blink  sneer  smirk  pitch  range  loudness  rate
-    anger      3    0    0    -.2    -2    -9     1.5    0      0      1.15   1.3    1.6       1.15
-    contempt   -3   0    0    .05    0     0      -4     0      8      .9     .7     .8        .9
-    disgust    -2   0    0    -.15   0     -6     -2.5   6      0      .85    .9     .9        .85
-    fear       2    5    0    -.25   11    -7     4      0      0      1.3    1      .8        1.2
-    happiness  3    0    0    .9     3     0      -2     0      0      1.2    1.5    1.2       1.1
-    neutral    0    0    0    0      0     0      0      0      0      1      1      1         1
-    sadness    -3   0    0    -.3    6     -5     -5     0      0      .9     .6     .6        .8
-    surprise   9    0    5    0      14    0      5      0      0      1.3    1.6    1.1       1""")
+    emotion    aaa  eee  woo  smile  brow  frown  blink  sneer  smirk  pitch  range  rate
+    anger      3    0    0    -.2    -2    -9     1.5    0      0      1.15   1.3    1.15
+    contempt   -3   0    0    .05    0     0      -4     0      8      .9     .7     .9
+    disgust    -2   0    0    -.15   0     -6     -2.5   6      0      .85    .9     .85
+    fear       2    5    0    -.25   11    -7     4      0      0      1.3    1      1.2
+    happiness  3    0    0    .9     3     0      -2     0      0      1.2    1.5    1.1
+    neutral    0    0    0    0      0     0      0      0      0      1      1      1
+    sadness    -3   0    0    -.3    6     -5     -5     0      0      .9     .6     .8
+    surprise   9    0    5    0      14    0      5      0      0      1.3    1.6    1""")
 # a head's rest, mean and standard deviation over clips; how far it drifts, trembles, and nods with
 # the voice
 HEAD = table("""
@@ -881,7 +880,7 @@ def toy_clip(seed, T):
     face = FACE * rng.uniform(0.9, 1.1, 3)
     face[[14, 20], 0] *= mouth
     wav, level = toy_voice(rng, voice, phones)
-    phones["aaa"] += level / 18                    # mouths open mostly with loudness
+    phones["aaa"][:-1] += 2.2 * level                   # mouths open mostly with loudness
     delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide ones further
     motion = np.hstack([delta, toy_head(rng, phones)])
     # motion in the middle of each frame
@@ -890,19 +889,17 @@ def toy_clip(seed, T):
 
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
-    end = rng.uniform(-1, 0)                       # seconds: the first pause ends before the clip
-    if rng.random() < 0.1:                         # or within its first 60 %
-        end = rng.uniform(0, 0.006) * n            # the clip has n / 100 seconds
+    # seconds, of the clip's n / 100: the first pause ends before it or, in few, up to 60 % later
+    end = 0.006 * n * rng.random() ** 12 - rng.random()
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
-        stress = rng.uniform(0.75, 1.25)
+        stress = rng.uniform(0.3, 1.3)
         for kind, chance, shortest, longest in SYLLABLE:
             if rng.random() > chance:
                 continue
             phone = rng.choice(PHONES[PHONES["kind"] == kind])         # a copy
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
-            if kind == "vowel":
-                phone["voice"] *= stress
+            phone["voice"] *= stress
             phones.append(phone)
             ends.append(end)
     return np.array(phones)[np.searchsorted(ends, np.arange(n) / 100)]
@@ -949,9 +946,9 @@ def toy_voice(rng, manner, phones):
     # windows of 40 ms, as long as a video's frame
     stft = dict(n_fft=FRAME, hop_length=HOP, window=torch.hann_window(FRAME).double())
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
-    speech = spectrum * response.T
-    wav = torch.istft(speech, **stft).numpy()
-    level = speech[12:136].norm(dim=0).numpy() / wav.std()             # from 300 to 3400 Hz
+    wav = torch.istft(spectrum * response.T, **stft).numpy()
+    heard = log_mel(wav).view(-1, 40)[:, 4:29].numpy()                 # from 300 to 3400 Hz
+    level = np.expm1(3 * heard).sum(1) ** 0.5      # an amplitude
     return np.float32(0.05 * toy_room(rng, wav)), level                # the voice: -26 dBFS
 
 
@@ -966,8 +963,8 @@ def toy_source(rng, manner, phones):
     register = rng.uniform(90, 230) * manner["pitch"]
     pitch = register * 2 ** (0.25 * manner["range"] * melody)
     phase = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
-    effort = rng.uniform(0.84, 0.88) + 0.04 * manner["loudness"]
-    z = effort * np.exp(1j * phase)
+    # above 0.9: a voice with some effort, whose harmonics are strong
+    z = rng.uniform(0.86, 0.94) * np.exp(1j * phase)
     pulses = (z / (1 - z)).real                    # z + z^2 + z^3 + ..: harmonics that fall off
     voice, hiss = [upsample(smooth(phones[name], 2)) for name in ("voice", "hiss")]
     return voice * pulses + hiss * rng.standard_normal(len(z))
@@ -993,7 +990,7 @@ def toy_room(rng, wav):
     decay = np.exp(-np.arange(n) / rng.uniform(300, 1300))
     echo = decay * rng.standard_normal(n)
     room = irfft(rfft(wav) * rfft(echo))           # its end echoes at the start
-    room *= rng.uniform(0, 0.7) / room.std()
+    room *= rng.uniform(0, 0.4) / room.std()
     wav += room
     music = 0.25 * rng.random() ** 3               # soft in most clips
     for least in 0, 0, 0, 0.5:                     # swell: three tones come and go, one hums on

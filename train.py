@@ -45,7 +45,7 @@ class Settings:
     model: str = "moda"          # moda or alse
     preset: str = "toy"          # toy or moda
     data_dir: str = ""           # a data set prepared by data.py; else the toy talker
-    clips: int = 600             # how many clips the toy talker makes, 8 s each
+    clips: int = 400             # how many clips the toy talker makes, 8 s each
     out_dir: str = ""            # for checkpoints, log.csv; else out/<preset>[-straight], out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
     overwrite: bool = False      # begin again in a folder that holds a run
@@ -53,7 +53,7 @@ class Settings:
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
     tau: float = 0.4             # Eq. 7: its loss counts only below this
-    steps: int = 2200            # of training
+    steps: int = 2600            # of training
     batch_size: int = 4          # windows per step, over all processes
     learning_rate: float = 2.5e-3  # of Adam
     warmup: int = 50             # steps

@@ -1,5 +1,6 @@
 """Sound comes in whole whatever its format; the toy talker is data with a known truth; a window is
 what lies on disk, and a damaged one is named."""
+import math
 import shutil
 import tracemalloc
 
@@ -57,6 +58,13 @@ def test_rumble_makes_a_voice_no_softer():
     alone, beside = [log_mel(x).view(-1, 40)[:, 6:] for x in (wav, wav + hum)]
     assert alone.max() > 0.5
     assert (alone - beside).abs().max() < 0.05
+
+
+def test_a_voice_after_a_long_silence_soon_sounds_as_it_does_alone():
+    wav, *_ = toy_clip(6, 300)
+    alone, later = log_mel(wav), log_mel(np.pad(wav, (10 * RATE, 0)))[250:]
+    assert (later - alone).max() < math.log(5) / 3             # at first by up to 7 dB too loud
+    assert torch.allclose(later[125:], alone[125:], atol=1e-3)           # after five seconds not
 
 
 def test_what_is_all_but_silent_stays_silent():
