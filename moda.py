@@ -54,7 +54,7 @@ class Config:
 
 TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1,
            audio_layers=1, audio_dim=160, p_drop_audio=0.1,
-           focus=4.0, cfg_both=0.5, smooth=True)
+           focus=4.0, smooth=True)
 PRESETS = {"moda": {}, "toy": TOY}
 # What train.py --reflow changes in the teacher's Config for the student: guidance is already in the
 # motion that it learns from, so no condition is dropped in training or guides in sampling.
