@@ -241,9 +241,10 @@ def log_mel_blocks(pieces):
     Four 40-band spectra of 25 ms per frame; 0 is silence. A spectrum looks back, never ahead, and
     blocks have one size: the features of a sound are the same to the bit however it was cut.
 
-    Power is relative to a level that falls by 1 dB a second at most: what was heard in the last
-    five seconds, on average, yet no less than a fifth of what is heard in the block. So the gain of
-    a recording does not matter, and its rumble only in the lowest bands; its pauses stay silent."""
+    A block's power is divided by one level, the greatest of four: the mean of what was heard in the
+    last five seconds, this block included; a fifth of what is heard in this block; the level
+    before, less 0.2 dB; SILENCE. So the gain of a recording does not matter, and its rumble only in
+    the lowest bands; pauses of some seconds stay silent."""
     taper = np.hanning(400) / 200                  # 25 ms; its sum is nearly 1
     wav = np.zeros(400)
     last, level = [], SILENCE
@@ -253,9 +254,9 @@ def log_mel_blocks(pieces):
         spans = np.lib.stride_tricks.sliding_window_view(wav, 400)[::HOP]
         power = np.abs(rfft(spans * taper, 512)) ** 2
         last = [*last[-24:], np.mean(power @ HEARD)]                   # 25 blocks are 5 s
-        # -0.02: a power that falls by 0.2 dB a block
+        # 10 ** -0.02 are -0.2 dB, 1 dB a second
         level = max(np.mean(last), last[-1] / 5, level * 10 ** -0.02, SILENCE)
-        # logarithmic above a 60th of the level; of speech, about 0 to 1
+        # logarithmic above a 60th of the level; of speech, mostly 0 to 1; toy_voice undoes this
         features = np.log1p(60 * power @ MEL / level) / 3
         frames = math.ceil(len(block) / FRAME)
         yield torch.tensor(features).float().view(BLOCK, 1, -1)[:frames]
@@ -805,7 +806,7 @@ def expression(**controls):
 
 
 # three formants in kHz; how much voice and hiss; the hiss's centre in kHz; lips, as controls, but
-# of aaa only the smaller part: toy_clip adds what loudness opens
+# of aaa only what does not depend on loudness: toy_clip adds the larger part
 PHONES = table("""
     phone  kind       f1   f2    f3    voice  hiss  centre  seconds  aaa  eee  woo
     a      vowel      .75  1.25  2.55  1      .05   3       .17      13   1    0
@@ -870,7 +871,7 @@ def wander(rng, width, n):
 
 def toy_clip(seed, T):
     """One clip of the toy talker: wav (T * 640,), motion (T, 70), emotion, identity (63,). Below 29
-    frames it may be one pause, and then NaN."""
+    frames it may be one pause, and wav then NaN."""
     rng = np.random.default_rng(seed)
     emotion = rng.integers(8)
     manner = MANNERS[emotion]
@@ -880,7 +881,8 @@ def toy_clip(seed, T):
     face = FACE * rng.uniform(0.9, 1.1, 3)
     face[[14, 20], 0] *= mouth
     wav, level = toy_voice(rng, voice, phones)
-    phones["aaa"][:-1] += 2.2 * level                   # mouths open mostly with loudness
+    # mouths open mostly with loudness; the clip's end, the last row, has no spectrum
+    phones["aaa"][:-1] += 2.2 * level
     delta = toy_expression(rng, manner, phones, mouth ** 2)            # wide ones further
     motion = np.hstack([delta, toy_head(rng, phones)])
     # motion in the middle of each frame
@@ -889,7 +891,8 @@ def toy_clip(seed, T):
 
 def articulation(rng, n, rate):
     """Random syllables and pauses: rows of PHONES (n,), every 10 ms."""
-    # seconds, of the clip's n / 100: the first pause ends before it or, in few, up to 60 % later
+    # seconds: the first pause ends before the clip, which has n / 100, or, in one of five, within
+    # its first 60 %
     end = 0.006 * n * rng.random() ** 12 - rng.random()
     phones, ends = [PHONES[-1]], [end]
     while end < n / 100:
@@ -899,7 +902,7 @@ def articulation(rng, n, rate):
                 continue
             phone = rng.choice(PHONES[PHONES["kind"] == kind])         # a copy
             end += phone["seconds"] * rng.uniform(shortest, longest) / rate
-            phone["voice"] *= stress
+            phone["voice"] *= stress               # not its hiss
             phones.append(phone)
             ends.append(end)
     return np.array(phones)[np.searchsorted(ends, np.arange(n) / 100)]
@@ -939,8 +942,8 @@ def toy_head(rng, phones):
 
 
 def toy_voice(rng, manner, phones):
-    """Source and filter, in a room: (160 (n - 1),); and how loud they are without it, (n,), beside
-    their rms over the clip."""
+    """Source and filter, in a room: (160 (n - 1),); and how loud they are without it, an amplitude
+    beside log_mel's level, (n - 1,)."""
     source = torch.tensor(toy_source(rng, manner, phones))
     response = torch.tensor(toy_filter(rng, phones))
     # windows of 40 ms, as long as a video's frame
@@ -948,7 +951,7 @@ def toy_voice(rng, manner, phones):
     spectrum = torch.stft(source, **stft, return_complex=True)         # (321, n)
     wav = torch.istft(spectrum * response.T, **stft).numpy()
     heard = log_mel(wav).view(-1, 40)[:, 4:29].numpy()                 # from 300 to 3400 Hz
-    level = np.expm1(3 * heard).sum(1) ** 0.5      # an amplitude
+    level = np.expm1(3 * heard).sum(1) ** 0.5      # log_mel's logarithm undone
     return np.float32(0.05 * toy_room(rng, wav)), level                # the voice: -26 dBFS
 
 
@@ -963,7 +966,7 @@ def toy_source(rng, manner, phones):
     register = rng.uniform(90, 230) * manner["pitch"]
     pitch = register * 2 ** (0.25 * manner["range"] * melody)
     phase = 2 * np.pi * np.cumsum(upsample(pitch)) / RATE
-    # above 0.9: a voice with some effort, whose harmonics are strong
+    # the nearer to 1, the slower harmonics fall off, as with more effort
     z = rng.uniform(0.86, 0.94) * np.exp(1j * phase)
     pulses = (z / (1 - z)).real                    # z + z^2 + z^3 + ..: harmonics that fall off
     voice, hiss = [upsample(smooth(phones[name], 2)) for name in ("voice", "hiss")]

@@ -365,8 +365,8 @@ def claims(settings, path):
     for variant, fill, words in (("without ALSE", "white", "without ALSE"),
                                  ("tau 0.4", RED, "with ALSE")):
         mean, deviation = gated[variant]["Sync-C"]
-        right.errorbar(0.5, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
-                       markersize=11, zorder=1,    # the blue point of 0.5 stays in sight
+        right.errorbar(0.2, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
+                       markersize=11, zorder=1,    # the blue point of 0.2 stays in sight
                        label=f"guiding audio and emotion, {words}")
     right.set_xlabel("guidance")
     right.set_ylabel("Sync-C, the confidence of the expert")
