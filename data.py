@@ -515,8 +515,7 @@ def pictures(path, crop, batch=16):
     filters = f"fps=25:start_time=0,scale=iw*sar:ih,{square},scale=256:256:flags=area"
     options = f"-map 0:V:0 -vf {filters} -pix_fmt rgb24 -f rawvideo -xerror"
     for piece in decoded(path, f"picture with crop {crop}", options, batch * 256 * 256 * 3):
-        pixels = torch.tensor(np.frombuffer(piece, np.uint8))
-        yield pixels.view(-1, 256, 256, 3)
+        yield torch.tensor(np.frombuffer(piece, np.uint8)).view(-1, 256, 256, 3)
 
 
 @torch.inference_mode()

@@ -560,15 +560,13 @@ class LivePortrait:
         heads = self.M(x)
         return Source(self.F(x), heads["kp"].cpu(), to_motion(heads).cpu())
 
-    def render(self, f_s, x_s, x_d, stitch=True):
+    def render(self, f_s, x_s, x_d):
         """f_s (B, 32, 16, 64, 64), keypoints (B, 21, 3) -> uint8 (B, 512, 512, 3)."""
-        if stitch:
-            x_d = self.S(x_s, x_d)
-        image = self.G(self.W(f_s, x_s, x_d))
+        image = self.G(self.W(f_s, x_s, self.S(x_s, x_d)))
         # bytes are truncated, as in LivePortrait
         return (image.float() * 255).byte().movedim(1, -1).contiguous()
 
-    def frames(self, source, motion, stitch=True):
+    def frames(self, source, motion):
         """(T, 70) in LivePortrait units -> iterator of uint8 (512, 512, 3); `batch` of them are
         rendered at once, one batch ahead."""
         x_s = keypoints(source.x_c, source.motion).to(self.device)
@@ -579,7 +577,7 @@ class LivePortrait:
             full = part.repeat(self.batch, 1, 1)[:self.batch]
             # one for each frame: a small copy beside the rest of the work
             f_s = source.f_s.repeat_interleave(self.batch, 0)
-            frames = self.render(f_s, x_s.expand_as(full), full, stitch)
+            frames = self.render(f_s, x_s.expand_as(full), full)
             yield from ready                       # while a GPU renders the next ones
             ready = frames[:len(part)].cpu().numpy()
         yield from ready

@@ -186,10 +186,11 @@ def test_dense_motion_of_a_batch_is_that_of_each(face, source, monkeypatch):
 
 
 @torch.inference_mode()
-def test_a_frame_from_end_to_end(face, source, outputs):
+def test_a_frame_from_end_to_end(face, source, outputs, monkeypatch):
     """The second of two; one face takes two cores eight seconds."""
     second = slice(1, 2)
-    frame = face.render(*(x[second] for x in (source.f_s, T["x_s"], T["x_d"])), stitch=False)
+    monkeypatch.setattr(face, "S", lambda x_s, x_d: x_d)
+    frame = face.render(*(x[second] for x in (source.f_s, T["x_s"], T["x_d"])))
     agrees("w_mask_sub", outputs["mask"].softmax(1)[:, :, ::5, ::9, ::9], second)
     deformation, occlusion = outputs["dense_motion"]
     agrees("w_def_sub", deformation[:, ::3, ::5, ::5], second)
@@ -349,7 +350,7 @@ def test_frames_do_not_depend_on_the_batch(face, portrait, monkeypatch):
 def test_batches_have_one_size_for_the_compiler(face, portrait, monkeypatch):
     sizes = set()
 
-    def render(f_s, x_s, x_d, stitch):
+    def render(f_s, x_s, x_d):
         sizes.update({len(f_s), len(x_s), len(x_d)})
         return x_d[:, 0]
     monkeypatch.setattr(face, "render", render)
@@ -363,7 +364,7 @@ def test_batches_have_one_size_for_the_compiler(face, portrait, monkeypatch):
 def test_frames_are_rendered_when_asked_for(face, portrait, monkeypatch):
     rendered = []
 
-    def render(f_s, x_s, x_d, stitch):
+    def render(f_s, x_s, x_d):
         rendered.append(len(x_d))
         return torch.zeros(len(x_d), 1)
     monkeypatch.setattr(face, "render", render)
@@ -374,12 +375,12 @@ def test_frames_are_rendered_when_asked_for(face, portrait, monkeypatch):
     assert rendered == [4, 4]                      # a batch ahead
 
 
-def test_stitching_can_be_switched_off(face, portrait, monkeypatch):
+def test_driving_keypoints_are_stitched(face, portrait, monkeypatch):
     monkeypatch.setattr(face, "W", lambda f_s, x_s, x_d: x_d)
     monkeypatch.setattr(face, "G", lambda x_d: x_d[:, None].repeat(1, 3, 1, 1) / 8 + 0.5)
-    plain = next(face.frames(portrait, portrait.motion, stitch=False))
-    stitched = next(face.frames(portrait, portrait.motion, stitch=True))
-    assert not np.array_equal(plain, stitched)
+    stitched = next(face.frames(portrait, portrait.motion))
+    monkeypatch.setattr(face, "S", lambda x_s, x_d: x_d)
+    assert not np.array_equal(next(face.frames(portrait, portrait.motion)), stitched)
 
 
 # ---------------------------------------------------------------------------------------- pictures
