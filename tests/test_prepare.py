@@ -287,7 +287,7 @@ def test_published_layouts_become_one_set(stand_in, published, monkeypatch):
     for name in "celeb/videos/a_1.mp4", *mead:
         assert abs(len(load(folder / "clips" / name)["motion"]) - T) <= 1
     later = load(folder / "clips/hdtf/WDA_Ann0.mp4#t=1.5,99999@8,0,40")
-    # 1.5 s is the middle of frame 37, so the first frame of the cut is half of it
+    # 1.5 s is the middle of frame 37, so the cut's first frame shows frame 38 already
     assert np.allclose(later["motion"][1:50, MOUTH], whole["motion"][38:87, MOUTH], atol=0.02)
     speakers = [{row["speaker"] for row in rows.values() if row["split"] == split}
                 for split in ("train", "val")]
