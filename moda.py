@@ -397,16 +397,15 @@ def reflow(teacher, batch, steps=10):
     """A batch for `losses` whose z0 is what the teacher, with its guidance, makes of eps.
 
     Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
-    steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Each pair is learned
-    at its t and at t = 1, where a single step goes all the way."""
+    steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Half of the pairs are
+    learned at t = 1, where a single step goes all the way, the others at any t."""
     # without drop_audio and drop_emotion, which are all False: a student's p_drop is 0
     conditions = {name: batch[name] for name in "audio emotion identity prev".split()}
     velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
     times = euler_times(steps).to(batch["eps"])
-    batch = batch | dict(z0=euler(velocity, batch["eps"], times))
-    twice = {name: torch.cat([x, x]) for name, x in batch.items()}
-    twice["t"][len(batch["t"]):] = 1
-    return twice
+    return batch | dict(
+        z0=euler(velocity, batch["eps"], times),
+        t=(2 * batch["t"]).clamp(max=1))
 
 
 def sync_loss(a, m, in_sync=True):
@@ -560,7 +559,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]          # the final one goes on to the end
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)])        # each label once
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)         # each once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame past - 1 was the last to be
@@ -611,9 +610,9 @@ def smooth_pose(motion):
 # The same numbers with less work (tests/test_sampler.py compares them): AdaLN is computed for
 # all steps at once, and its weights, 29 % of the network's, are not read again in each.
 
-def fast_network(model, times, emotions):
+def fast_network(model, times, emotions, chunk):
     """A copy of the model that shares its weights, for these times and emotions; the emotion that
-    guidance drops to is one of them.
+    guidance drops to is one of them. For chunks below the model's own its attention is adapted.
 
     Every pair of a time and an emotion has a number here. Each adaln is replaced by a table of what
     it computes, a row for each pair; `conditioning` returns the pair's number, with which a block's
@@ -624,9 +623,15 @@ def fast_network(model, times, emotions):
     # deepcopy takes these for copied already
     shared = {id(p): p for p in model.parameters()}
     network = copy.deepcopy(model, shared)
-    for module in [*network.modules()]:
+    for module in network.modules():
         if hasattr(module, "adaln"):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
+        # A softmax over fewer tokens is sharper, and the toy's mouth then opens too far. Products
+        # of q and k that go with the logarithm of their number, 4 in a frame, keep it as it was
+        # (arXiv 2202.12172).
+        if hasattr(module, "q_norm"):
+            sharpness = min(1, math.log(4 * chunk, 4 * model.cfg.chunk))
+            module.q_norm.weight = nn.Parameter(sharpness * module.q_norm.weight)
 
     def row(t, emotion):
         """t (B,), emotion (B,) -> the pair's number (B, 1): the nearest's, for times are floats."""

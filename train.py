@@ -79,7 +79,7 @@ PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cool
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
 # a student begins with its teacher's weights, so a toy's needs less; --preset=moda keeps PAPER's
-REFLOW = dict(steps=300, batch_size=8, learning_rate=1e-3)
+REFLOW = dict(steps=600, batch_size=8, learning_rate=5e-4)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --alse": "tau",

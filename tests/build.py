@@ -16,7 +16,8 @@ from moda import MOUTH, Config, M, MoDA
 from stand_in import brightness
 
 HERE = Path(__file__).parent
-SMALL = dict(width=32, heads=2, n_four=1, n_two=1, n_one=2, audio_layers=1, audio_dim=160)
+SMALL = dict(width=32, heads=2, n_four=1, n_two=1, n_one=2, audio_layers=1, audio_dim=160,
+             chunk=20)                             # in shorter ones attention is adapted
 SMALL_ENCODER = dict(channels=32, width=48, hidden=96, depth=3, groups=4, heads=4)
 
 

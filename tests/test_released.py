@@ -33,7 +33,7 @@ def full():
 @pytest.fixture
 def small(monkeypatch):
     """The released file is one of a small network."""
-    monkeypatch.setattr(moda, "RELEASED_CONFIG", SMALL_CONFIG)
+    monkeypatch.setattr(moda, "RELEASED_CONFIG", moda.RELEASED_CONFIG | SMALL_CONFIG)
 
 
 @pytest.fixture

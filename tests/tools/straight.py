@@ -56,7 +56,7 @@ def bent(model, clips, seed):
     eps = torch.randn(len(audio), 80, M, generator=generator)
     given = dict(audio=audio[:, :80], identity=identity, prev=prev, emotion=emotion)
     batch = dict(given, eps=eps, t=torch.ones(len(audio)))
-    z0 = reflow(model, batch)["z0"][:len(audio)]
+    z0 = reflow(model, batch)["z0"]
     errors = []
     for t in torch.arange(0.05, 1, 0.1):
         z_t = (1 - t) * z0 + t * eps
