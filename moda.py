@@ -542,7 +542,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
-    chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
+    chunk    frames sampled at once (best: model.cfg.chunk; for fewer, attention is made less
+             sharp); the last chunk is filled up with zeros
     overlap  frames of a chunk with which the next begins; they fade into it
     past     the first ones of these, which stay as they are; in the first chunk they are silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
@@ -608,11 +609,12 @@ def smooth_pose(motion):
 
 # --------------------------------------------------------------------------------- faster sampling
 # The same numbers with less work (tests/test_sampler.py compares them): AdaLN is computed for
-# all steps at once, and its weights, 29 % of the network's, are not read again in each.
+# all steps at once, and its weights, 29 % of the network's, are not read again in each. Other
+# numbers only in chunks shorter than the model's own, where attention would be too sharp.
 
 def fast_network(model, times, emotions, chunk):
     """A copy of the model that shares its weights, for these times and emotions; the emotion that
-    guidance drops to is one of them. For chunks below the model's own its attention is adapted.
+    guidance drops to is one of them. In a chunk below the model's own, attention is less sharp.
 
     Every pair of a time and an emotion has a number here. Each adaln is replaced by a table of what
     it computes, a row for each pair; `conditioning` returns the pair's number, with which a block's
@@ -626,9 +628,9 @@ def fast_network(model, times, emotions, chunk):
     for module in network.modules():
         if hasattr(module, "adaln"):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
-        # A softmax over fewer tokens is sharper, and the toy's mouth then opens too far. Products
-        # of q and k that go with the logarithm of their number, 4 in a frame, keep it as it was
-        # (arXiv 2202.12172).
+        # A softmax over fewer tokens is sharper, and the toy's mouth opens too far. Products of q
+        # and k that shrink like the logarithm of the number of tokens, four a frame, keep it as it
+        # was (arXiv 2202.12172).
         if hasattr(module, "q_norm"):
             sharpness = min(1, math.log(4 * chunk, 4 * model.cfg.chunk))
             module.q_norm.weight = nn.Parameter(sharpness * module.q_norm.weight)

@@ -92,7 +92,7 @@ def knows_bfloat16(device):
 def full_model(device):
     """The released model's size; small random weights, so that every gate is open."""
     with torch.device("meta"):
-        model = MoDA(Config(rope_streams=2))
+        model = MoDA(Config(rope_streams=2, chunk=N))
     model.to_empty(device=device).requires_grad_(False).eval()
     for p in model.parameters():
         p.normal_(std=0.02)

@@ -115,7 +115,8 @@ def talk(settings, path):
 
 def strip(settings, path):
     """The widest mouth of every second; the voice; the mouth's opening, true and generated."""
-    wav, true, emotion, _ = toy_clip((True, 0), 200)
+    # whose mouth is as wide as the drawn one, and so opens as far
+    wav, true, emotion, _ = toy_clip((True, 11), 200)
     frames, motion = talking(settings, wav, EMOTIONS[emotion])
     # a mouth that closes since the second before counts in that one
     opening = torch.as_tensor(motion[:, MOUTH])
