@@ -47,7 +47,7 @@ class Config:
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
     cfg_both: float = 0.2        # and by both dropped together
-    chunk: int = 100             # frames sampled at once
+    chunk: int = 100             # frames sampled at once; in fewer, attention is made less sharp
     smooth: bool = False         # average the pose over three frames, twice
     straight: bool = False       # a student of train.py --reflow: sampled in two steps
 
@@ -560,7 +560,8 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]          # the final one goes on to the end
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)         # each once
+    # dict: each label of the voice once
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame past - 1 was the last to be
@@ -630,7 +631,7 @@ def fast_network(model, times, emotions, chunk):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
         # A softmax over fewer tokens is sharper, and the toy's mouth opens too far. Products of q
         # and k that shrink like the logarithm of the number of tokens, four a frame, keep it as it
-        # was (arXiv 2202.12172).
+        # is in chunks of cfg.chunk, where it is left alone (after arXiv 2202.12172).
         if hasattr(module, "q_norm"):
             sharpness = min(1, math.log(4 * chunk, 4 * model.cfg.chunk))
             module.q_norm.weight = nn.Parameter(sharpness * module.q_norm.weight)

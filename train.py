@@ -78,7 +78,7 @@ class Settings:
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
-# a student begins with its teacher's weights, so a toy's needs less; --preset=moda keeps PAPER's
+# a student has its teacher's weights: a toy's needs fewer steps; --preset=moda keeps PAPER's
 REFLOW = dict(steps=600, batch_size=8, learning_rate=5e-4)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
@@ -106,7 +106,7 @@ def read_settings(argv):
     if settings.model not in ("moda", "alse"):
         raise UsageError(f"--model={settings.model}: known are moda, alse")
     check_effects(given, settings, EFFECTS)
-    positive = "steps batch_size clips save_every workers width heads".split()
+    positive = "steps batch_size clips save_every workers width heads chunk".split()
     shares = "cooldown ema p_drop_audio p_drop_emotion".split()
     for name, value in (vars(settings) | vars(cfg)).items():
         lowest = int(name in positive)

@@ -51,6 +51,7 @@ def test_a_value_of_the_wrong_type(refused, command, kind):
     ("train --steps=0", "--steps=0: should be at least 1, at most inf"),
     ("train --batch_size=-2", "--batch_size=-2: should be at least 1, at most inf"),
     ("train --width=0", "--width=0: should be at least 1, at most inf"),
+    ("train --chunk=0", "--chunk=0: should be at least 1"),
     ("train --warmup=-1", "--warmup=-1: should be at least 0, at most inf"),
     ("train --learning_rate=-1", "--learning_rate=-1.0: should be at least 0, at most inf"),
     ("train --workers=0", "--workers=0: should be at least 1, at most inf"),

@@ -52,7 +52,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(flags, tmp_path):
 
 def test_motion_is_that_of_the_cpu():
     """Of a voice of several windows, in float32 and, further off, in bfloat16."""
-    model = build.model()
+    model = build.model(chunk=40)
     voice = torch.randn(80, 1, 160), torch.randn(63), torch.randn(M), 3
     options = dict(steps=3, guidance={"audio": 0.5}, chunk=30, overlap=8, past=2)
     truth = generate(model, *voice, **options)

@@ -1,5 +1,5 @@
 """The sampler solves the flow, guides as Eq. 8 says, and streams what it would have sampled at
-once; the faster network computes what the plain model computes."""
+once; the faster network computes what the plain model computes, but in short chunks."""
 import math
 
 import numpy as np

@@ -295,6 +295,7 @@ def attention_weights(model, audio, identity, emotion):
         seen.append(weights[0])
         return attend(q, k, v)
     F.scaled_dot_product_attention = recorded
+    model.cfg.chunk = len(audio)                   # so that it is not short
     try:
         generate(model, audio, identity, torch.zeros(M), emotion, steps=10, guidance={},
                  chunk=len(audio))
