@@ -542,8 +542,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
     steps    number of Euler steps; else 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
-    chunk    frames sampled at once (best: model.cfg.chunk; for fewer, attention is made less
-             sharp); the last chunk is filled up with zeros
+    chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
     overlap  frames of a chunk with which the next begins; they fade into it
     past     the first ones of these, which stay as they are; in the first chunk they are silence
     noise    (chunks, chunk, 70) in place of noise drawn from `seed`
@@ -560,8 +559,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]
     emotions = [*turns, (last, math.inf)]          # the final one goes on to the end
-    # dict: each label of the voice once
-    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)
+    network = fast_network(model, times, [NO_EMOTION, *dict(emotions)], chunk)  # each label once
     noises = iter(noise)
     generator = torch.Generator().manual_seed(seed)
     # Weights of the tail; for overlap=4, past=1: 1, 1, 2/3, 1/3. Frame past - 1 was the last to be
