@@ -227,9 +227,9 @@ def flow(settings, path, steps=10):
     shown = 0, 2, 5, 8, 10
     for panel, k in zip(left.subplots(len(shown), sharex=True), shown):
         if k == steps:
-            panel.plot(truth[1:81, MOUTH], color=GREY, linewidth=3, alpha=0.6)
+            panel.plot(truth[1:81, MOUTH], color=GREY, linewidth=5, alpha=0.6)
         panel.plot(mouth[k], color=RED if k == steps else TEAL)
-        panel.set_ylim(-3, 5)
+        panel.set_ylim(-3, 6)
         panel.set_yticks([])
         panel.set_ylabel(f"t = {times[k]:.1f}", rotation=0, ha="right", va="center")
     panel.set_xlabel("frame")
