@@ -47,7 +47,8 @@ class Config:
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
     cfg_both: float = 0.2        # and by both dropped together
-    chunk: int = 100             # frames sampled at once; in fewer, attention is made less sharp
+    # more than sample.py's --overlap, 16; in shorter ones attention is made less sharp
+    chunk: int = 100             # frames sampled at once
     smooth: bool = False         # average the pose over three frames, twice
     straight: bool = False       # a student of train.py --reflow: sampled in two steps
 
@@ -624,14 +625,14 @@ def fast_network(model, times, emotions, chunk):
     # deepcopy takes these for copied already
     shared = {id(p): p for p in model.parameters()}
     network = copy.deepcopy(model, shared)
+    # A softmax over fewer tokens is sharper, and the toy's mouth opens too far. Products of q and k
+    # that shrink like the logarithm of the number of tokens, four a frame, keep it as it is in
+    # chunks of cfg.chunk, where it is left alone (after arXiv 2202.12172).
+    sharpness = min(1, math.log(4 * chunk, 4 * model.cfg.chunk))
     for module in network.modules():
         if hasattr(module, "adaln"):
             module.adaln = nn.Embedding.from_pretrained(module.adaln(c))
-        # A softmax over fewer tokens is sharper, and the toy's mouth opens too far. Products of q
-        # and k that shrink like the logarithm of the number of tokens, four a frame, keep it as it
-        # is in chunks of cfg.chunk, where it is left alone (after arXiv 2202.12172).
         if hasattr(module, "q_norm"):
-            sharpness = min(1, math.log(4 * chunk, 4 * model.cfg.chunk))
             module.q_norm.weight = nn.Parameter(sharpness * module.q_norm.weight)
 
     def row(t, emotion):

@@ -68,6 +68,7 @@ class Settings:
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
+    # up to 0.2 s more after a turn of --emotion that is no multiple of 0.2 s
     latency: float = 0.0         # seconds, at most, from a sound to its motion: makes chunks short
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # LivePortrait through torch.compile: worth its minute on a GPU
@@ -233,12 +234,13 @@ def make_video(settings, model):
             else:
                 write_npy(saved, kept)
     taken = perf_counter() - began
-    print(f"{settings.output_path}: {bar.n} frames in {taken:.2f} s, "
-          f"{25 * taken / bar.n:.3f} s per second of video")
+    # `times` counts the frames, for a bar that is switched off, by TQDM_DISABLE, does not
+    print(f"{settings.output_path}: {len(times)} frames in {taken:.2f} s, "
+          f"{25 * taken / len(times):.3f} s per second of video")
     if live:
         # `spoken` holds each piece's time of arrival minus all seconds heard until then. Pieces
         # come late, never early, so the smallest is nearest to when the sound began.
-        heard = min(spoken) + np.arange(1, bar.n + 1) / 25             # the end of each frame's
+        heard = min(spoken) + np.arange(1, len(times) + 1) / 25        # the end of each frame's
         # (3, 2): the three quantiles of the waits for motion and for frame
         waits = np.quantile(np.transpose(times) - heard, [0.5, 0.95, 1], axis=1)
         to_motion, to_frame = waits.T.round(2)

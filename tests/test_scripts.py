@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tqdm import tqdm
 
 import data
 import moda
@@ -111,6 +113,13 @@ def test_a_video_is_as_long_as_its_sound(trained, tmp_path, soon_drawn, samples)
     frames = -(-samples // 640)                                # ceil(25 x seconds)
     assert motion.shape == (frames, 70)
     assert imageio.get_reader(tmp_path / "v.mp4").count_frames() == frames
+
+
+def test_a_bar_that_is_switched_off_counts_frames_as_well(
+        trained, tmp_path, soon_drawn, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "tqdm", partial(tqdm, disable=True))   # as TQDM_DISABLE does
+    speak(trained, tmp_path, 3 * 640)
+    assert "3 frames" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_motion_and_another_one_another_head(
