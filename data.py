@@ -1019,10 +1019,9 @@ class ToyTalker(Clips):
 
     def read(self, k, start, motion, audio, identity):
         end = start + len(motion)
-        whole = self.clips[k]
-        motion[:] = whole[0][start:end]
-        audio[:] = whole[1][start + 1:end]
-        identity[:] = whole[2]
+        moved, heard, identity[:] = self.clips[k]
+        motion[:] = moved[start:end]
+        audio[:] = heard[start + 1:end]
 
 
 # ------------------------------------------------------------------------------- the command lines

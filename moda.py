@@ -59,8 +59,8 @@ TOY = dict(width=128, heads=2, n_four=1, n_two=1, n_one=1,
 PRESETS = {"moda": {}, "toy": TOY}
 # What train.py --reflow changes in the teacher's Config for the student: guidance is already in the
 # motion that it learns from, so no condition is dropped in training or guides in sampling.
-STRAIGHT = dict(straight=True, p_drop_audio=0.0, p_drop_emotion=0.0, cfg_audio=0.0,
-                cfg_emotion=0.0, cfg_both=0.0)
+STRAIGHT = dict(straight=True) | dict.fromkeys(
+    "p_drop_audio p_drop_emotion cfg_audio cfg_emotion cfg_both".split(), 0.0)
 
 
 # ----------------------------------------------------------------------------- positions and times
@@ -394,19 +394,27 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
 
 
 @torch.no_grad()
-def reflow(teacher, batch, steps=10):
+def reflow(teacher, student, batch):
     """A batch for `losses` whose z0 is what the teacher, with its guidance, makes of eps.
 
     Minimising |(eps - z0) - v((1 - t) z0 + t eps, t)|^2 over such pairs makes paths straight: fewer
     steps, without guidance, reach the same ends (arXiv 2209.03003, Sec. 2.2). Half of the pairs are
-    learned at t = 1, where a single step goes all the way, the others at any t."""
+    learned at t = 1, where a single step goes all the way. A second step begins where the student's
+    own first one led, a little beside the line. So for t below 1 the line from that place to z0 is
+    learned, and eps moved to where this line begins: the second step then mends what the first did
+    wrong (not in that paper; DAgger, arXiv 1011.0686, learns from its own places, too)."""
     # without drop_audio and drop_emotion, which are all False: a student's p_drop is 0
     conditions = {name: batch[name] for name in "audio emotion identity prev".split()}
-    velocity = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
-    times = euler_times(steps).to(batch["eps"])
-    return batch | dict(
-        z0=euler(velocity, batch["eps"], times),
-        t=(2 * batch["t"]).clamp(max=1))
+    eps = batch["eps"]
+
+    def end(model, steps):
+        velocity = partial(guided_velocity, model, guidance=guidance_of(model.cfg), **conditions)
+        return euler(velocity, eps, euler_times(steps))
+    z0 = end(teacher, 10)
+    missed = end(student, 1) - z0
+    t = (2 * batch["t"]).clamp(0.2, 1)
+    # at t the student is (1 - t) missed away from the line, and at t = 1 its own line 1 / t as far
+    return batch | dict(z0=z0, t=t, eps=eps + (1 / t - 1)[:, None, None] * missed)
 
 
 def sync_loss(a, m, in_sync=True):
@@ -486,11 +494,16 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
     return sum(weight * v_ for weight, v_ in zip(weights.values(), v.chunk(n)))
 
 
-def euler_times(steps):
-    """Where each of equal steps begins; t falls from 1, noise, to 0, motion."""
+def euler_times(steps, straight=False):
+    """Where each step begins, of the usual number for 0; t falls from 1, noise, to 0, motion.
+
+    Usual are ten steps of equal size. A straight student takes two, from 1 and 1/4: the first may
+    go far, and the shorter the last one is, the less error of its own it adds."""
+    steps = steps or (2 if straight else 10)
     if steps < 1:
         raise ValueError(f"steps={steps}: should be 1 or more")
-    return 1 - torch.arange(steps) / steps
+    times = 1 - torch.arange(steps) / steps
+    return times.square() if straight else times
 
 
 def euler(velocity, z, times):
@@ -533,7 +546,7 @@ def windows(frames, chunk, overlap, past, emotions):
 
 
 @torch.inference_mode()
-def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidance=None,
+def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=0, guidance=None,
            chunk=100, overlap=16, past=0, seed=0, noise=(), smooth=False):
     """Normalised motion for a voice of any length, piece by piece, in constant memory (Sec. 3.2.6).
 
@@ -541,7 +554,7 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     identity (63,) canonical keypoints
     prev     (70,) normalised motion before the first frame, such as a face at rest
     emotion  0..8, or a list of (emotion, frames), one after the other, the final one to the end
-    steps    number of Euler steps; else 10, or 2 if straight
+    steps    number of Euler steps; 0: 10, or 2 if straight
     guidance {condition: lambda} of Eq. 8; else the model's own
     chunk    frames sampled at once (best: model.cfg.chunk); the last chunk is filled up with zeros
     overlap  frames of a chunk with which the next begins; they fade into it
@@ -551,11 +564,9 @@ def stream(model, audio, identity, prev, emotion=NO_EMOTION, steps=None, guidanc
     Yields (n, 70) as soon as no later sound can change it. ValueError: an argument is bad."""
     if not 0 <= past <= overlap < chunk:
         raise ValueError(f"should be 0 <= past={past} <= overlap={overlap} < chunk={chunk}")
-    if steps is None:
-        steps = 2 if model.cfg.straight else 10
     if guidance is None:
         guidance = guidance_of(model.cfg)
-    times = euler_times(steps).to(model.mean)
+    times = euler_times(steps, model.cfg.straight).to(model.mean)
     if guidance.keys() - {"audio", "emotion", "audio+emotion"}:
         raise ValueError(f"guidance {guidance}: should be of audio, emotion, audio+emotion")
     *turns, (last, _) = emotion if isinstance(emotion, list) else [(emotion, 0)]

@@ -56,7 +56,7 @@ class Settings:
     audio_encoder: str = ""      # wav2vec 2.0 or HuBERT, for models trained on it; else log-mel
     emotion: str = "none"        # a name; or in turn, for so many seconds: neutral:2.5,happiness
     seed: int = 1                # another seed, another head motion
-    steps: int = 10              # of Euler; 2 for a straight student
+    steps: int = 0               # of Euler; 0: 10, or 2 for a straight student
     # of the next five the checkpoint has defaults of its own, see moda.Config
     cfg_audio: float = 0.0       # guidance by audio (Eq. 8),
     cfg_emotion: float = 0.0     # by emotion,
@@ -103,8 +103,6 @@ def open_model(settings, given):
         defaults |= short_chunks(settings.latency)
     if model.cfg.rope_streams == 2:                # net-200.pth, which its authors render so
         defaults["motion"] = "absolute"
-    if model.cfg.straight:
-        defaults["steps"] = 2
     # fields of Config that Settings has too; the others do no harm
     vars(settings).update(defaults | given)
     if model.cfg.straight and any(guidance_of(settings).values()):

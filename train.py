@@ -48,7 +48,6 @@ class Settings:
     clips: int = 400             # how many clips the toy talker makes, 8 s each
     out_dir: str = ""            # for checkpoints, log.csv; else out/<preset>[-straight], out/alse
     init_from: str = "scratch"   # resume; auto: resume or scratch; or a checkpoint to start from
-    overwrite: bool = False      # begin again in a folder that holds a run
     stats: str = ""              # file of mean and std, for a new run; net-200.pth needs mean.pt
     reflow: str = ""             # checkpoint of a teacher whose paths a straight student learns
     alse: str = ""               # checkpoint of a lip-sync expert that supervises MoDA
@@ -79,18 +78,17 @@ PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cool
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
 TRAINING = {"toy": {}, "moda": PAPER}
 # a student has its teacher's weights: a toy's needs fewer steps; --preset=moda keeps PAPER's
-REFLOW = dict(steps=600, batch_size=8, learning_rate=5e-4)
+REFLOW = dict(steps=540, batch_size=8, learning_rate=5e-4)
 # flags that have an effect only with, or only without, another one
 EFFECTS = {
     "with --alse": "tau",
     "with --init_from=scratch|auto|resume": "reflow",
-    "without --init_from=auto|resume": "overwrite",
     "without --init_from=resume": "stats",
     "with --model=moda": "alse reflow sample sample_every heads n_four n_two n_one rope_streams "
                          "p_drop_audio p_drop_emotion focus cfg_audio cfg_emotion cfg_both chunk "
                          "smooth straight",
     "without --data_dir": "clips eval_clips",
-    "without --reflow": "p_drop_audio p_drop_emotion cfg_audio cfg_emotion cfg_both"}
+    "without --reflow": " ".join(STRAIGHT)}
 
 
 def read_settings(argv):
@@ -141,9 +139,9 @@ def find_run(out, settings):
     if settings.init_from == "resume" or settings.init_from == "auto" and "ckpt.pt" in held:
         return read_checkpoint(out / "ckpt.pt", "nothing to resume")
     # with "auto" it is a run that was killed before its first checkpoint
-    if held and settings.init_from != "auto" and not settings.overwrite:
-        raise ValueError(f"{out}: holds a run; --init_from=auto goes on from its ckpt.pt, "
-                         "--overwrite begins again")
+    if held and settings.init_from != "auto":
+        raise ValueError(f"{out}: holds a run; --init_from=auto goes on from its ckpt.pt; to begin "
+                         "again, delete the folder or name another --out_dir")
 
 
 def resume(state, parts, settings):
@@ -163,9 +161,8 @@ def resume(state, parts, settings):
 
 
 def open_log(out, first_step, kind):
-    """log.csv, which keeps the rows of the steps before first_step. A new run also deletes the
-    ckpt.pt and best.pt of the one that it overwrites; main calls this when the first gradients are
-    finite, so that a run that fails at once deletes nothing."""
+    """log.csv, which keeps the rows of the steps before first_step. main calls this when the first
+    gradients are finite, so that a run that fails at once changes no file."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -173,9 +170,6 @@ def open_log(out, first_step, kind):
     rows = log.readlines()[:first_step + 1] if first_step else []
     log.truncate(len("".join(rows)))
     terms = "rf,vel,sync" if kind is MoDA else "alse"                  # of the loss
-    for name in "ckpt.pt", "best.pt":
-        if not first_step:
-            (out / name).unlink(missing_ok=True)
     if not rows:
         print(f"step,loss,{terms},lips,grad_norm,learning_rate,seconds,waiting,val_loss,"
               "val_lips", file=log)
@@ -198,7 +192,7 @@ def loss_terms(net, model, batch, expert, tau, teacher):
     batch["z0"] = model.normalise(batch.pop("motion"))
     batch["prev"] = model.normalise(batch["prev"])
     if teacher:
-        batch = reflow(teacher, batch)
+        batch = reflow(teacher, model, batch)
     return losses(net, **batch, weight=model.weight, expert=expert, tau=tau)
 
 

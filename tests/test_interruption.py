@@ -211,7 +211,7 @@ def test_a_full_disk_harms_no_file(folder, command, size, words):
     ("me.png", "portrait", "me.png", 1),
     ("set/manifest.json", "train", "set/manifest.json", 1),
     ("set/clips/1/motion.npy", "train", "set/clips/1", 1),
-    ("old", "train --out_dir=old --overwrite", "Permission denied: 'old/", 1),
+    ("old", "train --out_dir=old --init_from=auto", "Permission denied: 'old/", 1),
     (".", "sample", "video.mp4: could not be written", 1)])
 def test_what_may_not_be_read_or_written_is_named(run, locked, command, words, code):
     before = contents()

@@ -102,7 +102,7 @@ def test_the_released_time_grid_is_a_list_of_times(g, K):
 @pytest.fixture
 def released_times(g, monkeypatch):
     """The sampler takes the released scheduler's ten steps in place of equal ones."""
-    monkeypatch.setattr(moda, "euler_times", lambda steps: torch.tensor(grid(g, steps)))
+    monkeypatch.setattr(moda, "euler_times", lambda steps, _: torch.tensor(grid(g, steps or 10)))
 
 
 def window(g, **changes):

@@ -1,6 +1,7 @@
 """The sampler solves the flow, guides as Eq. 8 says, and streams what it would have sampled at
 once; the faster network computes what the plain model computes, but in short chunks."""
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import moda
 import sample
 from conftest import plain_network
 from data import BLOCK, UsageError
-from moda import NO_EMOTION, STRAIGHT, M, euler, generate, guided_velocity, losses, reflow, stream
+from moda import (NO_EMOTION, STRAIGHT, M, euler, euler_times, generate, guidance_of,
+                  guided_velocity, losses, reflow, stream)
 
 
 def voice(T):
@@ -205,7 +207,7 @@ def test_the_last_emotion_lasts_to_the_end(tiny):
 
 
 def test_bad_requests_are_refused(tiny):
-    for bad in dict(overlap=100), dict(past=17), dict(chunk=0), dict(steps=0):
+    for bad in dict(overlap=100), dict(past=17), dict(chunk=0), dict(steps=-1):
         with pytest.raises(ValueError, match="should be"):
             generate(tiny, **voice(20), **bad)
     with pytest.raises(RuntimeError, match="shape"):
@@ -260,23 +262,42 @@ def test_reflow_makes_paths_straight():
     none = torch.zeros(4, dtype=bool)
     batch = dict(conditions, t=torch.rand(4), eps=torch.randn(4, 12, M), drop_audio=none,
                  drop_emotion=none)
-    pairs = reflow(teacher, batch, steps=8)
-    assert torch.equal(pairs["t"], (2 * batch["t"]).clamp(max=1))
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     student.cfg.cfg_both = 0.0
+    guided = partial(guided_velocity, teacher, guidance=guidance_of(teacher.cfg), **conditions)
+    usual = euler(guided, batch["eps"], euler_times(10))
 
+    @torch.no_grad()
     def apart():
-        """Two steps from eight, and from the teacher's."""
-        two, eight = [reflow(student, batch, steps)["z0"] for steps in (2, 8)]
-        return (two - eight).norm(), (two - pairs["z0"]).norm()
+        """Two steps from ten, and from the teacher's ten."""
+        own = partial(guided_velocity, student, guidance={}, **conditions)
+        two, ten = [euler(own, batch["eps"], euler_times(n, straight=True)) for n in (2, 10)]
+        return (two - ten).norm(), (two - usual).norm()
     before = apart()
     for _ in range(30):
-        t = (2 * torch.rand(4)).clamp(max=1)
-        sum(losses(student, **pairs | dict(t=t))).backward()
+        pairs = reflow(teacher, student, batch | dict(t=torch.rand(4)))
+        assert torch.equal(pairs["z0"], usual)
+        sum(losses(student, **pairs)).backward()
         optimizer.step()
         optimizer.zero_grad()
     after = apart()
     assert after[0] < 0.6 * before[0] and after[1] < 0.9 * before[1], (before, after)
+
+
+def test_a_student_learns_at_t_1_or_from_where_its_own_step_led():
+    """Half of the pairs begin at the noise itself; the place of the others on their line to z0 is
+    the student's own, after one step from t = 1."""
+    teacher, student = build.model(), build.model(**STRAIGHT)
+    conditions = dict(audio=torch.randn(8, 12, 1, 160), emotion=torch.arange(8),
+                      identity=torch.randn(8, 63), prev=torch.randn(8, M))
+    eps = torch.randn(8, 12, M)
+    pairs = reflow(teacher, student, dict(conditions, eps=eps, t=torch.arange(8) / 8))
+    assert pairs["t"].tolist() == pytest.approx([0.2, 0.25, 0.5, 0.75, 1, 1, 1, 1])
+    assert torch.equal(pairs["eps"][4:], eps[4:])
+    t = pairs["t"][:, None, None]
+    with torch.no_grad():
+        own = eps - (1 - t) * student(eps, torch.ones(8), **conditions)
+    assert torch.allclose((1 - t) * pairs["z0"] + t * pairs["eps"], own, atol=1e-5)
 
 
 def test_a_straight_model_takes_two_steps_without_guidance(monkeypatch, capsys):
@@ -284,11 +305,12 @@ def test_a_straight_model_takes_two_steps_without_guidance(monkeypatch, capsys):
     two = generate(model, **x, steps=2, guidance={})
     assert torch.equal(generate(model, **x), two)
     assert not torch.equal(generate(model, **x, guidance={"audio": 1.0}), two)
+    assert euler_times(2, straight=True).tolist() == [1, 0.25]
     monkeypatch.setattr(sample.MoDA, "from_pretrained", lambda path: model)
     for given, lines in ({}, 0), ({"steps": 4}, 0), ({"cfg_audio": 1.0}, 1):
         settings = sample.Settings(stats="", **given)
         model.std += 1                             # it has statistics
         sample.open_model(settings, given)
-        expected = {"steps": 2, "cfg_audio": 0.0} | given
+        expected = {"steps": 0, "cfg_audio": 0.0} | given
         assert expected.items() <= vars(settings).items()
         assert capsys.readouterr().err.count("warning") == lines

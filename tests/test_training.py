@@ -198,7 +198,7 @@ def test_an_earlier_checkpoint_leads_to_the_same_end(tmp_path, model):
 def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsys):
     flags = "--steps=2", "--batch_size=2"
     first = train_here(tmp_path, *flags)
-    with pytest.raises(ValueError, match="holds a run; --init_from=auto .*--overwrite"):
+    with pytest.raises(ValueError, match="holds a run; --init_from=auto .* delete the folder"):
         train_here(tmp_path, *flags)
     assert train_here(tmp_path, *flags, "--init_from=auto") == first
     assert f"{tmp_path}: finished, 2 steps\n" in capsys.readouterr().out
@@ -206,9 +206,6 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsy
     printed = capsys.readouterr().out
     changed, = re.findall("^flags that are new: (.*)$", printed, re.M)
     assert ast.literal_eval(changed) == dict(steps=3, seed=2, init_from="auto")
-    (tmp_path / "best.pt").touch()
-    assert train_here(tmp_path, *flags, "--overwrite") == first
-    assert not (tmp_path / "best.pt").exists()                 # it was the other run's
 
 
 @pytest.mark.parametrize("name", ["log.csv", "ckpt.pt", "best.pt"])
@@ -219,13 +216,13 @@ def test_a_file_that_looks_like_a_runs_is_not_lost(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_run_is_lost_to_no_other_that_fails_at_once(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_and_fails_at_once_changes_no_file(tmp_path, monkeypatch):
     train_here(tmp_path, "--steps=2", "--batch_size=2")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     nan = torch.full((2,), math.nan)
     monkeypatch.setattr(data, "draw", lambda *args: moda.draw(*args) | dict(t=nan))
-    with pytest.raises(ValueError, match="step 0: "):
-        train_here(tmp_path, "--steps=2", "--batch_size=2", "--overwrite")
+    with pytest.raises(ValueError, match="step 2: "):
+        train_here(tmp_path, "--steps=4", "--batch_size=2", "--init_from=auto")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -524,17 +521,17 @@ def test_a_checkpoint_is_a_start_for_another_run(tmp_path, model, changes):
     state = read_checkpoint(first)
     state["config"] |= dict(rope_streams=2, chunk=80)          # as those of the released model
     save(first, state)
-    begin = *flags, f"--init_from={first}", "--overwrite"
+    second = tmp_path / "second"
+    begin = *flags, f"--init_from={first}"
     with pytest.raises(ValueError, match="is of shape"):   # what it has is not changed in silence
-        train_here(first.parent, *begin, "--width=64")
-    assert first.exists()                                      # nor lost
-    train_here(first.parent, *begin, "--steps=1", "--save_every=1", *changes)
-    begun = read_checkpoint(first)["config"]
+        train_here(second, *begin, "--width=64")
+    train_here(second, *begin, "--steps=1", "--save_every=1", *changes)
+    begun = read_checkpoint(second / "ckpt.pt")["config"]
     assert [begun[name] for name in ("rope_streams", "chunk")] == [2, 80]
     assert begun["focus"] == (2 if changes else 4)             # 4 is the toy's
-    train_here(first.parent, *flags, "--init_from=auto", "--steps=2")
-    assert read_checkpoint(first)["step"] == 2
-    assert read_checkpoint(first)["config"] == begun
+    train_here(second, *flags, "--init_from=auto", "--steps=2")
+    resumed = read_checkpoint(second / "ckpt.pt")
+    assert resumed["step"] == 2 and resumed["config"] == begun
 
 
 def test_statistics_of_motion_from_a_file_leave_those_of_faces(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import functools
 import json
+import shutil
 import statistics
 import sys
 from collections import namedtuple
@@ -134,7 +135,8 @@ def trained(settings, name, *flags):
         usual.append("--p_drop_audio=0.2")
     for field in ("steps", "clips", "batch_size"):
         usual.append(f"--{field}={getattr(settings, field)}")
-    train.main([f"--out_dir={out}", "--overwrite", *usual, *flags])
+    shutil.rmtree(out, ignore_errors=True)         # of an earlier call
+    train.main([f"--out_dir={out}", *usual, *flags])
     return out
 
 

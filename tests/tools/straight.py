@@ -5,21 +5,23 @@
 The clips and metrics of sample.py --eval, the mean over seeds of the noise ± its standard
 deviation. Beside the truth: the mouth, head motion and jerk. Beside the teacher's usual ten steps
 from the same noise: distance over standard deviation, correlation of lips. Then how bent the paths
-are, each model's own: the mean over t of |(eps - z0) - v(z_t, t)|^2; motion of short chunks, with
-the jump from frame to frame at their borders over the 99th percentile of all jumps; and the work
-between the last sound of a chunk and its motion, of both models in turns. Flags:
+are, each model's own in its usual steps: the mean over t of |(eps - z0) - v(z_t, t)|^2; motion of
+short chunks, with the jump from frame to frame at their borders over the 99th percentile of all
+jumps; and the work between the last sound of a chunk and its motion, of both models in turns.
+Flags:
 """
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from data import ToyTalker, parse_flags, run
-from moda import LIPS, M, MoDA, generate, guidance_of, guided_velocity, reflow, stream
+from moda import LIPS, M, MoDA, euler_times, generate, guidance_of, guided_velocity, stream
 from sample import beginnings, compare
 
 CHUNKS = (100, 16, 0), (20, 5, 0), (10, 5, 0), (50, 45, 40)
@@ -50,19 +52,20 @@ def jump(z, stride):
 
 @torch.no_grad()
 def bent(model, clips, seed):
-    """Mean over t of |(eps - z0) - v(z_t, t)|^2, z0 being where the model's own path ends."""
+    """Mean over t of |(eps - z0) - v(z_t, t)|^2 along the model's usual path, which ends at z0."""
     audio, identity, prev, emotion = clips
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(len(audio), 80, M, generator=generator)
-    given = dict(audio=audio[:, :80], identity=identity, prev=prev, emotion=emotion)
-    batch = dict(given, eps=eps, t=torch.ones(len(audio)))
-    z0 = reflow(model, batch)["z0"]
-    errors = []
-    for t in torch.arange(0.05, 1, 0.1):
-        z_t = (1 - t) * z0 + t * eps
-        v = guided_velocity(model, z_t, t, guidance=guidance_of(model.cfg), **given)
-        errors.append((eps - z0 - v).square().mean().item())
-    return statistics.mean(errors)
+    velocity = partial(guided_velocity, model, audio=audio[:, :80], identity=identity, prev=prev,
+                       emotion=emotion, guidance=guidance_of(model.cfg))
+    times = euler_times(0, model.cfg.straight)
+    steps = torch.stack([*times, torch.tensor(0.0)]).diff().neg()
+    z, vs = eps, []
+    for t, step in zip(times, steps):
+        vs.append(velocity(z, t))
+        z = z - step * vs[-1]
+    errors = [(eps - z - v).square().mean() for v in vs]
+    return (torch.stack(errors) @ steps).item()
 
 
 def delays(model, clip, **options):
