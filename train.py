@@ -76,7 +76,6 @@ class Settings:
 # Sec. 4.1.2: Adam, 1e-4, batch 512, 500 epochs; the other numbers are ours
 PAPER = dict(steps=500000, batch_size=512, learning_rate=1e-4, warmup=1000, cooldown=0.0, ema=0.0,
              bf16=True, workers=4, save_every=2500, keep_every=50000, eval_every=2500)
-TRAINING = {"toy": {}, "moda": PAPER}
 # a student has its teacher's weights: a toy's needs fewer steps; --preset=moda keeps PAPER's
 REFLOW = dict(steps=540, batch_size=8, learning_rate=5e-4)
 # flags that have an effect only with, or only without, another one
@@ -97,17 +96,20 @@ def read_settings(argv):
     # these two choose the others' defaults
     preset = "moda" if "--preset=moda" in argv else "toy"
     start = REFLOW if "--reflow=" in " ".join(argv) else {}
-    settings, cfg = Settings(**start | TRAINING[preset]), Config(**PRESETS[preset])
+    if preset == "moda":
+        start = PAPER
+    settings, cfg = Settings(**start), Config(**PRESETS[preset])
     given = parse_flags(argv, __doc__, settings, cfg)
     if settings.preset != preset:
         raise UsageError(f"--preset={settings.preset}: known are toy, moda")
     if settings.model not in ("moda", "alse"):
         raise UsageError(f"--model={settings.model}: known are moda, alse")
     check_effects(given, settings, EFFECTS)
-    positive = "steps batch_size clips save_every workers width heads chunk".split()
+    positive = "steps batch_size clips save_every workers width heads".split()
     shares = "cooldown ema p_drop_audio p_drop_emotion".split()
     for name, value in (vars(settings) | vars(cfg)).items():
-        lowest = int(name in positive)
+        # a chunk has to be longer than the overlap of sample.py
+        lowest = 17 if name == "chunk" else int(name in positive)
         highest = 1 if name in shares else math.inf
         if type(value) is not str and not lowest <= value <= highest:
             raise UsageError(f"--{name}={value}: should be at least {lowest}, at most {highest}")
@@ -306,7 +308,10 @@ def main(argv):
     device = find_device(settings.device)
     kind = ALSE if settings.model == "alse" else MoDA
     default = settings.preset if kind is MoDA else "alse"
+    teacher = None
     if settings.reflow:
+        teacher = MoDA.from_pretrained(settings.reflow).to(device)
+        changes |= STRAIGHT
         default += "-straight"
     out = Path(settings.out_dir or f"out/{default}")
     out.mkdir(parents=True, exist_ok=True)
@@ -321,10 +326,6 @@ def main(argv):
 
     # data, model and optimizer
     data, val = open_data(settings)
-    teacher = None
-    if settings.reflow:
-        teacher = MoDA.from_pretrained(settings.reflow).to(device)
-        changes |= STRAIGHT
     # the Config is `cfg` from scratch, else that of the checkpoint it starts from, with `changes`
     start = settings.reflow or settings.init_from
     if found[0]:

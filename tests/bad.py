@@ -182,7 +182,7 @@ def run(folder, monkeypatch, capfd):
 
 @pytest.fixture
 def refused(run):
-    """refused("sample --steps=0", "steps=0"): the command fails as promised, with those words."""
+    """refused("sample --steps=-3", "steps=-3"): the command fails as promised, with those words."""
     def refused(command, *words, code=1):
         before = contents()
         ended, lines = run(command)

@@ -2,6 +2,7 @@
 do; no code in it runs."""
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +171,11 @@ def test_a_student_in_the_folder_of_its_teacher(refused):
     write("old/ckpt.pt", state | dict(settings=dict(reflow="")))
     words = "was trained with other settings; use another --out_dir (--reflow differs)"
     refused("train --out_dir=old --reflow=old/ckpt.pt --init_from=auto --ema=0", words)
+
+
+def test_a_teacher_that_is_not_there(refused):
+    refused("train --reflow=nowhere.pt --out_dir=new", "nowhere.pt: not a readable checkpoint")
+    assert not Path("new").exists()
 
 
 # -------------------------------------------------------------------------------- the audio encoder

@@ -177,8 +177,9 @@ def test_no_frame_of_a_short_chunk_waits_longer_than_asked(tiny, latency):
             assert heard - (n + 1) <= 25 * latency - 1
         n += len(piece)
     assert n == 60
-    with pytest.raises(UsageError, match="should be 0.4 or more"):
-        sample.short_chunks(0.39)
+    for wrong in 0.39, 400.0:                      # the second one, perhaps, in milliseconds
+        with pytest.raises(UsageError, match="should be 0.4 to 40 seconds"):
+            sample.short_chunks(wrong)
 
 
 def test_the_next_chunk_sees_the_frame_before_it(tiny, monkeypatch):
