@@ -384,7 +384,7 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     loss_vel = error.diff(dim=1).square().mean()                       # Eq. 5: x' - m',
     loss_vel += error.diff(2, dim=1).square().mean()                   # and x'' - m''
     lips = F.mse_loss(m[..., LIPS], x[..., LIPS]).detach()
-    loss_sync = torch.zeros_like(loss_rf)
+    loss_sync = 0 * loss_rf
     if expert:
         z0_ = z_t - t_ * m                                             # the estimate of z0
         sync = sync_loss(*expert(audio, z0_))
@@ -409,8 +409,8 @@ def reflow(teacher, student, batch):
 
     def end(model, steps):
         velocity = partial(guided_velocity, model, guidance=guidance_of(model.cfg), **conditions)
-        return euler(velocity, eps, euler_times(steps))
-    z0 = end(teacher, 10)
+        return euler(velocity, eps, euler_times(steps, model.cfg.straight))
+    z0 = end(teacher, 0)                           # in its usual steps
     missed = end(student, 1) - z0
     t = (2 * batch["t"]).clamp(0.2, 1)
     # at t the student is (1 - t) missed away from the line, and at t = 1 its own line 1 / t as far

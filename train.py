@@ -411,7 +411,7 @@ def main(argv):
         # while it holds Python's lock, for which they wait.
         del net
         dist.destroy_process_group()
-    if stop or RANK > 0:
+    if stop or stops or RANK > 0:                  # a signal may have come after the last step
         return
     on_signals(interrupt)
     print(f"{out}: finished, {settings.steps} steps")

@@ -177,6 +177,7 @@ def test_no_frame_of_a_short_chunk_waits_longer_than_asked(tiny, latency):
             assert heard - (n + 1) <= 25 * latency - 1
         n += len(piece)
     assert n == 60
+    assert sample.short_chunks(4.6)["chunk"] == 40 + 115
     for wrong in 0.39, 400.0:                      # the second one, perhaps, in milliseconds
         with pytest.raises(UsageError, match="should be 0.4 to 40 seconds"):
             sample.short_chunks(wrong)
@@ -292,13 +293,17 @@ def test_a_student_learns_at_t_1_or_from_where_its_own_step_led():
     conditions = dict(audio=torch.randn(8, 12, 1, 160), emotion=torch.arange(8),
                       identity=torch.randn(8, 63), prev=torch.randn(8, M))
     eps = torch.randn(8, 12, M)
-    pairs = reflow(teacher, student, dict(conditions, eps=eps, t=torch.arange(8) / 8))
+    batch = dict(conditions, eps=eps, t=torch.arange(8) / 8)
+    pairs = reflow(teacher, student, batch)
     assert pairs["t"].tolist() == pytest.approx([0.2, 0.25, 0.5, 0.75, 1, 1, 1, 1])
     assert torch.equal(pairs["eps"][4:], eps[4:])
     t = pairs["t"][:, None, None]
     with torch.no_grad():
         own = eps - (1 - t) * student(eps, torch.ones(8), **conditions)
+        velocity = partial(guided_velocity, student, guidance={}, **conditions)
+        two = euler(velocity, eps, euler_times(2, straight=True))
     assert torch.allclose((1 - t) * pairs["z0"] + t * pairs["eps"], own, atol=1e-5)
+    assert torch.equal(reflow(student, student, batch)["z0"], two)     # a student can teach again
 
 
 def test_a_straight_model_takes_two_steps_without_guidance(monkeypatch, capsys):
