@@ -195,6 +195,18 @@ def test_an_earlier_checkpoint_leads_to_the_same_end(tmp_path, model):
     assert_same(tmp_path / "ckpt.pt", last)
 
 
+def test_a_signal_in_the_last_validation_ends_the_run(tmp_path, monkeypatch, capsys):
+    def validate(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return 1.0, 1.0
+    monkeypatch.setattr(train, "validate", validate)
+    before = signal.getsignal(signal.SIGTERM)
+    train_here(tmp_path, "--steps=2", "--batch_size=2", "--eval_every=2")
+    signal.signal(signal.SIGTERM, before)
+    assert "finished" not in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 2
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten_by_mistake(tmp_path, capsys):
     flags = "--steps=2", "--batch_size=2"
     first = train_here(tmp_path, *flags)
