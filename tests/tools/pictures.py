@@ -379,8 +379,8 @@ def claims(settings, path):
     left.legend()
     curve = right.legend(loc="lower right").get_texts()[0]
     curve.set_text("guiding audio, without ALSE")
-    figure.supxlabel("means of three trainings of 300 steps; bars: one standard deviation",
-                     fontsize=10, color=INK)
+    figure.supxlabel("means of three trainings of 300 steps, not the toy's 2,600; "
+                     "bars: one standard deviation", fontsize=10, color=INK)
     save_figure(figure, path)
 
 
