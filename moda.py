@@ -386,8 +386,7 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     lips = F.mse_loss(m[..., LIPS], x[..., LIPS]).detach()
     loss_sync = 0 * loss_rf
     if expert:
-        z0_ = z_t - t_ * m                                             # the estimate of z0
-        sync = sync_loss(*expert(audio, z0_))
+        sync = sync_loss(*expert(audio, z_t - t_ * m))                 # of the estimate of z0
         gate = (sync < tau) & ~drop_audio                              # Eq. 7; a dropped voice has
         loss_sync = (sync * gate).mean()                               # nothing to be in sync with
     return loss_rf, loss_vel, loss_sync, lips
@@ -413,7 +412,8 @@ def reflow(teacher, student, batch):
     z0 = end(teacher, 0)                           # in its usual steps
     missed = end(student, 1) - z0
     t = (2 * batch["t"]).clamp(0.2, 1)
-    # at t the student is (1 - t) missed away from the line, and at t = 1 its own line 1 / t as far
+    # At t the student is (1 - t) missed beside the line from eps to z0. Its own line, from z0
+    # through that place, is 1 / t as far away at t = 1: without bound for t near 0, so t >= 0.2.
     return batch | dict(z0=z0, t=t, eps=eps + (1 / t - 1)[:, None, None] * missed)
 
 
@@ -495,7 +495,7 @@ def guided_velocity(model, z, t, audio, emotion, identity, prev, guidance):
 
 
 def euler_times(steps, straight=False):
-    """Where each step begins, of the usual number for 0; t falls from 1, noise, to 0, motion.
+    """The t at which each step begins, from 1, noise, towards 0, motion; steps=0: the usual number.
 
     Usual are ten steps of equal size. A straight student takes two, from 1 and 1/4: the first may
     go far, and the shorter the last one is, the less error of its own it adds."""

@@ -123,7 +123,7 @@ def short_chunks(latency):
         45 .. 49  are sampled, but only the next chunk will yield them
     Sound comes in blocks of 5 frames. Of the five that are yielded, frame 40 waits longest: until
     41 .. 49 have come, 0.36 s, which leaves 0.04 s for the work."""
-    new = int(25 * latency + 0.1) // BLOCK * BLOCK                     # 25 * 4.6 is below 115
+    new = round(25 * latency) // BLOCK * BLOCK     # rounded, for 25 * 4.6 is a little below 115
     if not 0.4 <= latency <= 40:
         raise UsageError(f"--latency={latency}: should be 0.4 to 40 seconds")
     return dict(chunk=40 + new, overlap=40 + BLOCK, past=40)

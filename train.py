@@ -164,7 +164,7 @@ def resume(state, parts, settings):
 
 def open_log(out, first_step, kind):
     """log.csv, which keeps the rows of the steps before first_step. main calls this when the first
-    gradients are finite, so that a run that fails at once changes no file."""
+    gradients are finite: a new run that fails at once leaves no file, which would bar the next."""
     if RANK > 0:
         return open(os.devnull, "w")
     log = open(out / "log.csv", "a+")
@@ -215,8 +215,8 @@ def mean_over_processes(numbers):
 @torch.no_grad()
 def validate(model, data, settings, expert, teacher, autocast):
     """val_loss and the lips' own error, on the same windows, times, noise and dropped conditions
-    each time. read_ahead gives batches of windows, with what moda.draw draws for the model's
-    Config, on its device."""
+    each time (but with a teacher, reflow moves the noise by the model's own error). read_ahead
+    gives batches of windows, with what moda.draw draws for the model's Config, on its device."""
     total = 0
     for batch in read_ahead(data, model, settings, range(VAL_BATCHES)):
         with autocast:
@@ -359,7 +359,9 @@ def main(argv):
     batches = read_ahead(data, model, settings, range(first_step, settings.steps))
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
     expert = load_expert(settings.alse, model)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+    # no cache: up to torch 2.8 it would hand what reflow computed without gradients to `losses`
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16,
+                              cache_enabled=False)
     log = None
     began = perf_counter()
     for step, batch in enumerate(bar, first_step):

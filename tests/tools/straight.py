@@ -5,10 +5,10 @@
 The clips and metrics of sample.py --eval, the mean over seeds of the noise ± its standard
 deviation. Beside the truth: the mouth, head motion and jerk. Beside the teacher's usual ten steps
 from the same noise: distance over standard deviation, correlation of lips. Then how bent the paths
-are, each model's own in its usual steps: the mean over t of |(eps - z0) - v(z_t, t)|^2; motion of
-short chunks, with the jump from frame to frame at their borders over the 99th percentile of all
-jumps; and the work between the last sound of a chunk and its motion, of both models in turns.
-Flags:
+are in ten equal steps and in two from 1 and 1/4: the mean over t of |(eps - z0) - v(z_t, t)|^2 on
+the way to z0; motion of short chunks, with the jump from frame to frame at their borders over the
+99th percentile of all jumps; and the work between the last sound of a chunk and its motion, of both
+models in turns. Flags:
 """
 import statistics
 import sys
@@ -51,14 +51,13 @@ def jump(z, stride):
 
 
 @torch.no_grad()
-def bent(model, clips, seed):
-    """Mean over t of |(eps - z0) - v(z_t, t)|^2 along the model's usual path, which ends at z0."""
+def bent(model, clips, seed, times):
+    """Mean over t of |(eps - z0) - v(z_t, t)|^2 along the model's path, which ends at z0."""
     audio, identity, prev, emotion = clips
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(len(audio), 80, M, generator=generator)
     velocity = partial(guided_velocity, model, audio=audio[:, :80], identity=identity, prev=prev,
                        emotion=emotion, guidance=guidance_of(model.cfg))
-    times = euler_times(0, model.cfg.straight)
     steps = torch.stack([*times, torch.tensor(0.0)]).diff().neg()
     z, vs = eps, []
     for t, step in zip(times, steps):
@@ -121,8 +120,10 @@ def main(argv):
             show(f"{name}, {steps}", [beside(speak(model, seed, steps=steps), seed)
                                       for seed in seeds])
     for name, model in {"teacher": teacher, "student": student}.items():
-        bends = [bent(model, clips, seed) for seed in seeds]
-        print(f"paths of the {name} are bent by {statistics.mean(bends):.4f}", flush=True)
+        for times in euler_times(10), euler_times(2, straight=True):
+            bends = [bent(model, clips, seed, times) for seed in seeds]
+            print(f"paths of the {name} in {len(times)} steps are bent by "
+                  f"{statistics.mean(bends):.4f}", flush=True)
     print("|", " | ".join(["chunk/overlap/past", *columns, "jump at borders"]), "|")
     print("|---" * (len(columns) + 2) + "|")
     for name, model in {"teacher": teacher, "student": student}.items():
