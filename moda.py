@@ -384,7 +384,7 @@ def losses(model, z0, audio, emotion, identity, prev, t, eps, drop_audio, drop_e
     loss_vel = error.diff(dim=1).square().mean()                       # Eq. 5: x' - m',
     loss_vel += error.diff(2, dim=1).square().mean()                   # and x'' - m''
     lips = F.mse_loss(m[..., LIPS], x[..., LIPS]).detach()
-    loss_sync = 0 * loss_rf
+    loss_sync = 0 * loss_rf                        # a zero of its type, where there is no expert
     if expert:
         sync = sync_loss(*expert(audio, z_t - t_ * m))                 # of the estimate of z0
         gate = (sync < tau) & ~drop_audio                              # Eq. 7; a dropped voice has

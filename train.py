@@ -359,7 +359,7 @@ def main(argv):
     batches = read_ahead(data, model, settings, range(first_step, settings.steps))
     bar = tqdm(batches, "training", settings.steps, initial=first_step, disable=RANK > 0)
     expert = load_expert(settings.alse, model)
-    # no cache: up to torch 2.8 it would hand what reflow computed without gradients to `losses`
+    # no cache: in torch 2.8 it hands weights that reflow had cast, without gradients, to `losses`
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16,
                               cache_enabled=False)
     log = None

@@ -9,7 +9,6 @@ claims takes its numbers from the table of tests/tools/README.md. Flags:
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sample
 from data import FRAME, RATE, ToyTalker, expression, load_audio, log_mel, parse_flags, run, toy_clip
-from moda import (EMOTIONS, EXP, MOUTH, ROT, M, MoDA, euler_times, generate, guidance_of,
+from moda import (EMOTIONS, EXP, MOUTH, ROT, M, MoDA, euler, euler_times, generate, guidance_of,
                   guided_velocity)
 from renderer import FACE, Sketch, keypoints
 
@@ -208,6 +207,17 @@ def keypoints_of_a_face(settings, path):
 
 
 # ------------------------------------------------------------------------------------------ the flow
+def way_of(model, noise, times, **given):
+    """Where noise (1, N, M) is at each of the times, and its end: (steps + 1, N, M)."""
+    way = []
+
+    def velocity(z, t):
+        way.append(z)
+        return guided_velocity(model, z, t, guidance=guidance_of(model.cfg), **given)
+    end = euler(velocity, noise, times)
+    return torch.cat([*way, end])
+
+
 @torch.inference_mode()
 def flow(settings, path, steps=10):
     """Noise becomes motion: the mouth of all frames at some times, and some frames at all times."""
@@ -215,13 +225,10 @@ def flow(settings, path, steps=10):
     motion, audio, identity = [torch.tensor(x) for x in talker.clips[0]]
     truth = model.normalise(motion)
     given = dict(audio=audio[None, 1:81], emotion=torch.tensor([talker.emotion[0]]),
-                 identity=identity[None], prev=truth[:1], guidance=guidance_of(model.cfg))
-    z = torch.randn(1, 80, M, generator=torch.Generator().manual_seed(1))
-    path_of_z = [z]
-    for t in euler_times(steps):
-        z = z - guided_velocity(model, z, t, **given) / steps
-        path_of_z.append(z)
-    mouth = torch.cat(path_of_z)[..., MOUTH].numpy()                   # (steps + 1, frames)
+                 identity=identity[None], prev=truth[:1])
+    noise = torch.randn(1, 80, M, generator=torch.Generator().manual_seed(1))
+    way = way_of(model, noise, euler_times(steps), **given)
+    mouth = way[..., MOUTH].numpy()                # (steps + 1, frames)
     times = np.linspace(1, 0, steps + 1)
     figure = plt.figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
@@ -263,19 +270,13 @@ def straight(settings, path):
             "after reflow: two steps without guidance": settings.student}.items()):
         model = MoDA.from_pretrained(ckpt)
         given = dict(audio=audio[None, 1:81], emotion=torch.tensor([talker.emotion[0]]),
-                     identity=identity[None], prev=model.normalise(motion[:1]),
-                     guidance=guidance_of(model.cfg))
-        z = noise
-        way = [z]
-        times = [*euler_times(0, model.cfg.straight), torch.tensor(0.0)]
-        for t, end in pairwise(times):
-            z = z - (t - end) * guided_velocity(model, z, t, **given)
-            way.append(z)
-        way = torch.cat(way)                                           # (steps + 1, 80, M)
+                     identity=identity[None], prev=model.normalise(motion[:1]))
+        times = euler_times(0, model.cfg.straight)
+        way = way_of(model, noise, times, **given)
         for row, (name, channel) in enumerate(channels.items()):
             panel = panels[row, column]
             for frame in range(4, 80, 9):
-                path_of_frame, = panel.plot(times, way[:, frame, channel], "o-", color=TEAL,
+                path_of_frame, = panel.plot([*times, 0], way[:, frame, channel], "o-", color=TEAL,
                                             markersize=3)
                 line, = panel.plot([1, 0], way[[0, -1], frame, channel], "--", color=GREY)
             if not column:

@@ -21,7 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from data import ToyTalker, parse_flags, run
-from moda import LIPS, M, MoDA, euler_times, generate, guidance_of, guided_velocity, stream
+from moda import (LIPS, M, MoDA, euler, euler_times, generate, guidance_of, guided_velocity,
+                  stream)
 from sample import beginnings, compare
 
 CHUNKS = (100, 16, 0), (20, 5, 0), (10, 5, 0), (50, 45, 40)
@@ -58,12 +59,14 @@ def bent(model, clips, seed, times):
     eps = torch.randn(len(audio), 80, M, generator=generator)
     velocity = partial(guided_velocity, model, audio=audio[:, :80], identity=identity, prev=prev,
                        emotion=emotion, guidance=guidance_of(model.cfg))
-    steps = torch.stack([*times, torch.tensor(0.0)]).diff().neg()
-    z, vs = eps, []
-    for t, step in zip(times, steps):
+    vs = []
+
+    def noted(z, t):
         vs.append(velocity(z, t))
-        z = z - step * vs[-1]
-    errors = [(eps - z - v).square().mean() for v in vs]
+        return vs[-1]
+    z0 = euler(noted, eps, times)
+    errors = [(eps - z0 - v).square().mean() for v in vs]
+    steps = torch.stack([*times, torch.tensor(0.0)]).diff().neg()
     return (torch.stack(errors) @ steps).item()
 
 
