@@ -68,11 +68,12 @@ class Settings:
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
-    # up to 0.2 s more after a turn of --emotion that is no multiple of 0.2 s
+    # so quick is the toy in two steps, or its student; a turn of --emotion that is no multiple of
+    # 0.2 s adds up to 0.2 s
     latency: float = 0.0         # seconds, at most, from a sound to its motion: makes chunks short
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # LivePortrait through torch.compile: worth its minute on a GPU
-    eval: bool = False           # a table of metrics, on the CPU in float32, about toy clips
+    eval: bool = False           # a table of metrics, on the CPU in float32, about 12 toy clips
     data_dir: str = ""           # or the val clips of a data set
     alse: str = ""               # checkpoint of a lip-sync expert: two more metrics
     device: str = ""             # cuda if there is one
@@ -448,7 +449,7 @@ def evaluate(settings, model, data, training):
         linear       a linear model of `training` clips
     and compared with the model:
         other seed   the model once more, from other noise"""
-    truth, *given = beginnings(data, 16, model)
+    truth, *given = beginnings(data, 12, model)
     audio, identity, prev, emotion = given
     in_turn = torch.arange(len(audio)) % 8
     rest = model.normalise(F.pad(model.mean[63:], (63, 0))).expand_as(prev)

@@ -65,7 +65,7 @@ class Settings:
     save_every: int = 250        # steps; of ckpt.pt, from which a run goes on
     keep_every: int = 0          # steps; such checkpoints are kept, ckpt-STEP.pt; 0 = none
     eval_every: int = 250        # steps; losses of val clips, the best kept as best.pt; 0 = never
-    eval_clips: int = 12         # val clips of the toy, for a table at the end; 0: no table
+    eval_clips: int = 12         # val clips of the toy, for a table (of 12 at most); 0: none
     sample_every: int = 0        # steps; videos samples/STEP.mp4 by the model so far; 0 = none
     sample: str = ""             # flags of sample.py for them
     seed: int = 1                # of the weights and all that is drawn
@@ -299,7 +299,7 @@ def wrapped(model, settings):
             if settings.checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if WORLD > 1:
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
     return model
 
 

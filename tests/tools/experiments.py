@@ -1,11 +1,11 @@
 """The figures of the README's "First experiments": the motion of each of its commands for
 sample.py, beside that of the same command without its last flag.
 
-    python train.py && python tests/tools/experiments.py
+    python train.py && python train.py --reflow=out/toy/ckpt.pt && python tests/tools/experiments.py
 
 Correlation of the mouth's opening and of the head's three angles; how many times as far the mouth
-opens (standard deviation), as much the head shakes (third difference), as far the face without its
-lips lies from rest (its mean). Flags:
+opens (standard deviation), as much the head shakes (third difference), as strong the expression is
+(how far the face without its lips lies from rest, in the mean). Flags:
 """
 import re
 import shlex
@@ -51,7 +51,7 @@ def beside(a, b):
         "head corr": correlation(a[:, ROT], b[:, ROT]),
         "mouth opens": a[:, MOUTH].std() / b[:, MOUTH].std(),
         "head shakes": jerk(a[:, ROT]) / jerk(b[:, ROT]),
-        "face moves": np.linalg.norm(a[:, STILL].mean(0)) / np.linalg.norm(b[:, STILL].mean(0))}
+        "expression": np.linalg.norm(a[:, STILL].mean(0)) / np.linalg.norm(b[:, STILL].mean(0))}
 
 
 def main(argv):
@@ -61,6 +61,10 @@ def main(argv):
     for command in re.findall(r"`(python sample\.py --audio_path[^`]*)`", section):
         if settings.only in command:
             _, _, *flags = shlex.split(command)
+            ckpt = flags[-1].removeprefix("--ckpt=")
+            if ckpt != flags[-1] and not Path(ckpt).exists():
+                print(f"{command}\npassed over: there is no {ckpt}, train it first")
+                continue
             row = beside(motion_of(flags), motion_of(flags[:-1]))
             print(command)
             print(", ".join(f"{name} {x:.2f}" for name, x in row.items()))
