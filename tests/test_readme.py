@@ -63,7 +63,7 @@ def stand_ins(preparable, monkeypatch):
         monkeypatch.setattr(script, "load_statistics", lambda model, path: None)
     monkeypatch.setattr(LivePortrait, "__init__", lambda face, *args: None)
     monkeypatch.setattr(LivePortrait, "source", lambda face, image: Sketch().source())
-    monkeypatch.setattr(LivePortrait, "frames", lambda face, *args, **options: Sketch().frames(*args))
+    monkeypatch.setattr(LivePortrait, "frames", lambda face, *args, **flags: Sketch().frames(*args))
 
     def write_video(path, frames, *sound):
         path.write_text(f"{len(list(frames))} frames")
@@ -126,8 +126,9 @@ def test_what_the_readme_names_exists():
             assert operator.attrgetter(name)(sys.modules[module]), f"{module}.{name}"
     for link in re.findall(r"\]\(((?:assets|tests)/[^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    known = {"local", "include", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint",
-             "max_restarts"}
+    # pip's, hf's and torchrun's
+    known = {"index", "local", "include", "standalone", "nproc_per_node", "nnodes", "rdzv_backend",
+             "rdzv_endpoint", "max_restarts"}
     for owner in (sample.Settings, data.Settings, train.Settings, moda.Config):
         known |= vars(owner()).keys()
     for tool, flag in re.findall(r"(tests/tools/\w+\.py) --(\w+)", README):
