@@ -6,7 +6,7 @@
         --output_path=- | ffplay -
     python sample.py --pairs=pairs.csv --output_path=FOLDER        a video for each row
     python sample.py --eval                      a table of metrics on toy clips the model never saw
-    python sample.py --eval --data_dir=data/mine          or on the val clips of a data set of yours
+    python sample.py --eval --data_dir=data/mine          or on the longest val clips of a data set
 
 The video is as long as the voice: ceil(25 x seconds) frames. From top to bottom: settings, model,
 face, then sound -> features -> motion -> frames -> video, each a generator; the live microphone;
@@ -68,13 +68,13 @@ class Settings:
     save_motion: str = ""        # also write the motion, .npy or for LivePortrait .pkl
     motion_path: str = ""        # motion in such a file, in place of the model's
     stream: bool = False         # take a file in real time, like a microphone; print the delays
-    # so quick is the toy in two steps, or its student; a turn of --emotion that is no multiple of
-    # 0.2 s adds up to 0.2 s
+    # 0.4 takes a model that is quick enough: the toy with --steps=2, or its student; a turn of
+    # --emotion that is no multiple of 0.2 s can add as much as 0.2 s
     latency: float = 0.0         # seconds, at most, from a sound to its motion: makes chunks short
     bf16: bool = False           # MoDA and LivePortrait in bfloat16
     compile: bool = False        # LivePortrait through torch.compile: worth its minute on a GPU
-    eval: bool = False           # a table of metrics, on the CPU in float32, about 12 toy clips
-    data_dir: str = ""           # or the val clips of a data set
+    eval: bool = False           # a table of metrics, on the CPU in float32, of 12 toy clips
+    data_dir: str = ""           # or of the longest val clips of a data set
     alse: str = ""               # checkpoint of a lip-sync expert: two more metrics
     device: str = ""             # cuda if there is one
 

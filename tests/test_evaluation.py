@@ -204,7 +204,9 @@ def test_the_other_voice_meets_a_face_at_rest_and_emotions_in_turn(tiny, spoken)
 def test_of_many_clips_as_many_are_judged_as_after_a_training(tiny, spoken):
     data = recorded([185] * 20, lag=0)
     sample.evaluate(sample.Settings(alse=""), tiny, data, data)
-    assert len(spoken) == 3 * train.Settings().eval_clips
+    count = train.Settings().eval_clips
+    assert len(spoken) == 3 * count
+    assert [call["emotion"] for call in spoken[:count]] == [*range(count)]     # the first ones
 
 
 def test_a_single_clip_is_not_given_its_own_voice_as_the_other_one(tiny, spoken):

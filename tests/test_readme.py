@@ -19,7 +19,7 @@ import sample
 import train
 from bad import folder, good, preparable, write
 from data import ToyTalker, log_mel_blocks, parse_flags
-from renderer import LivePortrait, Sketch, write_template
+from renderer import GET, LivePortrait, Sketch, write_template
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -114,6 +114,7 @@ def test_the_readmes_command_runs(command, stand_ins):
 
 
 def test_what_the_readme_names_exists():
+    assert GET in LINES                            # what a missing file's message says
     scripts = re.findall(r"(?:tests/)?(?:\w+/)*\w+\.py\b", README)
     others = {"inference.py"}                      # LivePortrait's
     for script in set(scripts) - others:

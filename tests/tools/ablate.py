@@ -35,7 +35,7 @@ class Settings:
     clips: int = 100             # toy clips to learn from
     batch_size: int = 8          # windows per step
     seeds: int = 3               # trainings of each variant
-    eval_clips: int = 6          # unseen clips per table: sampling them costs as much as training
+    eval_clips: int = 6          # unseen clips per table, 12 at most: they cost as much as training
     out: str = "out/ablate"      # checkpoints, logs and rows.json
 
 
