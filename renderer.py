@@ -731,6 +731,8 @@ def find_places(x):
 #     SPREAD, POUT      lips drawn back, pushed forward: the upper lip's depth, against that of the
 #                       corners, which eee moves as well
 #     OPEN, PRESS       the lower lip goes down, up
+#     ROUND             pushed forward and open, by the lesser one, as SULK is; CLOSED is what POUT
+#                       has more. Then lips are all around the mouth, in place of corners
 #     SNEER             the upper lip goes up, less what it does when the mouth opens
 PLACES = """\
     RAISE     D1,0,45 D2,0,18
@@ -751,6 +753,8 @@ PLACES = """\
     SPREAD    D17,0,0,150 D14,0,0,-50 D20,0,0,-50
     POUT      D17,0,0,-125 D14,0,0,42 D20,0,0,42
     OPEN      D19,0,12
+    CLOSED    POUT,0,1 OPEN,0,-1
+    ROUND     POUT,0,1 CLOSED,0,-1
     PRESS     D19,0,-50
     SNEER     D17,0,-125 D19,0,-12
     brow_in   1,9,.5       RAISE,0,-7 KNIT,3,-3 SCOWL,.3,8.1
@@ -774,12 +778,20 @@ PLACES = """\
     wrinkle   9,-4,-6      SNEER,.4,2.8
     corner    14           UP,-3.4,-5.3 SULK,.6,6 SPREAD,-3.4 POUT,6 OPEN,1.6,2.4
     top       17           SNEER,0,-2.8 PRESS,0,1 POUT,0,-1.2
+    side      corner,-.6   POUT,-1.6 ROUND,-1.2
+    side_up   side         ROUND,0.5,-3
+    side_low  side         ROUND,0,3
+    inner_up  corner       ROUND,-1.2,-2
+    inner_low corner       ROUND,-1.2,3.6
+    wide_up   inner_up     ROUND,-1.2
+    wide_low  inner_low    ROUND,-1.2
     top_a     17,-5.5      SNEER,0,-2.8 PRESS,0,1 UP,-1.4,-1.4 SULK,0,1.8 SPREAD,-1.6 POUT,3,-.6
     bottom    19           OPEN,0,9.6 PRESS,0,-2 POUT,0,.6
     bottom_a  bottom,-6    UP,-1.4,-1 SULK,0,1.2 SPREAD,-1.6 POUT,2.4
-    teeth     17,-6.5,2    OPEN,0,3.2 UP,-1.4,-1 SPREAD,-1.6 POUT,3,-4
+    tongue    bottom,-4    POUT,1
+    teeth     17,-6.5,2    OPEN,0,3.2 UP,-1.4,-1 SPREAD,-1.6 POUT,4,-4
     bite      17,0,2.4     OPEN,0,3.2 POUT,0,-4
-    molar     corner,2     POUT,1,-3
+    molar     corner,2     POUT,1.5,-3.5 ROUND,0,-2
     chin      12           OPEN,0,6
     cheek     3,-1,1       UP,0,-3.6
     apple_a   cheek,-6,-5  UP,-2.4,-1.2
@@ -812,15 +824,16 @@ PARTS = """\
     lash        #3a2420    1 lid_out,-1.2,-.8 lid_out,-1.2,-.8 lid_a,-.5,-1.5 lid_b,0,-1.1 lid_in \
                               lid_in lid_b,0,.4 lid_a,0,.8 lid_out,0,.6
     fold        #b8604030  2 wing,-1.5,-2 wing,-1.5,-2 fold corner,-3 corner,-3 fold_in
-    mouth       #4c141c    1 top,0,1 top,0,1 top_a,0,1 corner corner bottom_a,0,-1 bottom,0,-1 \
-                              bottom,0,-1
-    tongue      #b8505a    1 bottom,0,-3 bottom,0,-3 bottom,-4,-3 bottom,-5,1 bottom,0,1 \
+    mouth       #4c141c    1 top,0,1 top,0,1 top_a,0,1 wide_up wide_low bottom_a,0,-1 \
+                              bottom,0,-1 bottom,0,-1
+    tongue      #b8505a    1 bottom,0,-3 bottom,0,-3 tongue,0,-3 tongue,-1,1 bottom,0,1 \
                               bottom,0,1
     teeth       #f8f4ee    1 top top top_a molar teeth bite,-2 bite bite
-    upper_lip   #c9605e    1 top,0,-2 top,0,-2 top,-2,-2.7 top_a,0,-1.5 corner,-.6 corner,-.6 \
-                              top_a,0,1.7 top,-2,2 top,0,2 top,0,2
+    upper_lip   #c9605e    1 top,0,-2 top,0,-2 top,-2,-2.7 top_a,0,-1.5 side_up side side \
+                              inner_up top_a,0,1.7 top,-2,2 top,0,2 top,0,2
     lower_lip   #d4706c    1 bottom,0,-2.3 bottom,0,-2.3 bottom,-2,-2.3 bottom_a,.5,-2.3 \
-                              corner,.1 corner,.1 bottom_a,-.3,2.6 bottom,-2.5,3.3 bottom,0,3.3 \
+                              inner_low inner_up side side side_low bottom_a,-.3,2.6 \
+                              bottom,-2.5,3.3 bottom,0,3.3 \
                               bottom,0,3.3
     lip_light   #ffffff14  4 bottom,-4,-.4 bottom,4,-.4 bottom,4,1.2 bottom,-4,1.2
     lip_under   #b860400c  5 bottom,-5,4.6 bottom,5,4.6 bottom,2,7 bottom,-2,7

@@ -2,6 +2,7 @@
 import pickle
 
 import numpy as np
+import pytest
 import torch
 
 from conftest import golden
@@ -18,7 +19,8 @@ def test_rotation_and_keypoints_match_the_reference():
     g = golden("liveportrait")
     assert agrees(rotation(torch.from_numpy(g["rot_deg"])), g["rot_mat"])
     motion = torch.from_numpy(np.concatenate(
-        [g["tk_exp"].reshape(3, 63), g["tk_scale"], g["tk_t"], g["tk_pitch"], g["tk_yaw"], g["tk_roll"]], 1))
+        [g["tk_exp"].reshape(3, 63), g["tk_scale"], g["tk_t"], g["tk_pitch"], g["tk_yaw"],
+         g["tk_roll"]], 1))
     assert agrees(keypoints(torch.from_numpy(g["tk_kp"]), motion), g["tk_out"])
 
 
@@ -38,12 +40,27 @@ def white(image):
     return (image[180:300].min(-1) > 240).sum()
 
 
+def inside(image):
+    """Where the dark of the open mouth is, in the lower face."""
+    return image[330:430, 200:312].sum(-1) < 220
+
+
 def test_the_sketch_opens_its_mouth_and_shuts_its_eyes():
     rest = draw()
     assert rest.shape == (512, 512, 3)
-    inside = lambda image: (image[330:430, 200:312].sum(-1) < 220).sum()      # the dark of the open mouth
-    assert inside(draw(aaa=60)) > inside(draw(aaa=20)) > inside(rest)
+    assert inside(draw(aaa=60)).sum() > inside(draw(aaa=20)).sum() > inside(rest).sum()
     assert white(draw(blink=-20)) < 100 < 500 < white(rest)
+
+
+@pytest.mark.parametrize("aaa", [20, 40, 60, 100])
+def test_a_rounded_mouth_has_lips_all_around(aaa):
+    image = draw(aaa=aaa, woo=60)
+    rows, columns = np.nonzero(inside(image))
+    middle = (rows.min() + rows.max()) // 2
+    left, right = columns[rows == middle][[0, -1]]
+    for beside in left - 3, right + 3:
+        red, green, blue = image[330 + middle, 200 + beside]
+        assert red > 180 and green < 140, "skin, of which green is above 160"
 
 
 def test_a_recorded_wink_shuts_one_eye():
