@@ -28,6 +28,8 @@ from renderer import FACE, Sketch, keypoints
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import ConnectionPatch
 
 INK, GREY, RED, TEAL = "#404858", "#969696", "#c83c3c", "#407688"
 HEAD = 66, 66, 446, 446          # pixels of a frame that the head fills
@@ -50,10 +52,10 @@ def label(image, text, x, y, size=22, colour=INK):
     ImageDraw.Draw(image).text((x, y), text, colour, font, anchor="mm")
 
 
-def voice_of(settings, frames=64):
+def voice_of(settings, clip, frames=64):
     if settings.voice:
         return load_audio(settings.voice)[:frames * FRAME]
-    wav, *_ = toy_clip(3, frames)
+    wav, *_ = toy_clip(clip, frames)
     return wav
 
 
@@ -87,7 +89,7 @@ def plain(axes):
 # --------------------------------------------------------------------------------- the talking face
 def talk(settings, path):
     """Two emotions of one voice, labelled, with the voice and a playhead, 12.5 frames a second."""
-    wav = voice_of(settings)
+    wav = voice_of(settings, 5)                    # a smile in its first frame
     shown = "happiness", "anger"
     videos = [talking(settings, wav, emotion)[0] for emotion in shown]
     loudness = np.abs(wav).reshape(-1, FRAME // 4).max(1)
@@ -114,7 +116,7 @@ def talk(settings, path):
 
 
 def strip(settings, path):
-    """The widest mouth of every second; the voice; the mouth's opening, true and generated."""
+    """The highest peak of the mouth of every second; the voice; the opening, true and generated."""
     # whose mouth is as wide as the drawn one, and so opens as far
     wav, true, emotion, _ = toy_clip((True, 11), 200)
     frames, motion = talking(settings, wav, EMOTIONS[emotion])
@@ -128,8 +130,9 @@ def strip(settings, path):
     rows = figure.subplots(3, height_ratios=[1.3, 0.6, 1.3])
     rows[0].imshow(np.hstack(faces), extent=(0, 8, 0, 1), aspect="auto")
     seconds = np.arange(len(wav)) / RATE
-    rows[1].plot(seconds, wav, color=TEAL, linewidth=0.4)
-    rows[1].set_ylabel("voice", rotation=0, ha="right", va="center")
+    # so that what is quiet is seen, too
+    rows[1].plot(seconds, np.sign(wav) * np.sqrt(np.abs(wav)), color=TEAL, linewidth=0.4)
+    rows[1].set_ylabel("voice\n(square root)", rotation=0, ha="right", va="center")
     seconds = np.arange(200) / 25
     rows[2].plot(seconds, true[:, MOUTH], color=GREY, linewidth=3, alpha=0.6, label="true")
     rows[2].plot(seconds, motion[:, MOUTH], color=RED, label="generated")
@@ -138,6 +141,12 @@ def strip(settings, path):
     rows[2].set_ylabel("mouth's\nopening", rotation=0, ha="right", va="center")
     rows[2].set_ylim(top=1.4 * max(true[:, MOUTH].max(), motion[:, MOUTH].max()))
     rows[2].legend(loc="upper center", ncols=3, frameon=False)
+    for k, frame in enumerate(widest):             # from the face down to its moment
+        ends = dict(xyA=(k + 0.5, 0), xyB=(frame / 25, motion[frame, MOUTH]))
+        line = ConnectionPatch(**ends, coordsA="data", coordsB="data", axesA=rows[0], axesB=rows[2],
+                               color=RED, linewidth=0.7, alpha=0.5)
+        figure.add_artist(line)
+    rows[0].set_title(f"emotion: {EMOTIONS[emotion]}", fontsize=11)
     for row in rows:
         plain(row)
         row.set_xlim(0, 8)
@@ -147,7 +156,7 @@ def strip(settings, path):
 
 def emotions(settings, path):
     """Eight faces at one vowel, where the mouth is widest."""
-    wav, face = voice_of(settings), Sketch()
+    wav, face = voice_of(settings, 3), Sketch()    # no blink where its mouth is widest
     told = sample.Settings(ckpt=settings.ckpt)
     model = sample.open_model(told, {})
     options = sample.sampling(told)
@@ -172,19 +181,19 @@ def emotions(settings, path):
 def keypoints_of_a_face(settings, path):
     """Eq. 3, term by term: 21 points at rest; turned; with an expression; scaled and moved."""
     turn = torch.zeros(M)
-    turn[63], turn[67:] = 1, torch.tensor([-8.0, 24, 8])
+    turn[63], turn[67:] = 1, torch.tensor([-6.0, 16, 8])
     speak = turn.clone()
-    speak[EXP] = torch.tensor(expression(aaa=70, brow=12, smile=0.5))
+    speak[EXP] = torch.tensor(expression(aaa=90, brow=20, smile=1))
     close = speak.clone()
-    close[63], close[64], close[65] = 1.2, 0.1, 0.02
+    close[63], close[64], close[65] = 1.15, 0.1, 0.06
     rest = torch.zeros(M)
     rest[63] = 1
     steps = [
         (rest, "$x_c$: 21 points, the identity"),
         (turn, "$x_c R$: the head turns"),
         (speak, r"$x_c R + \delta$: the expression"),
-        (close, r"$s\,(x_c R + \delta) + t$: nearer, moved")]
-    figure, panels = plt.subplots(1, 4, figsize=(9.6, 3.2), layout="constrained")
+        (close, r"$s(x_c R + \delta) + t$: nearer")]
+    figure, panels = plt.subplots(1, 4, figsize=(9.6, 3.4), layout="constrained")
     before = None
     for panel, (motion, title) in zip(panels, steps):
         face = Sketch()
@@ -202,7 +211,8 @@ def keypoints_of_a_face(settings, path):
         plain(panel)
         before = points
     figure.supxlabel("two points lie one behind the other, between the eyes; red: how far each has "
-                     "moved since the picture before", fontsize=10, color=INK)
+                     "moved since the picture before,\nin the third, but for the lower lip, less "
+                     "than a dot", fontsize=10, color=INK)
     save_figure(figure, path, 96)
 
 
@@ -245,9 +255,11 @@ def flow(settings, path, steps=10):
     axes = right.subplots()
     for k, frame in enumerate(range(4, 80, 9)):
         colour = plt.get_cmap("tab10")(k)
-        path_of_frame, = axes.plot(times, mouth[:, frame], "o-", color=colour, markersize=3)
-        straight_line, = axes.plot([1, 0], mouth[[0, -1], frame], "--", color=colour, alpha=0.5)
-    axes.legend([path_of_frame, straight_line], ["a frame's path, step by step", "straight line"])
+        axes.plot(times, mouth[:, frame], "o-", color=colour, markersize=3)
+        axes.plot([1, 0], mouth[[0, -1], frame], "--", color=colour, alpha=0.5)
+    axes.legend(handles=[
+        Line2D([], [], color=INK, marker="o", markersize=3, label="a frame's path, step by step"),
+        Line2D([], [], color=INK, linestyle="--", alpha=0.5, label="straight line")])
     axes.set_xlim(1.03, -0.03)
     axes.set_xlabel("time t of the flow: ten Euler steps")
     axes.set_ylabel("the mouth, normalised")
@@ -257,34 +269,38 @@ def flow(settings, path, steps=10):
 
 @torch.inference_mode()
 def straight(settings, path):
-    """Two channels of some frames on their way from noise to motion, in the teacher's ten steps and
-    in its student's two."""
+    """Two channels of some frames on their way from noise to motion: in the teacher's ten steps, in
+    two of the teacher's, and in its student's two."""
     talker = ToyTalker("val", 1)
     motion, audio, identity = [torch.tensor(x) for x in talker.clips[0]]
     noise = torch.randn(1, 80, M, generator=torch.Generator().manual_seed(1))
     channels = {"the mouth": MOUTH, "the head's pitch": ROT.start}
-    figure, panels = plt.subplots(len(channels), 2, figsize=(9.6, 5.6), sharex=True, sharey="row",
+    figure, panels = plt.subplots(len(channels), 3, figsize=(9.6, 5.4), sharex=True, sharey="row",
                                   layout="constrained")
-    for column, (title, ckpt) in enumerate({
-            "before: ten guided steps": settings.ckpt,
-            "after reflow: two steps without guidance": settings.student}.items()):
+    ten = None
+    for column, (title, ckpt, steps) in enumerate([
+            ("teacher: ten guided steps", settings.ckpt, 10),
+            ("teacher: two guided steps", settings.ckpt, 2),
+            ("student: two unguided steps", settings.student, 2)]):
         model = MoDA.from_pretrained(ckpt)
         given = dict(audio=audio[None, 1:81], emotion=torch.tensor([talker.emotion[0]]),
                      identity=identity[None], prev=model.normalise(motion[:1]))
-        times = euler_times(0, model.cfg.straight)
+        times = euler_times(steps, model.cfg.straight)
         way = way_of(model, noise, times, **given)
+        ten = way if ten is None else ten
         for row, (name, channel) in enumerate(channels.items()):
             panel = panels[row, column]
             for frame in range(4, 80, 9):
                 path_of_frame, = panel.plot([*times, 0], way[:, frame, channel], "o-", color=TEAL,
                                             markersize=3)
-                line, = panel.plot([1, 0], way[[0, -1], frame, channel], "--", color=GREY)
+                end, = panel.plot(0, ten[-1, frame, channel], "o", color=RED, markersize=7,
+                                  markerfacecolor="none", clip_on=False)
             if not column:
                 panel.set_ylabel(f"{name}, normalised")
         panels[0, column].set_title(title, fontsize=11)
         panel.set_xlim(1.03, -0.03)
-        panel.set_xlabel("time t of the flow, from noise to motion")
-    panels[0, 0].legend([path_of_frame, line], ["a frame's path", "straight line"])
+        panel.set_xlabel("time t, from noise to motion")
+    panels[0, 0].legend([path_of_frame, end], ["a frame's path", "its end in ten steps"])
     save_figure(figure, path, 32)
 
 
@@ -339,7 +355,8 @@ def attention(settings, path):
         panel.set_xticks(range(0, 4 * N, 20), [k % N for k in range(0, 4 * N, 20)], fontsize=8)
         panel.set_yticks([0, 40, 79])
     panels[1].set_xlabel("frame of the modality that is attended to (percent: its share of the "
-                         "attention)")
+                         "attention)\none head of the last block; brightness: square root of the "
+                         "weight, each row on a scale of its own")
     save_figure(figure, path, 48)
 
 
@@ -358,30 +375,41 @@ def measured(claim):
 
 
 def claims(settings, path):
-    """Steps against jerk; guidance and the sync loss against sync. Means and deviations."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
-    curves(left, "Euler steps", ("jerk", RED), ("mouth corr", TEAL))
-    left.set_title("after a short training: more steps, less shaking", fontsize=11)
+    """Steps against jerk; guidance and the sync loss against sync and the mouth. Means and
+    deviations."""
+    figure = plt.figure(figsize=(9.6, 4.2), layout="constrained")
+    panels = figure.subplot_mosaic([["left", "sync"], ["left", "error"]])
+    left = panels["left"]
+    curves(left, "Euler steps", ("jerk", RED))
+    left.axhline(1, color=GREY, linestyle="--", label="the truth")
+    left.set_title("more Euler steps, less shaking", fontsize=11)
     left.set_xscale("log")
     left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
     left.minorticks_off()
-    left.set_ylabel("jerk of rotation (truth = 1), mouth corr")
-    curves(right, "audio guidance", ("Sync-C", TEAL))
-    gated = measured("sync loss")
-    for variant, fill, words in (("without ALSE", "white", "without ALSE"),
-                                 ("tau 0.4", RED, "with ALSE")):
-        mean, deviation = gated[variant]["Sync-C"]
-        right.errorbar(0.2, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
-                       markersize=11, zorder=1,    # the blue point of 0.2 stays in sight
-                       label=f"guiding audio and emotion, {words}")
-    right.set_xlabel("guidance")
-    right.set_ylabel("Sync-C, the confidence of the expert")
-    right.set_title("Sync-C by guidance, and by ALSE's sync loss", fontsize=11)
+    left.set_ylabel("jerk of rotation, over the truth's")
     left.legend()
-    curve = right.legend(loc="lower right").get_texts()[0]
-    curve.set_text("guiding audio, without ALSE")
+    gated = measured("sync loss")
+    for name, column, title in (
+            ("sync", "Sync-C", "Sync-C: guidance and ALSE raise it"),
+            ("error", "mouth error", "mouth error: strong guidance opens it too far")):
+        panel = panels[name]
+        curves(panel, "audio guidance", (column, TEAL))
+        for x, variant, fill in (0.16, "without ALSE", "white"), (0.24, "tau 0.4", RED):
+            mean, deviation = gated[variant][column]
+            panel.errorbar(x, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
+                           label=variant)
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("")
+        panel.set_ylabel(column)
+    panels["sync"].set_xticklabels([])
+    panel.set_xlabel("guidance")
+    words = panels["sync"].legend(loc="lower right").get_texts()
+    words[0].set_text("guidance by audio, without ALSE")
+    words[1].set_text("by audio and emotion (0.2), without ALSE")
+    words[2].set_text("likewise, with ALSE")
     figure.supxlabel("means of three trainings of 300 steps, not the toy's 2,600; "
-                     "bars: one standard deviation", fontsize=10, color=INK)
+                     "bars: one standard deviation, some smaller than the mark", fontsize=10,
+                     color=INK)
     save_figure(figure, path)
 
 
@@ -433,8 +461,8 @@ class Drawing:
 def network(settings, path):
     """The network from left to right; below it, the inside of a block."""
     d = Drawing(1056, 760)
-    d.text(528, 18, "every token attends to all others; frame n of every modality is turned by the "
-                    "same angle (aligned RoPE)", 11)
+    d.text(528, 18, "every token attends to all others (small arrows); frame n of every modality "
+                    "is turned by the same angle (RoPE)", 11)
     for row, (text, colour, token) in enumerate(INPUTS):
         y = 44 + 66 * row
         d.box(10, y, 150, 50, colour, text)
@@ -443,22 +471,29 @@ def network(settings, path):
         d.arrow((160, y + 25), (190, y + 25))
         d.arrow((286, y + 25), (330, y + 25))
         d.arrow((460, y + 25), (510, y + 25))
+        if row:                                    # attention, up and down between the streams
+            d.arrow((395, y - 8), (395, y))
+            d.arrow((395, y - 8), (395, y - 16))
+    d.arrow((585, 102), (585, 110))
+    d.arrow((585, 102), (585, 94))
     d.box(510, 44, 150, 50, BLUE, "motion")
     d.box(510, 110, 150, 182, "#ecdccf", "audio,\nemotion, identity\nas one stream")
     d.box(710, 44, 160, 248, "#e3e1ea", "all four\nas one stream")
-    d.box(920, 140, 126, 56, BLUE, "velocity\n70 per frame")
+    d.box(920, 44, 126, 50, BLUE, "velocity\n70 per frame")
     d.arrow((660, 69), (710, 69))
     d.arrow((660, 200), (710, 200))
-    d.arrow((870, 168), (920, 168))
+    d.arrow((870, 69), (920, 69))
+    d.text(960, 120, "from the tokens\nof motion", 10)
     for x, text in ((395, "3 x four streams"), (585, "6 x two streams"),
                     (790, "12 x one stream")):
         d.text(x, 310, text, 11, weight="bold")
         d.arrow((x, 344), (x, 324))
-    d.text(165, 350, "the paper's size;\nthe toy has 1, 1 and 1", 10)
+    d.text(960, 310, "the paper's size;\nthe toy: 1, 1, 1", 10)
     d.box(330, 344, 540, 32, "#fdf3d0", "time t and emotion: shift, scale and gate of every block")
 
     d.text(528, 416, "inside a block of two or four streams (Fig. 4): each stream owns all but the "
                      "attention", 11, weight="bold")
+    d.text(528, 712, "yellow: what time and emotion set", 10)
     for y, colour, name in ((450, BLUE, "motion"), (620, SAND, "each\nother\nstream")):
         d.text(42, y + 30, name, 11)
         d.arrow((75, y + 30), (110, y + 30))
@@ -480,8 +515,8 @@ def network(settings, path):
         d.arrow((328, y + 30), (376, y + 30), (376, 544 if y < 500 else 586))
         d.arrow((508, 544 if y < 500 else 586), (508, y + 30), (560, y + 30))
     d.box(326, 544, 232, 42, "#e3e1ea", "one softmax over all tokens", 10)
-    d.text(528, 740, "a single-stream block has one path for all tokens, with attention and MLP side "
-                     "by side", 10)
+    d.text(528, 740, "a single-stream block has one path for all tokens, with attention and MLP "
+                     "side by side", 10)
     save_figure(d.figure, path, 32)
 
 
