@@ -32,6 +32,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 
 INK, GREY, RED, TEAL = "#404858", "#969696", "#c83c3c", "#407688"
+# of nine frames: no red, which is the generated mouth, no grey, which is the truth
+NINE = [f"C{k}" for k in (0, 1, 2, 4, 5, 6, 8, 9)] + ["#20306c"]
 HEAD = 66, 66, 446, 446          # pixels of a frame that the head fills
 EIGHT = [name for name in EMOTIONS if name != "none"]
 
@@ -109,7 +111,10 @@ def talk(settings, path):
             draw.line((500 * place, 303 - height, 500 * place, 303 + height), colour)
         draw.line((500 * now, 278, 500 * now, 328), RED, 3)
         images.append(image)
-    palette = Image.fromarray(np.vstack(images[::10])).quantize(64)
+    palette = Image.fromarray(np.vstack(images[::10])).quantize(96)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[colours.min(1) > 245] = 255            # the white of the page
+    palette.putpalette(colours.flatten().tolist())
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=80, loop=0,
                    optimize=True)
@@ -174,7 +179,7 @@ def emotions(settings, path):
         head = Image.fromarray(frame).crop(HEAD).resize((216, 216), Image.LANCZOS)
         image.paste(head, (x + 2, y + 30))
         label(image, emotion, x + 110, y + 15, 20)
-    image.quantize(96).save(path, optimize=True)
+    image.quantize(255).save(path, optimize=True)
 
 
 # ------------------------------------------------------------------------------------- the keypoints
@@ -183,7 +188,7 @@ def keypoints_of_a_face(settings, path):
     turn = torch.zeros(M)
     turn[63], turn[67:] = 1, torch.tensor([-6.0, 16, 8])
     speak = turn.clone()
-    speak[EXP] = torch.tensor(expression(aaa=90, brow=20, smile=1))
+    speak[EXP] = torch.tensor(expression(aaa=90, smile=0.7))
     close = speak.clone()
     close[63], close[64], close[65] = 1.15, 0.1, 0.06
     rest = torch.zeros(M)
@@ -192,7 +197,7 @@ def keypoints_of_a_face(settings, path):
         (rest, "$x_c$: 21 points, the identity"),
         (turn, "$x_c R$: the head turns"),
         (speak, r"$x_c R + \delta$: the expression"),
-        (close, r"$s(x_c R + \delta) + t$: nearer")]
+        (close, r"$s(x_c R + \delta) + t$: nearer, moved")]
     figure, panels = plt.subplots(1, 4, figsize=(9.6, 3.4), layout="constrained")
     before = None
     for panel, (motion, title) in zip(panels, steps):
@@ -210,9 +215,9 @@ def keypoints_of_a_face(settings, path):
         panel.set_title(title, fontsize=11)
         plain(panel)
         before = points
-    figure.supxlabel("two points lie one behind the other, between the eyes; red: how far each has "
-                     "moved since the picture before,\nin the third, but for the lower lip, less "
-                     "than a dot", fontsize=10, color=INK)
+    figure.supxlabel("two points lie one behind the other, between the eyes; red: movement since "
+                     "the picture before;\nin the third, only the lower lip moves more than a dot; the "
+                     "drawn body stays where it is", fontsize=10, color=INK)
     save_figure(figure, path, 96)
 
 
@@ -253,8 +258,7 @@ def flow(settings, path, steps=10):
     panel.set_xlabel("frame")
     left.suptitle("the mouth, equal scales (red: generated; grey: the truth)", fontsize=11)
     axes = right.subplots()
-    for k, frame in enumerate(range(4, 80, 9)):
-        colour = plt.get_cmap("tab10")(k)
+    for colour, frame in zip(NINE, range(4, 80, 9)):
         axes.plot(times, mouth[:, frame], "o-", color=colour, markersize=3)
         axes.plot([1, 0], mouth[[0, -1], frame], "--", color=colour, alpha=0.5)
     axes.legend(handles=[
@@ -291,16 +295,19 @@ def straight(settings, path):
         for row, (name, channel) in enumerate(channels.items()):
             panel = panels[row, column]
             for frame in range(4, 80, 9):
-                path_of_frame, = panel.plot([*times, 0], way[:, frame, channel], "o-", color=TEAL,
-                                            markersize=3)
-                end, = panel.plot(0, ten[-1, frame, channel], "o", color=RED, markersize=7,
-                                  markerfacecolor="none", clip_on=False)
+                colour = NINE[frame // 9]
+                panel.plot([*times, 0], way[:, frame, channel], "o-", color=colour, markersize=3)
+                panel.plot(0, ten[-1, frame, channel], "o", color=colour, markersize=8,
+                           markerfacecolor="none", clip_on=False)
             if not column:
                 panel.set_ylabel(f"{name}, normalised")
         panels[0, column].set_title(title, fontsize=11)
         panel.set_xlim(1.03, -0.03)
         panel.set_xlabel("time t, from noise to motion")
-    panels[0, 0].legend([path_of_frame, end], ["a frame's path", "its end in ten steps"])
+    panels[0, 0].legend(handles=[
+        Line2D([], [], color=INK, marker="o", markersize=3, label="a frame's path"),
+        Line2D([], [], color=INK, marker="o", markersize=8, markerfacecolor="none", linestyle="",
+               label="its end in ten steps")])
     save_figure(figure, path, 32)
 
 
@@ -356,7 +363,7 @@ def attention(settings, path):
         panel.set_yticks([0, 40, 79])
     panels[1].set_xlabel("frame of the modality that is attended to (percent: its share of the "
                          "attention)\none head of the last block; brightness: square root of the "
-                         "weight, each row on a scale of its own")
+                         "weight, before and after on separate scales")
     save_figure(figure, path, 48)
 
 
@@ -382,7 +389,7 @@ def claims(settings, path):
     left = panels["left"]
     curves(left, "Euler steps", ("jerk", RED))
     left.axhline(1, color=GREY, linestyle="--", label="the truth")
-    left.set_title("more Euler steps, less shaking", fontsize=11)
+    left.set_title("in ten Euler steps heads shake no more than the truth", fontsize=11)
     left.set_xscale("log")
     left.set_xticks([1, 2, 5, 10, 20, 40], [1, 2, 5, 10, 20, 40])
     left.minorticks_off()
@@ -391,7 +398,7 @@ def claims(settings, path):
     gated = measured("sync loss")
     for name, column, title in (
             ("sync", "Sync-C", "Sync-C: guidance and ALSE raise it"),
-            ("error", "mouth error", "mouth error: strong guidance opens it too far")):
+            ("error", "mouth error", "mouth error: strong guidance raises it")):
         panel = panels[name]
         curves(panel, "audio guidance", (column, TEAL))
         for x, variant, fill in (0.16, "without ALSE", "white"), (0.24, "tau 0.4", RED):
@@ -405,11 +412,11 @@ def claims(settings, path):
     panel.set_xlabel("guidance")
     words = panels["sync"].legend(loc="lower right").get_texts()
     words[0].set_text("guidance by audio, without ALSE")
-    words[1].set_text("by audio and emotion (0.2), without ALSE")
+    words[1].set_text("by audio and emotion, without ALSE")
     words[2].set_text("likewise, with ALSE")
-    figure.supxlabel("means of three trainings of 300 steps, not the toy's 2,600; "
-                     "bars: one standard deviation, some smaller than the mark", fontsize=10,
-                     color=INK)
+    figure.supxlabel("means of three trainings, 300 steps; "
+                     "bars: one standard deviation, some smaller than the mark; "
+                     "squares: both at 0.2, set apart", fontsize=10, color=INK)
     save_figure(figure, path)
 
 
@@ -461,23 +468,24 @@ class Drawing:
 def network(settings, path):
     """The network from left to right; below it, the inside of a block."""
     d = Drawing(1056, 760)
-    d.text(528, 18, "every token attends to all others (small arrows); frame n of every modality "
-                    "is turned by the same angle (RoPE)", 11)
+    d.text(528, 18, "every token attends to all others; frame n of every modality is turned by the "
+                    "same angle (aligned RoPE)", 11)
     for row, (text, colour, token) in enumerate(INPUTS):
         y = 44 + 66 * row
         d.box(10, y, 150, 50, colour, text)
         d.box(190, y, 96, 50, colour, token)
-        d.box(330, y, 130, 50, colour, "own weights")
+        d.box(330, y, 100, 50, colour, "own\nweights")
         d.arrow((160, y + 25), (190, y + 25))
         d.arrow((286, y + 25), (330, y + 25))
-        d.arrow((460, y + 25), (510, y + 25))
-        if row:                                    # attention, up and down between the streams
-            d.arrow((395, y - 8), (395, y))
-            d.arrow((395, y - 8), (395, y - 16))
-    d.arrow((585, 102), (585, 110))
-    d.arrow((585, 102), (585, 94))
-    d.box(510, 44, 150, 50, BLUE, "motion")
-    d.box(510, 110, 150, 182, "#ecdccf", "audio,\nemotion, identity\nas one stream")
+        d.arrow((430, y + 25), (444, y + 25))
+        d.arrow((470, y + 25), (510, y + 25))
+    d.box(510, 44, 110, 50, BLUE, "motion")
+    d.box(510, 110, 110, 182, "#ecdccf", "audio,\nemotion,\nidentity\nas one\nstream")
+    for y in 69, 200:
+        d.arrow((620, y), (634, y))
+    for x in 444, 634:
+        d.box(x, 44, 26, 248, "#e3e1ea", "")
+        d.text(x + 13, 168, "joint attention", rotation=90)
     d.box(710, 44, 160, 248, "#e3e1ea", "all four\nas one stream")
     d.box(920, 44, 126, 50, BLUE, "velocity\n70 per frame")
     d.arrow((660, 69), (710, 69))
@@ -498,7 +506,7 @@ def network(settings, path):
         d.text(42, y + 30, name, 11)
         d.arrow((75, y + 30), (110, y + 30))
         d.box(110, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
-        d.box(228, y, 100, 60, colour, "q, k, v;\nRoPE on q, k", 9)
+        d.box(228, y, 100, 60, colour, "q, k, v; q, k:\nnorm, RoPE", 9)
         d.box(560, y, 74, 60, colour, "linear", 9)
         d.box(654, y, 52, 60, "#fdf3d0", "gate", 9)
         d.text(740, y + 30, "+", 16)
