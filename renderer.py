@@ -791,7 +791,7 @@ PLACES = """\
     tongue    bottom,-4    POUT,1
     teeth     17,-6.5,2    OPEN,0,3.2 UP,-1.4,-1 SPREAD,-1.6 POUT,4,-4
     bite      17,0,2.4     OPEN,0,3.2 POUT,0,-4
-    molar     corner,2     POUT,1.5,-3.5 ROUND,0,-2
+    molar     corner,2     POUT,-.3,-3.5 ROUND,-1,-1.5 SULK,-.6,-4.5
     chin      12           OPEN,0,6
     cheek     3,-1,1       UP,0,-3.6
     apple_a   cheek,-6,-5  UP,-2.4,-1.2

@@ -58,9 +58,20 @@ def test_a_rounded_mouth_has_lips_all_around(aaa):
     rows, columns = np.nonzero(inside(image))
     middle = (rows.min() + rows.max()) // 2
     left, right = columns[rows == middle][[0, -1]]
-    for beside in left - 3, right + 3:
+    for beside in left - 3, right + 3:             # three pixels further out
         red, green, blue = image[330 + middle, 200 + beside]
         assert red > 180 and green < 140, "skin, of which green is above 160"
+
+
+@pytest.mark.parametrize("mouth", [
+    dict(), dict(smile=0.7), dict(smile=-0.6), dict(smile=-0.6, woo=15), dict(sneer=10, woo=15)])
+def test_teeth_are_one_row_and_no_fangs(mouth):
+    teeth = draw(aaa=80, **mouth)[330:430, 200:312].min(-1) > 225
+    # above, the lip's bow parts them
+    for row in teeth[teeth[:, 56].argmax():]:
+        columns = np.nonzero(row)[0]
+        assert not len(columns) or np.ptp(columns) < 1.1 * len(columns)
+    assert teeth.any()
 
 
 def test_a_recorded_wink_shuts_one_eye():

@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import sample
-from data import FRAME, RATE, ToyTalker, expression, load_audio, log_mel, parse_flags, run, toy_clip
+from data import (FRAME, RATE, ToyTalker, UsageError, expression, load_audio, log_mel, parse_flags,
+                  run, toy_clip)
 from moda import (EMOTIONS, EXP, MOUTH, ROT, M, MoDA, euler, euler_times, generate, guidance_of,
                   guided_velocity)
 from renderer import FACE, Sketch, keypoints
@@ -543,6 +544,8 @@ PICTURES = {
 def main(argv):
     settings = Settings()
     parse_flags(argv, __doc__, settings)
+    if settings.only and settings.only not in PICTURES:
+        raise UsageError(f"--only={settings.only}: known are {', '.join(PICTURES)}")
     out = Path(settings.out)
     out.mkdir(exist_ok=True)
     for name in [settings.only] if settings.only else PICTURES:
