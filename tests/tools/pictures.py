@@ -417,7 +417,7 @@ def claims(settings, path):
     words[2].set_text("likewise, with ALSE")
     figure.supxlabel("means of three trainings, 300 steps; "
                      "bars: one standard deviation, some smaller than the mark; "
-                     "squares: both at 0.2, set apart", fontsize=10, color=INK)
+                     "squares: guidance 0.2, drawn apart", fontsize=10, color=INK)
     save_figure(figure, path)
 
 
