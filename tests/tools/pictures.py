@@ -507,7 +507,7 @@ def network(settings, path):
         d.text(42, y + 30, name, 11)
         d.arrow((75, y + 30), (110, y + 30))
         d.box(110, y, 92, 60, "#fdf3d0", "RMSNorm,\nshift, scale", 9)
-        d.box(228, y, 100, 60, colour, "q, k, v; q, k:\nnorm, RoPE", 9)
+        d.box(228, y, 100, 60, colour, "q, k, v (q, k:\nnorm, RoPE)", 9)
         d.box(560, y, 74, 60, colour, "linear", 9)
         d.box(654, y, 52, 60, "#fdf3d0", "gate", 9)
         d.text(740, y + 30, "+", 16)
