@@ -25,7 +25,8 @@ from torch.nn.utils import fuse_conv_bn_eval, remove_spectral_norm, spectral_nor
 from moda import EXP, MOUTH, ROT, SCALE, TRANS, M, explained, load_strictly, read_checkpoint
 
 SIZE = 512                       # pixels of a rendered frame, height and width
-GET = 'hf download KwaiVGI/LivePortrait --local-dir pretrained_weights --include "liveportrait/*"'
+GET = ("get it with: hf download KwaiVGI/LivePortrait --local-dir pretrained_weights "
+       '--include "liveportrait/*"')
 # a portrait, split: appearance (B, 32, 16, 64, 64), canonical keypoints (B, 63), motion (B, 70)
 Source = namedtuple("Source", "f_s x_c motion")
 
@@ -518,13 +519,13 @@ def load(network, path):
 
     ValueError names the file and its first tensor that is absent, too many, of another shape or not
     finite."""
-    state = read_checkpoint(path, f"get it with: {GET}")
+    state = read_checkpoint(path, GET)
     # the file of S holds three networks; S is the one that is called retarget_shoulder
     state = state.get("retarget_shoulder", state)
     consume_prefix_in_state_dict_if_present(state, "module.")
     consume_prefix_in_state_dict_if_present(state, "detector.")
     net = network()
-    with explained(f"{path}: not LivePortrait's; get it with: {GET}"):
+    with explained(f"{path}: not LivePortrait's; {GET}"):
         # load_strictly copies into the network's own tensors, which state_dict holds
         load_strictly(net.state_dict(), state)
     return net.eval()

@@ -61,9 +61,9 @@ def main(argv):
     for command in re.findall(r"`(python sample\.py --audio_path[^`]*)`", section):
         if settings.only in command:
             _, _, *flags = shlex.split(command)
-            ckpt = flags[-1].removeprefix("--ckpt=")
-            if ckpt != flags[-1] and not Path(ckpt).exists():
-                print(f"{command}\npassed over: there is no {ckpt}, train it first")
+            flag, value = flags[-1].split("=", 1)
+            if flag == "--ckpt" and not Path(value).exists():
+                print(f"{command}\npassed over: there is no {value}, train it first")
                 continue
             row = beside(motion_of(flags), motion_of(flags[:-1]))
             print(command)

@@ -217,8 +217,8 @@ def keypoints_of_a_face(settings, path):
         plain(panel)
         before = points
     figure.supxlabel("two points lie one behind the other, between the eyes; red: movement since "
-                     "the picture before;\nin the third, only the lower lip moves more than a dot; the "
-                     "drawn body stays where it is", fontsize=10, color=INK)
+                     "the picture before;\nin the third, only the lower lip moves more than a dot; "
+                     "the drawn body stays where it is", fontsize=10, color=INK)
     save_figure(figure, path, 96)
 
 
@@ -282,7 +282,6 @@ def straight(settings, path):
     channels = {"the mouth": MOUTH, "the head's pitch": ROT.start}
     figure, panels = plt.subplots(len(channels), 3, figsize=(9.6, 5.4), sharex=True, sharey="row",
                                   layout="constrained")
-    ten = None
     for column, (title, ckpt, steps) in enumerate([
             ("teacher: ten guided steps", settings.ckpt, 10),
             ("teacher: two guided steps", settings.ckpt, 2),
@@ -292,11 +291,11 @@ def straight(settings, path):
                      identity=identity[None], prev=model.normalise(motion[:1]))
         times = euler_times(steps, model.cfg.straight)
         way = way_of(model, noise, times, **given)
-        ten = way if ten is None else ten
+        if not column:
+            ten = way
         for row, (name, channel) in enumerate(channels.items()):
             panel = panels[row, column]
-            for frame in range(4, 80, 9):
-                colour = NINE[frame // 9]
+            for colour, frame in zip(NINE, range(4, 80, 9)):
                 panel.plot([*times, 0], way[:, frame, channel], "o-", color=colour, markersize=3)
                 panel.plot(0, ten[-1, frame, channel], "o", color=colour, markersize=8,
                            markerfacecolor="none", clip_on=False)
@@ -402,19 +401,19 @@ def claims(settings, path):
             ("error", "mouth error", "mouth error: strong guidance raises it")):
         panel = panels[name]
         curves(panel, "audio guidance", (column, TEAL))
-        for x, variant, fill in (0.16, "without ALSE", "white"), (0.24, "tau 0.4", RED):
+        for x, variant, fill, words in (
+                (0.16, "without ALSE", "white", "by audio and emotion, without ALSE"),
+                (0.24, "tau 0.4", RED, "likewise, with ALSE")):
             mean, deviation = gated[variant][column]
             panel.errorbar(x, mean, deviation, fmt="s", color=RED, markerfacecolor=fill, capsize=3,
-                           label=variant)
+                           label=words)
         panel.set_title(title, fontsize=11)
-        panel.set_xlabel("")
         panel.set_ylabel(column)
     panels["sync"].set_xticklabels([])
-    panel.set_xlabel("guidance")
-    words = panels["sync"].legend(loc="lower right").get_texts()
-    words[0].set_text("guidance by audio, without ALSE")
-    words[1].set_text("by audio and emotion, without ALSE")
-    words[2].set_text("likewise, with ALSE")
+    panels["sync"].set_xlabel("")
+    panels["error"].set_xlabel("guidance")
+    curve = panels["sync"].legend(loc="lower right").get_texts()[0]
+    curve.set_text("guidance by audio, without ALSE")
     figure.supxlabel("means of three trainings, 300 steps; "
                      "bars: one standard deviation, some smaller than the mark; "
                      "squares: guidance 0.2, drawn apart", fontsize=10, color=INK)
